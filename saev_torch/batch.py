@@ -1,0 +1,132 @@
+"""A batch of activations: a dict of tensors that may live in reusable memory."""
+
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data._utils.collate import default_collate_fn_map
+from typing_extensions import Self
+
+from saev_torch.engine import OpenBatch
+from saev_torch.memory import Lease, Slot, attach
+from saev_torch.selection import Selection
+
+__all__ = ["ActivationBatch", "make_batch", "slot_nbytes"]
+
+_ALIGN = 64
+_N_COLUMNS = 4
+
+_Field = tuple[str, str, int, tuple[int, ...]]
+"""Key, numpy dtype, byte offset and shape of a tensor in a slot."""
+
+
+class ActivationBatch(dict[str, torch.Tensor]):
+    """A batch, as every loader yields it.
+
+    Keys:
+        act: `[batch, d_model] float32` (`[batch, n_layers, d_model]` with several layers side by side).
+        example_idx: `[batch] int64`.
+        token_idx: `[batch] int64`, content token from 0; -1 for a special token.
+        token_labels: `[batch] int64`, where the shards have labels; -1 for a special token.
+        layer: `[batch] int64`, the recorded layer, with `layer="all"`.
+
+    Its tensors are valid and unchanged for as long as somebody holds them. `len(batch)` is the number of keys.
+    """
+
+    _slot: Slot | None = None
+    _fields: tuple[_Field, ...] = ()
+    _tensors: tuple[torch.Tensor, ...] = ()
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
+        """Copy the tensors to a device; see `torch.Tensor.to`."""
+        return type(self)({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
+
+    def pin_memory(self) -> Self:
+        """Copy the tensors to page-locked memory; see `torch.Tensor.pin_memory`."""
+        return type(self)({k: v.pin_memory() for k, v in self.items()})
+
+    def __copy__(self) -> Self:
+        other = type(self)(self)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
+    """Size of the memory that holds any batch of a selection, in bytes."""
+    act = -(-batch_size * sample_nbytes // _ALIGN) * _ALIGN
+    return act + _N_COLUMNS * 8 * batch_size
+
+
+def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
+    memory = lease.array()
+    batch = ActivationBatch()
+    for key, dtype, offset, shape in fields:
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        batch[key] = torch.from_numpy(memory[offset : offset + nbytes].view(dtype).reshape(shape))
+    return batch
+
+
+def make_batch(
+    opened: OpenBatch, selection: Selection, batch_size: int, label_key: str = "token_labels"
+) -> ActivationBatch:
+    """Make the tensors of a batch whose activations have been read into its slot.
+
+    Args:
+        opened: The batch; its slot is leased to the result.
+        selection: What its cells mean.
+        batch_size: Samples in a full batch.
+        label_key: Key of the labels.
+
+    Returns:
+        The batch.
+    """
+    n, md = opened.size, selection.md
+    examples, layers, tokens = selection.split(opened.cells)
+    columns = {"example_idx": examples, "token_idx": tokens - selection.n_special}
+    if opened.labels is not None:
+        columns[label_key] = np.where(columns["token_idx"] < 0, -1, opened.labels.astype(np.int64))
+    if selection.layer_is_all:
+        columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
+    shape = (n, md.d_model) if selection.n_parts == 1 else (n, selection.n_parts, md.d_model)
+    act_nbytes = slot_nbytes(batch_size, selection.n_parts * md.d_model * 4) - _N_COLUMNS * 8 * batch_size
+    fields: list[_Field] = [("act", "<f4", 0, shape)]
+    fields += [(key, "<i8", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]
+    batch = _from_memory(opened.slot.lease(), tuple(fields))
+    for key, column in columns.items():
+        batch[key].numpy()[:] = column
+    batch._slot, batch._fields, batch._tensors = opened.slot, tuple(fields), tuple(batch.values())
+    return batch
+
+
+def _receive(name: tuple[int, int, int, int], fields: tuple[_Field, ...]) -> ActivationBatch:
+    return _from_memory(attach(*name), fields)
+
+
+def _send(batch: ActivationBatch) -> tuple[Any, ...]:
+    """Reduce a batch for another process: as the name of its memory, if the tensors are still those of its slot."""
+    slot, keys = batch._slot, [field[0] for field in batch._fields]
+    untouched = list(batch) == keys and all(a is b for a, b in zip(batch.values(), batch._tensors, strict=True))
+    if slot is None or not untouched or not slot.is_own:
+        return batch.__reduce__()
+    return _receive, (slot.send(), batch._fields)
+
+
+ForkingPickler.register(ActivationBatch, _send)
+
+
+def _collate(batches: Any, *, collate_fn_map: Any = None) -> ActivationBatch:
+    # `DataLoader(data_set)` means batch_size=1: a list of one batch, which is what the user wants.
+    if len(batches) != 1:
+        raise ValueError(
+            f"DataLoader(batch_size): expected 1 (the default) or None, got {len(batches)}: the data set yields whole "
+            "batches; set batch_size in its config instead."
+        )
+    batch: ActivationBatch = batches[0]
+    return batch
+
+
+default_collate_fn_map[ActivationBatch] = _collate

@@ -1,0 +1,436 @@
+"""The three data sets, as plain `torch` data sets."""
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from saev_torch.batch import ActivationBatch, make_batch, slot_nbytes
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.engine import Engine, OpenBatch
+from saev_torch.epochs import EpochCounter
+from saev_torch.errors import ConfigError
+from saev_torch.localcopy import local_copy
+from saev_torch.memory import Slot, SlotPool, can_share
+from saev_torch.metadata import Metadata
+from saev_torch.plan import OrderedPlan, ShufflePlan
+from saev_torch.reading import make_sample_extents, read_cell_labels, read_extents
+from saev_torch.schedule import Share, count_open_slots, make_steps
+from saev_torch.selection import IndexMap, Selection
+from saev_torch.store import ShardStore
+from saev_torch.world import World, check_world, consumer_pid, find_world
+
+__all__ = ["IndexedDataset", "OrderedActivations", "ShuffledActivations"]
+
+_log = logging.getLogger("saev_torch")
+
+_ORDERED_THREADS = 4
+_INDEXED_THREADS = 4
+_INDEXED_SLOTS = 4
+_MIN_PARALLEL = 512
+
+_worker_pools: dict[int, SlotPool] = {}
+
+
+def _make_pool(nbytes: int) -> SlotPool:
+    """Memory for batches: in a worker shared with the parent, and kept for the next epoch."""
+    if get_worker_info() is None or not can_share():
+        return SlotPool(nbytes, shared=False)
+    return _worker_pools.setdefault(nbytes, SlotPool(nbytes, shared=True))
+
+
+def _log_to_stderr() -> None:
+    """With `debug` and no logging set up, say it on stderr."""
+    if not _log.handlers and not logging.getLogger().handlers:
+        _log.addHandler(logging.StreamHandler())
+    _log.setLevel(logging.DEBUG)
+
+
+class _Activations(IterableDataset[ActivationBatch]):
+    """What the ordered and the shuffled data set share: everything but the plan."""
+
+    cfg: OrderedConfig | ShuffledConfig
+
+    def __init__(
+        self,
+        cfg: OrderedConfig | ShuffledConfig,
+        shards_dir: Path,
+        ignore_labels: Sequence[int],
+        rank: int | None,
+        world_size: int | None,
+    ) -> None:
+        check_world(rank, world_size)
+        self.cfg = cfg
+        self._rank, self._world_size = rank, world_size
+        self._known_world: World | None = None
+        self._store = ShardStore(shards_dir)
+        self._ignore_labels = ignore_labels
+        self._selection: Selection | None = self._select(self._store.clone())
+        self.n_samples = self._selection.n_samples
+        self._epochs = EpochCounter()
+
+    def _select(self, store: ShardStore) -> Selection:
+        try:
+            return Selection(
+                store.metadata, self.cfg.tokens, self.cfg.layer, self._ignore_labels, store.read_labels
+            )
+        finally:
+            store.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The selection may hold a number for each example; a worker works it out again.
+        world = find_world(self._rank, self._world_size, self._known_world)
+        return {**self.__dict__, "_selection": None, "_known_world": world}
+
+    @property
+    def metadata(self) -> Metadata:
+        """Metadata of the shards."""
+        return self._store.metadata
+
+    @property
+    def md(self) -> Metadata:
+        """Short for `metadata`."""
+        return self._store.metadata
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return self.metadata.d_model
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch."""
+        return self.cfg.batch_size
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a last batch that is not full is left out."""
+        return self.cfg.drop_last
+
+    @property
+    def n_batches(self) -> int:
+        """Batches in an epoch, over all ranks, before padding."""
+        n = self.n_samples
+        return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
+
+    def _stop(self, start: int, world_size: int) -> int:
+        """End of the sequence of batches that all ranks yield equally many of, from `start` on."""
+        left = max(0, self.n_batches - start)
+        if self.drop_last:
+            return start + left // world_size * world_size
+        return start + -(-left // world_size) * world_size
+
+    def __len__(self) -> int:
+        """Batches that this rank yields in an epoch."""
+        world = find_world(self._rank, self._world_size, self._known_world)
+        return self._stop(0, world.world_size) // world.world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; the ones after it count on from there.
+
+        Raises:
+            ConfigError: `epoch` is no integer from 0 on.
+        """
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ConfigError(f"epoch: expected an integer from 0 on, got {epoch!r}; count epochs from 0.")
+        self._epochs.set(consumer_pid(), epoch, 0)
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        # Not a generator itself: which epoch this is must be settled now, not at the first batch.
+        info = get_worker_info()
+        if info is None:
+            worker, n_workers, session = 0, 1, None
+        else:
+            worker, n_workers, session = info.id, info.num_workers, info.seed - info.id
+        epoch, start = self._epochs.begin(consumer_pid(), session, worker)
+        world = find_world(self._rank, self._world_size, self._known_world)
+        share = Share(
+            first=start + world.rank + world.world_size * worker,
+            stride=world.world_size * n_workers,
+            stop=self._stop(start, world.world_size),
+        )
+        return self._iterate(epoch, share)
+
+    def _plan(self, epoch: int) -> OrderedPlan | ShufflePlan:
+        raise TypeError(f"{type(self).__name__} has no order of its own; use OrderedActivations or ShuffledActivations.")
+
+    def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
+        return {"n_threads": _ORDERED_THREADS, "n_fills": 0}
+
+    def _iterate(self, epoch: int, share: Share) -> Iterator[ActivationBatch]:
+        if share.first >= share.stop:
+            return
+        if self._selection is None:
+            self._selection = self._select(self._store.clone())
+        store = self._store.clone()
+        selection = self._selection.reading_with(store.read_labels)
+        plan = self._plan(epoch)
+        watch = _Watch(self.cfg, epoch, share)
+        engine = Engine(
+            store=store,
+            selection=selection,
+            plan=plan,
+            steps=make_steps(plan, share),
+            pool=_make_pool(slot_nbytes(self.batch_size, self.d_model * 4 * selection.n_parts)),
+            max_open=count_open_slots(plan, share, self.cfg.buffer_size),
+            timeout_s=self.cfg.batch_timeout_s,
+            **self._engine_options(plan, share),
+        )
+        try:
+            while (opened := engine.next_batch()) is not None:
+                watch.count(opened)
+                yield make_batch(opened, selection, self.batch_size)
+                # The caller alone decides how long the batch lives.
+                del opened
+        finally:
+            engine.close()
+
+
+class _Watch:
+    """Logs progress, with `debug`."""
+
+    def __init__(self, cfg: OrderedConfig | ShuffledConfig, epoch: int, share: Share) -> None:
+        self._every_s = cfg.log_every_s if cfg.debug else math.inf
+        self._name = f"{cfg.shards}: epoch {epoch}, batches {share.first}, +{share.stride}, ..., below {share.stop}"
+        self._n_samples = 0
+        self._began = self._logged = time.monotonic()
+        if cfg.debug:
+            _log_to_stderr()
+            _log.debug("%s: begins", self._name)
+
+    def count(self, opened: OpenBatch) -> None:
+        self._n_samples += opened.size
+        now = time.monotonic()
+        if now - self._logged >= self._every_s:
+            self._logged = now
+            rate = self._n_samples / (now - self._began)
+            _log.debug("%s: %d samples, %.0f samples/s", self._name, self._n_samples, rate)
+
+
+class OrderedActivations(_Activations):
+    """Whole batches in file order.
+
+    Args:
+        cfg: What to read.
+        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        world_size: Number of ranks; given with `rank`.
+
+    Attributes:
+        cfg: The config.
+        n_samples: Samples in the selection.
+
+    Raises:
+        ShardsNotFoundError: The directory or one of its files is missing.
+        FormatError: A file does not follow the format, or has the wrong size.
+        ConfigError: The config asks for what these shards do not hold.
+    """
+
+    cfg: OrderedConfig
+
+    def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        super().__init__(cfg, cfg.shards, (), rank, world_size)
+
+    def _plan(self, epoch: int) -> OrderedPlan:
+        return OrderedPlan(self.n_samples, self.batch_size)
+
+
+class ShuffledActivations(_Activations):
+    """Whole batches in a seeded random order, another in each epoch; see `saev_torch.plan`.
+
+    Args:
+        cfg: What to read.
+        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        world_size: Number of ranks; given with `rank`.
+
+    Attributes:
+        cfg: The config.
+        n_samples: Samples in the selection.
+
+    Raises:
+        ShardsNotFoundError: The directory or one of its files is missing.
+        FormatError: A file does not follow the format, or has the wrong size.
+        ConfigError: The config asks for what these shards do not hold.
+    """
+
+    cfg: ShuffledConfig
+
+    def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        recorded = Metadata.load(cfg.shards).layers
+        if cfg.layer == -1 and -1 not in recorded:
+            raise ConfigError(
+                f"ShuffledConfig.layer: expected one of the recorded layers {list(recorded)}, got -1, the default, "
+                "which must be changed; choose a layer."
+            )
+        if cfg.scale_norm:
+            raise ConfigError(
+                "ShuffledConfig.scale_norm: expected False, got True: this version does not scale; divide the "
+                "activations by their mean norm in the training step."
+            )
+        shards_dir = local_copy(cfg.shards) if cfg.use_tmpdir else cfg.shards
+        super().__init__(cfg, shards_dir, cfg.ignore_labels, rank, world_size)
+
+    def _plan(self, epoch: int) -> ShufflePlan:
+        cfg = self.cfg
+        return ShufflePlan.make(
+            self.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, epoch
+        )
+
+    def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
+        n_lanes = plan.n_lanes if isinstance(plan, ShufflePlan) else 1
+        lanes_here = n_lanes // math.gcd(share.stride, n_lanes)
+        lanes_here = min(lanes_here, len(range(share.first, share.stop, share.stride)))
+        return {"n_threads": self.cfg.n_threads, "n_fills": math.ceil(self.cfg.min_buffer_fill * lanes_here)}
+
+
+class _Sample(dict[str, Any]):
+    """One sample of `IndexedDataset`; lists of them are collated at once."""
+
+
+class _Samples(Sequence[_Sample]):
+    """The samples of one call, made when they are looked at; `DataLoader` collates them without looking."""
+
+    def __init__(self, batch: ActivationBatch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch["act"])
+
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        sample = _Sample(act=self.batch["act"][i])
+        for key, column in self.batch.items():
+            if key != "act" and not (key == "token_label" and self.batch["token_idx"][i] < 0):
+                sample[key] = int(column[i])
+        return sample
+
+
+def _collate_samples(samples: Any, *, collate_fn_map: Any = None) -> Any:
+    if isinstance(samples, _Samples):
+        return samples.batch
+    return torch.utils.data.default_collate([dict(sample) for sample in samples])
+
+
+default_collate_fn_map[_Sample] = _collate_samples
+
+
+class IndexedDataset(Dataset[dict[str, Any]]):
+    """Random access to samples by number, in the order of the bytes on disk.
+
+    `ds[i]` is a dict of `act` (`[d_model] float32`), `example_idx`, `token_idx`, and where they exist `token_label` and
+    `layer`. `DataLoader(ds, batch_size=16384, shuffle=True)` reads a whole batch at once through `__getitems__`.
+
+    Args:
+        cfg: What to read.
+
+    Attributes:
+        cfg: The config.
+        index_map: Numbers of samples, and where they are.
+
+    Raises:
+        ShardsNotFoundError: The directory or one of its files is missing.
+        FormatError: A file does not follow the format, or has the wrong size.
+        ConfigError: The config asks for what these shards do not hold.
+    """
+
+    def __init__(self, cfg: IndexedConfig) -> None:
+        self.cfg = cfg
+        self._store = ShardStore(cfg.shards)
+        self._selection = Selection(self._store.metadata, cfg.tokens, cfg.layer)
+        self.index_map = IndexMap(self._store.metadata, cfg.tokens, cfg.layer)
+        self._pool: SlotPool | None = None
+        if cfg.debug:
+            _log_to_stderr()
+            _log.debug("%s: %d samples", cfg.shards, len(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+    @property
+    def metadata(self) -> Metadata:
+        """Metadata of the shards."""
+        return self._store.metadata
+
+    @property
+    def md(self) -> Metadata:
+        """Short for `metadata`."""
+        return self._store.metadata
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return self.metadata.d_model
+
+    def __len__(self) -> int:
+        return self._selection.n_samples
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        sample: dict[str, Any] = self._read(np.array([i], dtype=np.int64))[0]
+        return sample
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
+        """Read many samples at once.
+
+        Args:
+            indices: Numbers of samples.
+
+        Returns:
+            The samples, in that order.
+
+        Raises:
+            IndexError: A number is negative or not below `len(self)`.
+            ReadError: Reading failed.
+        """
+        return self._read(np.asarray(indices, dtype=np.int64))
+
+    def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Samples:
+        n, store, selection = len(samples), self._store, self._selection
+        wrong = (samples < 0) | (samples >= len(self))
+        if wrong.any():
+            raise IndexError(f"sample {int(samples[wrong][0])} is out of range: there are {len(self)}, from 0.")
+        slot = self._acquire(n)
+        try:
+            order = np.argsort(samples)
+            cells = selection.cells(samples[order])
+            places = slot.address + order * (self.d_model * 4 * selection.n_parts)
+            jobs = [
+                functools.partial(read_extents, store, extents, start, stop, _ignore)
+                for extents in make_sample_extents(selection, cells, places)
+                for start, stop in extents.cut(max(1, sum(extents.nbytes) // _INDEXED_THREADS + 1))
+            ]
+            if n < _MIN_PARALLEL:
+                for job in jobs:
+                    job()
+            else:
+                with ThreadPoolExecutor(_INDEXED_THREADS) as threads:
+                    for done in [threads.submit(job) for job in jobs]:
+                        done.result()
+            back = np.empty_like(order)
+            back[order] = np.arange(n)
+            labels = read_cell_labels(store, selection, cells)[back] if store.has_labels else None
+        except BaseException:
+            slot.release()
+            raise
+        batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, n, label_key="token_label")
+        return _Samples(batch)
+
+    def _acquire(self, n: int) -> Slot:
+        nbytes = slot_nbytes(n, self.d_model * 4 * self._selection.n_parts)
+        if n < _MIN_PARALLEL:
+            return Slot(nbytes, shared=False)
+        if self._pool is None or self._pool.nbytes < nbytes:
+            self._pool = SlotPool(nbytes, shared=get_worker_info() is not None and can_share())
+        return self._pool.acquire(_INDEXED_SLOTS)
+
+
+def _ignore(shard: int, offset: int) -> None:
+    """Reads of `IndexedDataset` have no timeout, so nobody asks where they stand."""

@@ -1,0 +1,309 @@
+"""Reads the steps of a plan with threads, ahead of the consumer. The same in a worker and in the caller's process.
+
+A *scheduler* thread works out what to read and waits for free memory; *reader* threads read; the consumer takes whole
+batches. Memory is bounded by the number of batches that may be open, not by time.
+"""
+
+import collections
+import dataclasses
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.errors import StalledReadError
+from saev_torch.memory import Slot, SlotPool
+from saev_torch.plan import OrderedPlan, ShufflePlan, expand_runs
+from saev_torch.reading import Extents, make_sample_extents, read_cell_labels, read_extents
+from saev_torch.schedule import Step
+from saev_torch.selection import Selection
+from saev_torch.store import ShardStore
+
+__all__ = ["Engine", "OpenBatch"]
+
+_Int64s = NDArray[np.int64]
+
+_TASK_NBYTES = 4 << 20
+
+
+@dataclasses.dataclass
+class OpenBatch:
+    """A batch that is being read, or was.
+
+    Attributes:
+        slot: Its memory.
+        size: Its number of samples.
+        cells: `[size] int64`, the cell of each row; see `Selection`.
+        labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
+    """
+
+    slot: Slot
+    size: int
+    cells: _Int64s
+    labels: NDArray[np.uint8] | None
+
+
+_Target = tuple[OpenBatch, _Int64s, _Int64s]
+
+
+@dataclasses.dataclass
+class _Running:
+    """A step whose tasks are not all done."""
+
+    n_tasks: int
+    fills: bool
+
+
+@dataclasses.dataclass
+class _Task:
+    """A part of a step for one thread. What `run` refers to keeps alive the memory that is read into."""
+
+    step: _Running
+    run: Callable[[], None]
+
+
+@dataclasses.dataclass
+class _Reading:
+    """What a thread is reading, for the message about a stall."""
+
+    path: Path
+    offset: int
+    since: float
+
+
+class Engine:
+    """Reads batches ahead.
+
+    Args:
+        store: Where to read from; closed with the engine.
+        selection: Which samples there are.
+        plan: The order of samples, for the sizes of batches.
+        steps: What to read, in order.
+        pool: Memory for batches.
+        max_open: Batches that may be open (read, or being read, and not handed out) at a time.
+        n_threads: Reading threads.
+        timeout_s: Seconds to wait for a batch.
+        n_fills: Steps that fill a lane, to complete before the first batch.
+
+    `next_batch` returns batches in order, then None. `close` must be called.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        selection: Selection,
+        plan: ShufflePlan | OrderedPlan,
+        steps: Iterator[Step],
+        pool: SlotPool,
+        max_open: int,
+        n_threads: int,
+        timeout_s: float,
+        n_fills: int,
+    ) -> None:
+        self._store = store
+        self._selection = selection
+        self._plan = plan
+        self._steps = steps
+        self._pool = pool
+        self._max_open = max_open
+        self._keep = max_open + 4
+        self._timeout_s = timeout_s
+        self._fills_wanted = n_fills
+        self._sample_nbytes = selection.md.d_model * 4 * selection.n_parts
+
+        self._lock = threading.Lock()
+        self._has_room = threading.Condition(self._lock)
+        self._has_task = threading.Condition(self._lock)
+        self._has_batch = threading.Condition(self._lock)
+        self._open: dict[int, OpenBatch] = {}
+        self._tasks: collections.deque[_Task] = collections.deque()
+        # Steps in order, each with the batches that are complete after it.
+        self._running: collections.deque[tuple[_Running, tuple[int, ...]]] = collections.deque()
+        self._ready: collections.deque[int] = collections.deque()
+        self._reading: dict[int, _Reading] = {}
+        self._all_scheduled = False
+        self._stopped = False
+        self._error: BaseException | None = None
+        names = ["saev_torch scheduler"] + [f"saev_torch reader {i}" for i in range(n_threads)]
+        targets = [self._schedule] + [self._read] * n_threads
+        # Daemons, because a read that hangs must not keep the interpreter from exiting.
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True)
+            for name, target in zip(names, targets, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException as err:  # noqa: BLE001 -- the consumer raises it
+            with self._lock:
+                self._error = self._error or err
+                self._has_batch.notify_all()
+
+    # The scheduler thread
+
+    def _schedule(self) -> None:
+        for step in self._steps:
+            new = sorted({batch for load in step.loads for batch, _ in load.targets} - self._open.keys())
+            with self._lock:
+                while len(self._open) + len(new) > self._max_open and self._open and not self._stopped:
+                    self._has_room.wait()
+                if self._stopped:
+                    return
+            self._prepare(step, new)
+        with self._lock:
+            self._all_scheduled = True
+            self._has_batch.notify_all()
+
+    def _prepare(self, step: Step, new: list[int]) -> None:
+        for batch in new:
+            size = self._plan.size(batch % self._plan.n_batches)
+            labels = np.empty(size, dtype=np.uint8) if self._store.has_labels else None
+            opened = OpenBatch(self._pool.acquire(self._keep), size, np.empty(size, dtype=np.int64), labels)
+            with self._lock:
+                self._open[batch] = opened
+        running = _Running(0, step.fills)
+        tasks = [_Task(running, run) for run in self._divide(step)]
+        running.n_tasks = len(tasks)
+        with self._lock:
+            self._running.append((running, step.batches))
+            self._tasks.extend(tasks)
+            self._has_task.notify_all()
+            self._has_batch.notify_all()
+
+    def _divide(self, step: Step) -> Iterator[Callable[[], None]]:
+        """Work out where every row of a step goes, in the order of the disk, and cut that into tasks."""
+        if not step.loads:
+            return
+        selection, chunks = self._selection, [load.chunk for load in step.loads]
+        starts, lengths = (np.concatenate(x) for x in zip(*((c.starts, c.lengths) for c in chunks), strict=True))
+        order = np.argsort(starts, kind="stable")
+        on_disk = expand_runs((np.cumsum(lengths) - lengths)[order], lengths[order])
+        cells = selection.cells(expand_runs(starts[order], lengths[order]))
+
+        dealt = np.empty_like(cells)
+        dealt[on_disk] = cells
+        places = np.zeros_like(cells)
+        targets = list(self._targets(step))
+        for opened, positions, rows in targets:
+            opened.cells[rows] = dealt[positions]
+            places[positions] = rows * self._sample_nbytes + opened.slot.address
+        places = places[on_disk]
+        if not places.all():
+            wanted = np.flatnonzero(places)
+            on_disk, cells, places = on_disk[wanted], cells[wanted], places[wanted]
+
+        if self._store.has_labels:
+            yield lambda: self._read_labels(cells, on_disk, len(dealt), targets)
+        for extents in make_sample_extents(selection, cells, places):
+            for start, stop in extents.cut(_TASK_NBYTES):
+                # The batches are named so that their memory lives as long as the task.
+                yield functools.partial(self._read_rows, extents, start, stop, targets)
+
+    def _targets(self, step: Step) -> Iterator[_Target]:
+        """For each batch and load: its positions in the step, and the rows that they go to."""
+        offset = 0
+        for load in step.loads:
+            chunk = load.chunk
+            for batch, d in load.targets:
+                part = slice(chunk.bounds[d], chunk.bounds[d + 1])
+                yield self._open[batch], chunk.dealt[part] + offset, chunk.rows[part]
+            offset += len(chunk.dealt)
+
+    # The reader threads
+
+    def _read(self) -> None:
+        while True:
+            with self._lock:
+                while not self._tasks and not self._stopped:
+                    self._has_task.wait()
+                if self._stopped:
+                    return
+                task = self._tasks.popleft()
+            task.run()
+            with self._lock:
+                self._reading.pop(threading.get_ident(), None)
+                task.step.n_tasks -= 1
+                if not task.step.n_tasks:
+                    self._has_batch.notify_all()
+            del task
+
+    def _read_rows(self, extents: Extents, start: int, stop: int, targets: list[_Target]) -> None:
+        read_extents(self._store, extents, start, stop, self._note)
+
+    def _note(self, shard: int, offset: int) -> None:
+        self._reading[threading.get_ident()] = _Reading(self._store.path(shard), offset, time.monotonic())
+
+    def _read_labels(self, cells: _Int64s, on_disk: _Int64s, n: int, targets: list[_Target]) -> None:
+        labels = np.empty(n, dtype=np.uint8)
+        labels[on_disk] = read_cell_labels(self._store, self._selection, cells)
+        for opened, positions, rows in targets:
+            if opened.labels is not None:
+                opened.labels[rows] = labels[positions]
+
+    # The consumer
+
+    def next_batch(self) -> OpenBatch | None:
+        """Take the next batch; its slot is held by the caller then.
+
+        Returns:
+            The batch, or None after the last.
+
+        Raises:
+            StalledReadError: No batch within `timeout_s`.
+            SaevTorchError: Reading failed.
+        """
+        began = time.monotonic()
+        with self._lock:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                while self._running and not self._running[0][0].n_tasks:
+                    done, batches = self._running.popleft()
+                    self._fills_wanted -= done.fills
+                    self._ready.extend(batches)
+                finished = self._all_scheduled and not self._running
+                if self._ready and (self._fills_wanted <= 0 or finished):
+                    self._fills_wanted = 0
+                    opened = self._open.pop(self._ready.popleft())
+                    self._has_room.notify()
+                    return opened
+                if finished:
+                    return None
+                left = began + self._timeout_s - time.monotonic()
+                if left <= 0:
+                    self._error = StalledReadError(self._describe_stall())
+                    raise self._error
+                self._has_batch.wait(left)
+
+    def _describe_stall(self) -> str:
+        now = time.monotonic()
+        reads = [f"{r.path} at offset {r.offset} for {now - r.since:.1f} s" for r in self._reading.values()]
+        what = "reading " + "; ".join(reads) if reads else "no read is under way, so the machine is overloaded"
+        return (
+            f"batch_timeout_s: expected a batch within {self._timeout_s} s, got none: {what}. "
+            "Check the file system, or raise batch_timeout_s."
+        )
+
+    def close(self) -> None:
+        """Stop the threads, and give unused memory and descriptors back. May be called twice."""
+        with self._lock:
+            self._stopped = True
+            stalled = isinstance(self._error, StalledReadError)
+            for condition in (self._has_room, self._has_task, self._has_batch):
+                condition.notify_all()
+        for thread in self._threads:
+            thread.join(0.1 if stalled else 5.0)
+        if not any(thread.is_alive() for thread in self._threads):
+            for opened in self._open.values():
+                opened.slot.release()
+        self._open.clear()
+        self._tasks.clear()
+        self._store.close()
+

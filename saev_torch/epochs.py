@@ -1,0 +1,139 @@
+"""Which epoch an iteration is: one number that all workers of an iteration agree on.
+
+`IterableDataset.__iter__` runs in the workers only, which may be persistent or new, forked or spawned, and the parent
+is not asked. So the count lives in memory shared by a data set and its copies in workers. The workers of one
+`DataLoader` iterator know each other by the base seed that torch gave them; each takes part in an iteration once.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from multiprocessing import context, reduction
+from typing import Any
+
+import numpy as np
+
+__all__ = ["EpochCounter"]
+
+_N_ROWS = 32
+_WORDS = 16
+_ROW = np.dtype(
+    [
+        ("order", np.int64),  # 0: not in use; else ascending
+        ("consumer", np.int64),
+        ("session", np.int64),
+        ("epoch", np.int64),
+        ("start", np.int64),
+        ("taken", np.uint64, (_WORDS,)),  # one bit for each worker
+    ]
+)
+_NO_SESSION = -1
+
+
+class EpochCounter:
+    """Counts the iterations of a data set, for each process that consumes it.
+
+    Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own.
+    """
+
+    def __init__(self) -> None:
+        self._attach(os.memfd_create("saev_torch", os.MFD_CLOEXEC))
+
+    def _attach(self, fd: int) -> None:
+        self._fd = fd
+        weakref.finalize(self, os.close, fd).atexit = False
+        nbytes = _N_ROWS * _ROW.itemsize
+        os.ftruncate(fd, nbytes)
+        self._rows = np.frombuffer(mmap.mmap(fd, nbytes), dtype=_ROW)
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if context.get_spawning_popen() is not None:
+            return {"fd": reduction.DupFd(self._fd)}
+        return {"rows": self._rows.tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "fd" in state:
+            self._attach(state["fd"].detach())
+        else:
+            self.__init__()  # type: ignore[misc]
+            self._rows[:] = np.frombuffer(state["rows"], dtype=_ROW)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        # A lock of the file system goes away with a killed worker; it does not tell threads apart.
+        with self._lock:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def begin(self, consumer: int, session: int | None, worker: int) -> tuple[int, int]:
+        """Begin an iteration, or join one that another worker of the session has begun.
+
+        Args:
+            consumer: Process that the batches are for.
+            session: What the workers of one iterator have in common; None without workers.
+            worker: Number of the worker.
+
+        Returns:
+            Number of the epoch, and the batch to start at.
+        """
+        word, bit = divmod(worker % (64 * _WORDS), 64)
+        with self._locked():
+            latest = self._latest(consumer)
+            if session is not None:
+                # The oldest that this worker has not taken part in: a slow worker must not skip one.
+                mine = self._rows[(self._rows["order"] > 0) & (self._rows["consumer"] == consumer)]
+                joined = mine[(mine["session"] == session) & (mine["taken"][:, word] >> np.uint64(bit) & np.uint64(1) == 0)]
+                if len(joined):
+                    order = joined["order"].min()
+                    row = self._rows[self._rows["order"] == order]
+                    self._rows["taken"][self._rows["order"] == order, word] |= np.uint64(1 << bit)
+                    return int(row["epoch"][0]), int(row["start"][0])
+            if latest is None:
+                epoch, start = 0, 0
+            elif latest["session"] == _NO_SESSION:
+                epoch, start = int(latest["epoch"]), int(latest["start"])
+            else:
+                epoch, start = int(latest["epoch"]) + 1, 0
+            row = self._add(consumer, 0 if session is None else session, epoch, start)
+            row["taken"][:] = np.uint64(2**64 - 1) if session is None else np.uint64(0)
+            row["taken"][word] |= np.uint64(1 << bit)
+            return epoch, start
+
+    def set(self, consumer: int, epoch: int, start: int) -> None:
+        """Choose the next iteration: its epoch, and the batch to start at."""
+        with self._locked():
+            # Iterations that have begun are not joined any more.
+            self._rows["order"][self._rows["consumer"] == consumer] = 0
+            self._add(consumer, _NO_SESSION, epoch, start)["taken"][:] = np.uint64(2**64 - 1)
+
+    def next(self, consumer: int) -> tuple[int, int]:
+        """The epoch of the next iteration, and the batch that it starts at."""
+        with self._locked():
+            latest = self._latest(consumer)
+            if latest is None:
+                return 0, 0
+            if latest["session"] == _NO_SESSION:
+                return int(latest["epoch"]), int(latest["start"])
+            return int(latest["epoch"]) + 1, 0
+
+    def _latest(self, consumer: int) -> Any:
+        mine = self._rows[(self._rows["order"] > 0) & (self._rows["consumer"] == consumer)]
+        if not len(mine):
+            # Chosen before this process was started, for all that come.
+            mine = self._rows[(self._rows["order"] > 0) & (self._rows["session"] == _NO_SESSION)]
+        return mine[np.argmax(mine["order"])] if len(mine) else None
+
+    def _add(self, consumer: int, session: int, epoch: int, start: int) -> Any:
+        place = int(np.argmin(self._rows["order"]))
+        row = self._rows[place]
+        row["order"] = self._rows["order"].max() + 1
+        row["consumer"], row["session"], row["epoch"], row["start"] = consumer, session, epoch, start
+        return row

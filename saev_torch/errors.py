@@ -1,0 +1,48 @@
+"""Exceptions. Each is also the builtin that a caller would already catch.
+
+Every message says the path or field, what was expected, what was found, and what to do about it. All of them
+can be built from one string, which is how torch raises a worker's exception again in the parent process.
+"""
+
+__all__ = [
+    "ConfigError",
+    "FormatError",
+    "ReadError",
+    "SaevTorchError",
+    "ShardsNotFoundError",
+    "StalledReadError",
+    "StateError",
+    "WriteError",
+]
+
+
+class SaevTorchError(Exception):
+    """Base of every exception that this package raises on purpose."""
+
+
+class ConfigError(SaevTorchError, ValueError):
+    """A field of a config has a bad value, or one that this shard directory cannot serve."""
+
+
+class FormatError(SaevTorchError, ValueError):
+    """A shard directory exists, but its content does not follow the format."""
+
+
+class ShardsNotFoundError(SaevTorchError, FileNotFoundError):
+    """A shard directory, or a file that it must hold, is not there."""
+
+
+class ReadError(SaevTorchError, OSError):
+    """Reading a shard failed while batches were being made."""
+
+
+class StalledReadError(SaevTorchError, TimeoutError):
+    """No batch could be made within `batch_timeout_s`, because a read did not return."""
+
+
+class StateError(SaevTorchError, ValueError):
+    """A state was saved from other data or another config, or is not a state at all."""
+
+
+class WriteError(SaevTorchError, OSError):
+    """Activations could not be written, or do not fit the metadata that was announced."""

@@ -1,0 +1,213 @@
+"""Safe access to files in a directory that a stranger may have filled, and atomic replacement of our own.
+
+Names come out of shards.json, so they are data: a name may try to leave the directory, and what it names may be a
+link, a FIFO that never answers, or a device. Everything that reads a shard directory opens its files here.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import reprlib
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import orjson
+
+from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError, WriteError
+
+__all__ = ["check_name", "first_repeated", "open_regular", "read_json", "short", "sync_dir", "write_atomic", "writing"]
+
+MAX_JSON_BYTES = 3 << 20
+"""Default bound of `read_json`: hostile JSON takes 30 times its bytes while it is parsed, real metadata is a few KB."""
+
+_NAME_MAX_BYTES = 255
+_KINDS = (
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 80
+
+
+def short(value: object) -> str:
+    """Show an untrusted value in a message: its repr, cut to about 80 characters."""
+    try:
+        return _repr.repr(value)
+    except ValueError:
+        return "an integer of thousands of digits"
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """Return the first of `names` that came before, or None."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def check_name(name: object) -> str:
+    """Return `name` if it is a plain file name, which cannot lead out of a directory.
+
+    Raises:
+        FormatError: It is not a string, is empty, `.` or `..`, holds `/` or NUL, or is no possible file name.
+    """
+    if not isinstance(name, str):
+        raise FormatError(f"name: expected a file name, got {short(name)}")
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise FormatError(f"name: expected a plain file name without '/', got {short(name)}; refused as unsafe")
+    try:
+        n_bytes = len(os.fsencode(name))
+    except UnicodeEncodeError as err:
+        raise FormatError(f"name: expected a file name, got {short(name)}, which is not valid text") from err
+    if n_bytes > _NAME_MAX_BYTES:
+        raise FormatError(f"name: expected at most {_NAME_MAX_BYTES} bytes, got {n_bytes}: {short(name)}")
+    return name
+
+
+def open_regular(directory: Path, name: str) -> int:
+    """Open a regular file of a directory for reading, whatever a stranger may have put in its place.
+
+    Args:
+        directory: The directory, trusted; may itself be reached through links.
+        name: A plain file name in it, untrusted.
+
+    Returns:
+        A file descriptor, which the caller closes.
+
+    Raises:
+        FormatError: The name is not plain, or names something else than a regular file (links included).
+        ShardsNotFoundError: The directory or the file does not exist.
+        ReadError: The operating system refused, for instance for want of permission.
+    """
+    path = directory / check_name(name)
+    try:
+        # Looking first keeps devices from being opened at all, which may do things; O_NOFOLLOW and O_NONBLOCK keep
+        # us safe, and fstat right, if the file is exchanged between the two calls.
+        _require_regular(path, os.lstat(path).st_mode)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as err:
+        if not directory.is_dir():
+            what = "is not a directory" if directory.exists() else "does not exist"
+            raise ShardsNotFoundError(f"{directory}: expected a shard directory, but it {what}") from err
+        raise ShardsNotFoundError(f"{path}: expected a file, but it does not exist; is the copy complete?") from err
+    except OSError as err:
+        if err.errno == errno.ELOOP and path.is_symlink():
+            raise FormatError(_not_regular(path, "a symbolic link")) from err
+        raise ReadError(f"{path}: could not be opened: {err.strerror}; check permissions and the file system") from err
+    try:
+        _require_regular(path, os.fstat(fd).st_mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _require_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise FormatError(_not_regular(path, next((kind for test, kind in _KINDS if test(mode)), "something else")))
+
+
+def _not_regular(path: Path, kind: str) -> str:
+    remedy = "put a regular file there"
+    if kind == "a symbolic link":
+        # What huggingface_hub downloads into its cache is a folder of links, so name the way out.
+        remedy = "links are not followed: copy the files themselves (Hugging Face: download with local_dir=...)"
+    return f"{path}: expected a regular file, got {kind}; {remedy}"
+
+
+def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> object:
+    """Read one JSON document from an untrusted directory, strictly.
+
+    Args:
+        directory: The directory.
+        name: A plain file name in it.
+        max_bytes: Largest accepted size of the file, in bytes.
+
+    Returns:
+        The document, of dict, list, str, int, float, bool and None; integers are exact, of any size.
+
+    Raises:
+        FormatError: Not a regular file, too large, not UTF-8, not JSON, too deeply nested, NaN or infinite numbers,
+            or an object with a repeated key.
+        ShardsNotFoundError: The directory or the file does not exist.
+        ReadError: The operating system could not read it.
+    """
+    path = directory / check_name(name)
+    with os.fdopen(open_regular(directory, name), "rb") as fd:
+        n_bytes = os.fstat(fd.fileno()).st_size
+        try:
+            raw = fd.read(max_bytes + 1) if n_bytes <= max_bytes else b""
+        except OSError as err:
+            raise ReadError(f"{path}: could not be read: {err.strerror}; check the file system") from err
+    if n_bytes > max_bytes or len(raw) > max_bytes:
+        raise FormatError(f"{path}: expected at most {max_bytes} bytes of JSON, got {max(n_bytes, len(raw))}")
+    try:
+        # orjson is the strict gate: it bounds the depth, and refuses bad UTF-8, NaN and infinities. The second parse
+        # sees what orjson drops in silence: repeated keys, and the digits of integers beyond 64 bits.
+        orjson.loads(raw)
+        return json.loads(raw, object_pairs_hook=_unique_keys)
+    except RecursionError as err:
+        raise FormatError(f"{path}: expected metadata of a few levels, got JSON nested too deeply") from err
+    except ValueError as err:
+        raise FormatError(f"{path}: expected valid JSON, got {len(raw)} bytes that are not: {err}") from err
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    obj = dict(pairs)
+    if len(obj) < len(pairs):
+        raise ValueError(f"the key {short(first_repeated(key for key, _ in pairs))} is repeated in one object")
+    return obj
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors while writing `path` into `WriteError`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as err:
+        raise WriteError(
+            f"{path}: could not be written: {err.strerror or err}; check free space, quota and permissions"
+        ) from err
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that other processes, and a crash at any time, see the old one, or all of the new one.
+
+    Raises:
+        WriteError: The operating system refused; the old file, if any, is as it was.
+    """
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with writing(path):
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(fd)
+            os.replace(temp, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temp)
+            raise
+        sync_dir(path.parent)
+
+
+def sync_dir(directory: Path) -> None:
+    """Make the names in a directory (created, renamed) survive a power failure."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

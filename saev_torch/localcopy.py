@@ -1,0 +1,96 @@
+"""A copy of a shard directory under `$TMPDIR`, made once per machine."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from saev_torch.errors import ReadError, WriteError
+from saev_torch.files import open_regular
+from saev_torch.metadata import METADATA_NAME, Metadata
+from saev_torch.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
+
+__all__ = ["local_copy"]
+
+_log = logging.getLogger("saev_torch")
+
+_PIECE_NBYTES = 64 << 20
+
+
+def _files(shards_dir: Path) -> list[str]:
+    Metadata.load(shards_dir)
+    shards = ShardInfo.load(shards_dir)
+    shards.validate(shards_dir)
+    names = [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples)]
+    return names + [LABELS_NAME] * os.path.lexists(shards_dir / LABELS_NAME)
+
+
+def _fingerprint(shards_dir: Path, names: list[str]) -> str:
+    """Name of the copy: another one if any file was changed or replaced."""
+    digest = hashlib.sha256(os.fsencode(shards_dir.resolve()))
+    for name in names:
+        stat = os.stat(shards_dir / name, follow_symlinks=False)
+        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def local_copy(shards_dir: Path) -> Path:
+    """Copy a shard directory to `$TMPDIR/saev_torch-<user id>/`, unless an unchanged copy is there.
+
+    Several processes may ask at once: one copies, the others wait. The copy stays for the next run.
+
+    Args:
+        shards_dir: Directory with `metadata.json` and the shards.
+
+    Returns:
+        Directory of the copy.
+
+    Raises:
+        WriteError: `$TMPDIR` is full or cannot be written.
+        ReadError: A file could not be read.
+        ShardsNotFoundError: The directory or one of its files is missing.
+        FormatError: A file does not follow the format, or has the wrong size.
+    """
+    names = _files(shards_dir)
+    root = Path(tempfile.gettempdir()) / f"saev_torch-{os.getuid()}"
+    copy = root / _fingerprint(shards_dir, names)
+    part = copy.with_suffix(".part")
+    try:
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.lstat().st_uid != os.getuid() or root.is_symlink():
+            raise WriteError(f"{root}: expected a directory of this user, got somebody else's; set TMPDIR.")
+        with open(copy.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not copy.exists():
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                _log.info("copying %s to %s", shards_dir, copy)
+                for name in names:
+                    _copy_file(shards_dir, name, part / name)
+                part.rename(copy)
+    except OSError as err:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(err, ReadError | WriteError) or not err.errno:
+            raise
+        raise WriteError(
+            f"{copy}: expected room for a copy of {shards_dir}, got: {err.strerror}; "
+            "free some, set TMPDIR to another file system, or set use_tmpdir=False."
+        ) from err
+    return copy
+
+
+def _copy_file(shards_dir: Path, name: str, target: Path) -> None:
+    source = open_regular(shards_dir, name)
+    try:
+        with open(target, "wb") as out:
+            left = os.fstat(source).st_size
+            while left:
+                n = os.sendfile(out.fileno(), source, None, min(left, _PIECE_NBYTES))
+                if n == 0:
+                    raise ReadError(f"{shards_dir / name}: expected {left} more bytes, got none; copy it again.")
+                left -= n
+    finally:
+        os.close(source)

@@ -1,0 +1,228 @@
+"""Batch memory that is handed out again only when the last view of it is gone.
+
+Fresh memory costs more than reading into it, because of its page faults, so slots are reused. In a worker process a
+slot is a memfd: it does not count against /dev/shm, travels to the parent as a name, and vanishes with the last
+process that maps it. Elsewhere it is private memory, in huge pages where the system has them.
+
+A slot knows that it is free from counters with one writer each: the worker counts what it sent, the parent what it
+let go of. A worker that is killed cannot leave a lock behind.
+"""
+
+import contextlib
+import itertools
+import mmap
+import multiprocessing
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.errors import ReadError
+
+__all__ = ["Lease", "Slot", "SlotPool", "attach", "can_share"]
+
+_HEADER = mmap.PAGESIZE
+_SENT, _RETURNED = 0, 1
+_HUGE_PAGE = 2 << 20
+_numbers = itertools.count()
+
+
+class Lease:
+    """The right to use a piece of memory: numpy arrays and tensors made from it keep it alive.
+
+    Args:
+        memory: `[nbytes] uint8`, kept alive as long as the lease.
+        on_release: Called once nothing refers to the memory any more.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8], on_release: Callable[[], None]) -> None:
+        self._memory = memory
+        self.__array_interface__ = memory.__array_interface__
+        pid = os.getpid()
+        # A forked child drops its copies of objects too, and has no say in what its parent still uses.
+        weakref.finalize(self, lambda: on_release() if os.getpid() == pid else None).atexit = False
+
+    def array(self) -> NDArray[np.uint8]:
+        """The memory, `[nbytes] uint8`; the lease lasts as long as any view of this."""
+        return np.asarray(self)  # type: ignore[call-overload, no-any-return]
+
+
+class Slot:
+    """Memory for one batch.
+
+    Args:
+        nbytes: Size in bytes.
+        shared: Whether another process will read it.
+
+    Attributes:
+        number: Unique in this process.
+        fd: Descriptor of shared memory, else -1.
+        address: Where it begins.
+    """
+
+    def __init__(self, nbytes: int, shared: bool) -> None:
+        self.number = next(_numbers)
+        self.nbytes = nbytes
+        self.pid = os.getpid()
+        self._held = False
+        self.fd = -1
+        if shared:
+            self.fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC)
+            weakref.finalize(self, os.close, self.fd).atexit = False
+            os.ftruncate(self.fd, nbytes + _HEADER)
+            self._memory = np.frombuffer(mmap.mmap(self.fd, nbytes + _HEADER), dtype=np.uint8)
+            self._counts = self._memory[:_HEADER].view(np.int64)
+            self._memory = self._memory[_HEADER:]
+        else:
+            pages = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if nbytes >= _HUGE_PAGE:
+                with contextlib.suppress(OSError):
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = np.frombuffer(pages, dtype=np.uint8)
+            self._counts = np.zeros(2, dtype=np.int64)
+        self.address = int(self._memory.ctypes.data)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody can see the memory: neither this process nor one that it was sent to."""
+        return not self._held and bool(self._counts[_SENT] == self._counts[_RETURNED])
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process may send the slot on: it is shared, and was made here."""
+        return self.fd >= 0 and self.pid == os.getpid()
+
+    def lease(self) -> Lease:
+        """Hand the memory out; the slot is free again when the lease and all views of it are gone."""
+        self._held = True
+        return Lease(self._memory, self.release)
+
+    def hold(self) -> None:
+        """Keep the slot from being handed out while it is filled."""
+        self._held = True
+
+    def release(self) -> None:
+        """Take the slot back: nothing in this process uses it any more."""
+        self._held = False
+
+    def send(self) -> tuple[int, int, int, int]:
+        """Note that the slot goes to the parent process; the name by which `attach` finds it there."""
+        self._counts[_SENT] += 1
+        _sent.add(self)
+        return self.pid, self.number, self.fd, self.nbytes
+
+
+_sent: set[Slot] = set()
+"""Slots on their way: their descriptors stay open until the parent has let go of them."""
+
+
+def _forget_returned() -> None:
+    _sent.difference_update([slot for slot in tuple(_sent) if slot.is_free])
+
+
+class SlotPool:
+    """Slots of one size. It never waits for a user who keeps batches: it makes another slot.
+
+    Args:
+        nbytes: Size of a slot in bytes.
+        shared: Whether another process will read them.
+    """
+
+    def __init__(self, nbytes: int, shared: bool) -> None:
+        self.nbytes = nbytes
+        self.shared = shared
+        self._lock = threading.Lock()
+        self._slots: list[Slot] = []
+
+    def acquire(self, keep: int) -> Slot:
+        """Take a free slot, or make one.
+
+        Args:
+            keep: How many slots are worth keeping; free ones beyond that are given back to the system.
+
+        Returns:
+            A slot that is held until its lease is gone.
+        """
+        with self._lock:
+            _forget_returned()
+            free = [slot for slot in self._slots if slot.is_free]
+            while len(free) > 1 and len(self._slots) > keep:
+                self._slots.remove(free.pop())
+            if free:
+                slot = free[0]
+            else:
+                slot = Slot(self.nbytes, self.shared)
+                self._slots.append(slot)
+            slot.hold()
+            return slot
+
+
+def can_share() -> bool:
+    """Whether a process can map the memory of another by its name under /proc, as `attach` does."""
+    try:
+        fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC)
+    except (AttributeError, OSError):
+        return False
+    try:
+        os.close(os.open(f"/proc/{os.getpid()}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+_mapped: dict[int, dict[int, NDArray[np.uint8]]] = {}
+_mapped_lock = threading.Lock()
+
+
+def _forget_in_child() -> None:
+    _mapped.clear()
+    _sent.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def attach(pid: int, number: int, fd: int, nbytes: int) -> Lease:
+    """Map a slot that a worker process sent; see `Slot.send`.
+
+    The mapping is kept for the next batch in the same slot until the worker's `Process` object is gone.
+
+    Raises:
+        ReadError: The worker is gone.
+    """
+    with _mapped_lock:
+        memory = _mapped.get(pid, {}).get(number)
+        if memory is None:
+            memory = _map(pid, fd, nbytes)
+            process = next((p for p in multiprocessing.active_children() if p.pid == pid), None)
+            if process is not None:
+                if pid not in _mapped:
+                    _mapped[pid] = {}
+                    weakref.finalize(process, _mapped.pop, pid, None).atexit = False
+                _mapped[pid][number] = memory
+    counts = memory[:_HEADER].view(np.int64)
+
+    def release() -> None:
+        counts[_RETURNED] += 1
+
+    return Lease(memory[_HEADER:], release)
+
+
+def _map(pid: int, fd: int, nbytes: int) -> NDArray[np.uint8]:
+    try:
+        own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as err:
+        raise ReadError(f"worker process {pid}: its batch cannot be received, because the process is gone.") from err
+    try:
+        if os.fstat(own).st_size != nbytes + _HEADER:
+            raise ReadError(f"worker process {pid}: its batch cannot be received, because the process is gone.")
+        pages: Any = mmap.mmap(own, nbytes + _HEADER)
+    finally:
+        os.close(own)
+    return np.frombuffer(pages, dtype=np.uint8)

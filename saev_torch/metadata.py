@@ -1,0 +1,296 @@
+"""metadata.json: what produced the activations of a shard directory, and the geometry of its files.
+
+Three protocols are read, 1.0.0, 1.1 and 2.1; only 2.1 is written. The older two have other names for the same
+fields, and a `Metadata` always has the names of 2.1.
+"""
+
+import dataclasses
+import enum
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
+from saev_torch.files import read_json, short, write_atomic, writing
+
+__all__ = ["Metadata", "PixelAgg"]
+
+METADATA_NAME = "metadata.json"
+PROTOCOL = "2.1"
+PROTOCOLS = ("1.0.0", "1.1", PROTOCOL)
+
+MAX_NBYTES = 1 << 62
+"""Bound of any size in bytes and of any count, so that no sum or product of offsets leaves int64."""
+
+# The names of protocols 1.0.0 and 1.1, in their order.
+_OLD_NAMES = {
+    "vit_family": "family",
+    "vit_ckpt": "ckpt",
+    "layers": "layers",
+    "n_patches_per_img": "content_tokens_per_example",
+    "cls_token": "cls_token",
+    "d_vit": "d_model",
+    "n_imgs": "n_examples",
+    "max_patches_per_shard": "max_tokens_per_shard",
+    "data": "data",
+    "dtype": "dtype",
+    "protocol": "protocol",
+}
+_OLD_DEFAULTS: dict[str, object] = {"dtype": "float32", "protocol": "1.0.0"}
+
+
+class PixelAgg(enum.Enum):
+    """How the labels of an example's pixels became one label for each content token."""
+
+    MAJORITY = "majority"
+    PREFER_FG = "prefer-fg"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Which activations a shard directory holds, and how they are laid out.
+
+    Attributes:
+        family: Transformer family, for instance "clip" or "dinov3".
+        ckpt: Checkpoint of the transformer.
+        layers: Recorded layers, in file order; may be negative.
+        content_tokens_per_example: Tokens of an example, without [CLS].
+        cls_token: Whether token 0 of each example is [CLS].
+        d_model: Width of one activation.
+        n_examples: Examples in all shards.
+        max_tokens_per_shard: Budget of activations (token x layer) in one shard file.
+        data: Opaque description of the source data set; carried, and never unpickled.
+        dataset: Root of the source data set; `Path()` where the protocol has none.
+        pixel_agg: How pixel labels became token labels.
+        dtype: Always "float32", little-endian.
+        protocol: "1.0.0", "1.1" or "2.1".
+
+    Raises:
+        FormatError: A field has another type, is out of range, or the fields do not fit each other.
+    """
+
+    family: str
+    ckpt: str
+    layers: tuple[int, ...]
+    content_tokens_per_example: int
+    cls_token: bool
+    d_model: int
+    n_examples: int
+    max_tokens_per_shard: int
+    data: str
+    dataset: Path
+    pixel_agg: PixelAgg = PixelAgg.MAJORITY
+    dtype: str = "float32"
+    protocol: str = PROTOCOL
+    # Older hashes cover the JSON object as it was written, which these fields cannot give back. `replace` drops it.
+    _recorded_hash: str | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for field in ("family", "ckpt", "data"):
+            _check_text(field, getattr(self, field))
+        for field in ("content_tokens_per_example", "d_model", "n_examples", "max_tokens_per_shard"):
+            value = _check_int(field, getattr(self, field))
+            if value < 1:
+                raise FormatError(f"{field}: expected at least 1, got {value}")
+        if not isinstance(self.cls_token, bool):
+            raise FormatError(f"cls_token: expected true or false, got {short(self.cls_token)}")
+        object.__setattr__(self, "layers", _check_layers(self.layers))
+        object.__setattr__(self, "dataset", _check_path("dataset", self.dataset))
+        try:
+            object.__setattr__(self, "pixel_agg", PixelAgg(self.pixel_agg))
+        except ValueError as err:
+            values = [agg.value for agg in PixelAgg]
+            raise FormatError(f"pixel_agg: expected one of {values}, got {short(self.pixel_agg)}") from err
+        if self.dtype != "float32":
+            raise FormatError(f"dtype: expected 'float32', got {short(self.dtype)}; record the activations as float32")
+        _check_protocol(self.protocol)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        n_per_example = self.tokens_per_example * self.n_layers
+        if self.examples_per_shard < 1:
+            raise FormatError(
+                f"max_tokens_per_shard: expected at least {n_per_example}, so that one example ({self.n_layers} layers "
+                f"x {self.tokens_per_example} tokens) fits, got {self.max_tokens_per_shard}; raise it"
+            )
+        # One file more than n_shards, because an exact multiple is followed by a file without examples.
+        n_bytes = (self.n_shards + 1) * self.examples_per_shard * n_per_example * self.d_model * 4
+        if n_bytes >= MAX_NBYTES:
+            raise FormatError(
+                f"n_examples, layers, tokens and d_model: expected files of less than 2**62 bytes, got {n_bytes} bytes"
+            )
+
+    @classmethod
+    def load(cls, shards_dir: Path) -> "Metadata":
+        """Load the metadata of a shard directory of any protocol; the directory may have any name.
+
+        Raises:
+            ShardsNotFoundError: The directory or its metadata.json does not exist, as after an unfinished write.
+            FormatError: metadata.json does not follow the format.
+            ReadError: It could not be read.
+        """
+        shards_dir = Path(shards_dir)
+        path = shards_dir / METADATA_NAME
+        try:
+            obj = read_json(shards_dir, METADATA_NAME)
+        except ShardsNotFoundError as err:
+            if not shards_dir.is_dir():
+                raise
+            raise ShardsNotFoundError(
+                f"{path}: does not exist. It is written last, so either writing {shards_dir} was not finished (delete "
+                "the directory and write it again), or this is not a shard directory (they are <shards_root>/<hash>)"
+            ) from err
+        try:
+            return cls._from_json(obj)
+        except FormatError as err:
+            raise FormatError(f"{path}: {err}") from err
+        except RecursionError as err:
+            raise FormatError(f"{path}: data: expected a few levels, got an object nested too deeply") from err
+
+    @classmethod
+    def _from_json(cls, obj: object) -> "Metadata":
+        if not isinstance(obj, dict):
+            raise FormatError(f"expected a JSON object, got {short(obj)}")
+        is_oldest = "protocol" not in obj and "vit_family" in obj
+        protocol = _check_protocol("1.0.0" if is_oldest else _require(obj, ["protocol"])["protocol"])
+        if protocol == PROTOCOL:
+            names = [field.name for field in dataclasses.fields(cls) if field.init]
+            unknown = sorted(set(obj) - set(names))
+            if unknown:
+                raise FormatError(f"expected the keys of protocol 2.1, got unknown {short(unknown)}; remove them")
+            kwargs = _require(obj, names)
+            # A null would otherwise be reported as if the caller had passed None.
+            _check_text("dataset", kwargs["dataset"])
+            return cls(**kwargs)
+        kwargs = {_OLD_NAMES[old]: value for old, value in _require(_OLD_DEFAULTS | obj, list(_OLD_NAMES)).items()}
+        if isinstance(kwargs["data"], dict):
+            kwargs["data"] = json.dumps(kwargs["data"], separators=(",", ":"), ensure_ascii=False)
+        md = cls(**kwargs, dataset=Path())
+        object.__setattr__(md, "_recorded_hash", _old_hash(obj))
+        return md
+
+    def dump(self, shards_root: Path) -> Path:
+        """Write metadata.json into `<shards_root>/<hash>`, creating the directory, and return that directory.
+
+        Raises:
+            WriteError: An older protocol, another metadata.json is there already, or the system refused.
+        """
+        shards_dir = Path(shards_root) / self.hash
+        data = self.to_json()
+        path = shards_dir / METADATA_NAME
+        with writing(path):
+            shards_dir.mkdir(parents=True, exist_ok=True)
+            # A published directory is read-only: announcing the same metadata again must not touch it.
+            if path.is_file() and path.read_bytes() == data:
+                return shards_dir
+        if path.exists() or path.is_symlink():
+            raise WriteError(f"{path}: expected no file or this same metadata, got another file; move it away")
+        write_atomic(path, data)
+        return shards_dir
+
+    def to_json(self) -> bytes:
+        """Return the bytes of metadata.json, the same as saev's own writer's.
+
+        Raises:
+            WriteError: The protocol is an older one, which is only read.
+        """
+        if self.protocol != PROTOCOL:
+            raise WriteError(
+                f"protocol: expected {PROTOCOL!r}, the only one that is written, got {self.protocol!r}; "
+                "use dataclasses.replace(md, protocol='2.1', dataset=...)"
+            )
+        return orjson.dumps(self._json_object(), option=orjson.OPT_INDENT_2)
+
+    def _json_object(self) -> dict[str, object]:
+        obj = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        return obj | {"dataset": str(self.dataset), "pixel_agg": self.pixel_agg.value}
+
+    @property
+    def hash(self) -> str:
+        """Name of the directory: 8 hex digits of a SHA-256 (all 64 for protocols before 2.1)."""
+        if self.protocol == PROTOCOL:
+            # saev asks orjson to sort keys, but orjson sorts no dataclass fields: every directory in the world is
+            # named by the fields in the order of their declaration.
+            return hashlib.sha256(orjson.dumps(self._json_object())).hexdigest()[:8]
+        obj = self._json_object()
+        return self._recorded_hash or _old_hash({old: obj[new] for old, new in _OLD_NAMES.items()})
+
+    @property
+    def n_layers(self) -> int:
+        """Recorded layers."""
+        return len(self.layers)
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Stored tokens of an example, [CLS] included."""
+        return self.content_tokens_per_example + int(self.cls_token)
+
+    @property
+    def examples_per_shard(self) -> int:
+        """Examples that a full shard file holds."""
+        return self.max_tokens_per_shard // (self.tokens_per_example * self.n_layers)
+
+    @property
+    def n_shards(self) -> int:
+        """Shard files that hold examples."""
+        return -(-self.n_examples // self.examples_per_shard)
+
+    @property
+    def shard_shape(self) -> tuple[int, int, int, int]:
+        """Shape of a full shard file, [examples_per_shard, n_layers, tokens_per_example, d_model] float32."""
+        return (self.examples_per_shard, self.n_layers, self.tokens_per_example, self.d_model)
+
+
+def _old_hash(obj: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _require(obj: dict[str, object], names: list[str]) -> dict[str, Any]:
+    missing = [name for name in names if name not in obj]
+    if missing:
+        raise FormatError(f"expected the key {missing[0]!r}, got none (missing: {', '.join(missing)})")
+    return {name: obj[name] for name in names}
+
+
+def _check_protocol(value: object) -> str:
+    if not isinstance(value, str) or value not in PROTOCOLS:
+        raise FormatError(f"protocol: expected one of {list(PROTOCOLS)}, got {short(value)}; is there a newer version?")
+    return value
+
+
+def _check_text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise FormatError(f"{field}: expected a string, got {short(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as err:
+        raise FormatError(f"{field}: expected text that UTF-8 can encode, got {short(value)}") from err
+
+
+def _check_path(field: str, value: object) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise FormatError(f"{field}: expected a path, got {short(value)}")
+    path = Path(value)
+    _check_text(field, str(path))
+    return path
+
+
+def _check_int(field: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FormatError(f"{field}: expected an integer, got {short(value)}")
+    if abs(value) >= MAX_NBYTES:
+        raise FormatError(f"{field}: expected less than 2**62, got {short(value)}")
+    return value
+
+
+def _check_layers(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise FormatError(f"layers: expected a list of integers, got {short(value)}")
+    layers = tuple(_check_int("layers", layer) for layer in value)
+    if not layers or len(set(layers)) < len(layers):
+        raise FormatError(f"layers: expected one or more layers, each once, got {short(list(layers))}")
+    return layers

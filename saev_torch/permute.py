@@ -1,0 +1,131 @@
+"""Seeded permutations that are the same on every machine and for every numpy version.
+
+Two kinds: `Bijection` permutes a range of any size in constant memory, one index at a time if need be, and can be
+inverted; `shuffled` draws a whole permutation of a small range at once. Both rest on raw 64-bit integers only
+(numpy promises the streams of its bit generators, not those of `Generator.permutation`), and neither touches a
+global random number generator.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Bijection", "make_key", "shuffled"]
+
+_N_ROUNDS = 8
+_MASK = (1 << 64) - 1
+_C1 = 0xBF58476D1CE4E5B9
+_C2 = 0x94D049BB133111EB
+
+_Int64s = NDArray[np.int64]
+_UInt64s = NDArray[np.uint64]
+_Step = Callable[[_UInt64s], _UInt64s]
+
+
+def make_key(*parts: int) -> int:
+    """Hash integers into one 64-bit key.
+
+    Args:
+        *parts: Integers of any size and sign; their order matters.
+
+    Returns:
+        An integer in [0, 2**64).
+    """
+    key = 0x9E3779B97F4A7C15
+    for part in (len(parts), *parts):
+        key = _mix(key ^ (part & _MASK))
+    return key
+
+
+def _mix(x: int) -> int:
+    # The finaliser of SplitMix64 (Steele, Lea, Flood 2014), on Python integers.
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * _C1) & _MASK
+    x = ((x ^ (x >> 27)) * _C2) & _MASK
+    return x ^ (x >> 31)
+
+
+def shuffled(n: int, key: int) -> _Int64s:
+    """Draw a permutation of 0..n-1.
+
+    The random bits carry the index in their low end, so all keys are distinct and any correct sort gives the same
+    answer.
+
+    Args:
+        n: Size of the range, below 2**31.
+        key: A 64-bit key, as from `make_key`.
+
+    Returns:
+        `[n] int64`, each of 0..n-1 once.
+    """
+    index_mask = np.uint64((1 << max(1, n - 1).bit_length()) - 1)
+    keys: _UInt64s = np.random.PCG64(key).random_raw(n)
+    keys &= ~index_mask
+    keys |= np.arange(n, dtype=np.uint64)
+    keys.sort()
+    keys &= index_mask
+    return keys.view(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bijection:
+    """A pseudo-random permutation of 0..n-1 in constant memory.
+
+    A Feistel network over a rectangle of `side x side >= n` cells with modular addition (the FE construction of
+    Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002); values that leave the range walk on until they
+    come back. The rectangle is at most `2 * side + 1` cells too large, so few walk.
+
+    Attributes:
+        n: Size of the range.
+        key: A 64-bit key, as from `make_key`.
+    """
+
+    n: int
+    key: int
+
+    def __call__(self, x: _Int64s) -> _Int64s:
+        """Map `x [m] int64`, each in 0..n-1, to their images `[m] int64`."""
+        return self._walk(x, self._encrypt)
+
+    def inverse(self, y: _Int64s) -> _Int64s:
+        """Map images `y [m] int64` back, so that `inverse(self(x)) == x`."""
+        return self._walk(y, self._decrypt)
+
+    @property
+    def _side(self) -> int:
+        return math.isqrt(max(0, self.n - 1)) + 1
+
+    def _walk(self, x: _Int64s, step: _Step) -> _Int64s:
+        out = step(x.astype(np.uint64))
+        (outside,) = np.nonzero(out >= self.n)
+        while outside.size:
+            moved = step(out[outside])
+            out[outside] = moved
+            outside = outside[moved >= self.n]
+        return out.view(np.int64)
+
+    def _round(self, half: _UInt64s, i: int) -> _UInt64s:
+        h = half ^ np.uint64(make_key(self.key, i))
+        h *= np.uint64(_C1)
+        h ^= h >> np.uint64(32)
+        h *= np.uint64(_C2)
+        h ^= h >> np.uint64(29)
+        h %= np.uint64(self._side)
+        return h
+
+    def _encrypt(self, x: _UInt64s) -> _UInt64s:
+        side = np.uint64(self._side)
+        left, right = x // side, x % side
+        for i in range(_N_ROUNDS):
+            left, right = right, (left + self._round(right, i)) % side
+        return left * side + right
+
+    def _decrypt(self, y: _UInt64s) -> _UInt64s:
+        side = np.uint64(self._side)
+        left, right = y // side, y % side
+        for i in reversed(range(_N_ROUNDS)):
+            left, right = (right + side - self._round(left, i)) % side, left
+        return left * side + right

@@ -1,0 +1,286 @@
+"""Which samples a config selects, and how they are numbered: integer arithmetic only.
+
+A *cell* is a position on the grid (example, layer, stored token) that a config looks at; a *sample* is a selected
+cell. Samples are numbered 0..n-1 in the order of the bytes on disk. With one layer (or several side by side) the
+grid has one layer; with `layer="all"` it has all of them.
+
+    cell = (example_idx * n_grid_layers + layer_idx) * tokens_per_example + token
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.config import LayerSpec, TokenKind
+from saev_torch.errors import ConfigError
+from saev_torch.metadata import Metadata
+
+__all__ = ["Index", "IndexMap", "LabelRows", "Selection", "resolve_layers"]
+
+_Int64s = NDArray[np.int64]
+
+LabelRows = Callable[[_Int64s], NDArray[np.uint8]]
+"""Reads the labels of examples: `[m] int64` example numbers to `[m, content_tokens_per_example] uint8`."""
+
+
+def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
+    """Look layers up: by value in `md.layers`, else a negative one counts from the end of that list.
+
+    Args:
+        md: Metadata of the shards.
+        layer: A layer, "all", or a tuple of layers.
+
+    Returns:
+        Positions in `md.layers`.
+
+    Raises:
+        ConfigError: A layer was not recorded; the message names those that were.
+    """
+    if layer == "all":
+        return tuple(range(len(md.layers)))
+    wanted = layer if isinstance(layer, tuple) else (layer,)
+    found = []
+    for one in wanted:
+        if one in md.layers:
+            found.append(md.layers.index(one))
+        elif isinstance(one, int) and -len(md.layers) <= one < 0:
+            found.append(len(md.layers) + one)
+        else:
+            raise ConfigError(f"layer: expected one of the recorded layers {list(md.layers)}, got {one!r}; choose one.")
+    if len(set(found)) != len(found):
+        raise ConfigError(f"layer: {layer!r} names one of the recorded layers {list(md.layers)} twice; name each once.")
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """What `ignore_labels` leaves, per example.
+
+    Attributes:
+        keep: `[256] bool`, True where a label stays.
+        first_sample: `[n_examples + 1] int64`, number of samples before each example.
+        read: Reads the labels of examples.
+    """
+
+    keep: NDArray[np.bool_]
+    first_sample: _Int64s
+    read: LabelRows
+
+
+class Selection:
+    """The samples that (tokens, layer, ignored labels) select.
+
+    Args:
+        md: Metadata of the shards.
+        tokens: "special", "content" or "all".
+        layer: A layer, "all", or a tuple of layers that each sample holds side by side.
+        ignore_labels: Labels whose content tokens are left out.
+        read_labels: Reads label rows; needed with `ignore_labels` only.
+
+    Attributes:
+        n_samples: Number of samples.
+        layer_idxs: Positions in `md.layers` of the layers that are read.
+        layer_is_all: Whether every layer is a sample of its own.
+        n_parts: Rows on disk that make one sample: the number of layers side by side, else 1.
+
+    Raises:
+        ConfigError: The layer was not recorded, or special tokens are asked for and none were recorded.
+    """
+
+    def __init__(
+        self,
+        md: Metadata,
+        tokens: TokenKind,
+        layer: LayerSpec,
+        ignore_labels: Sequence[int] = (),
+        read_labels: LabelRows | None = None,
+    ) -> None:
+        self.md = md
+        self.tokens = tokens
+        self.layer_idxs = resolve_layers(md, layer)
+        self.layer_is_all = layer == "all"
+        self.n_grid_layers = len(self.layer_idxs) if layer == "all" else 1
+        self.n_parts = 1 if layer == "all" else len(self.layer_idxs)
+        self.n_special = int(md.cls_token)
+        if tokens == "special" and not md.cls_token:
+            raise ConfigError(
+                "tokens: expected 'content' or 'all' for shards without a [CLS] token, got 'special'; "
+                "metadata.json has cls_token = false."
+            )
+        self._first_token = self.n_special if tokens == "content" else 0
+        n_tokens = {"special": 1, "content": md.content_tokens_per_example, "all": md.tokens_per_example}[tokens]
+        self._n_tokens = n_tokens
+        self._kept: _Kept | None = None
+        self.n_samples = md.n_examples * self.n_grid_layers * n_tokens
+        if ignore_labels:
+            if read_labels is None:
+                raise ConfigError("ignore_labels: expected labels.bin beside the shards, got none; leave the list empty.")
+            self._kept = self._count_kept(ignore_labels, read_labels)
+            self.n_samples = int(self._kept.first_sample[-1])
+
+    def _count_kept(self, ignore_labels: Sequence[int], read: LabelRows) -> _Kept:
+        keep = np.ones(256, dtype=np.bool_)
+        keep[list(ignore_labels)] = False
+        n = self.md.n_examples
+        counts = np.empty(n, dtype=np.int64)
+        # 4 MB of labels at a time, so that memory does not follow the data.
+        step = max(1, (4 << 20) // max(1, self.md.content_tokens_per_example))
+        for start in range(0, n, step):
+            examples = np.arange(start, min(n, start + step), dtype=np.int64)
+            counts[start : start + len(examples)] = keep[read(examples)].sum(axis=1)
+        counts += self.n_special if self.tokens == "all" else 0
+        counts *= self.n_grid_layers
+        first = np.zeros(n + 1, dtype=np.int64)
+        np.cumsum(counts, out=first[1:])
+        return _Kept(keep, first, read)
+
+    def reading_with(self, read_labels: LabelRows) -> "Selection":
+        """The same selection, which reads labels with another function."""
+        other = copy.copy(self)
+        if self._kept is not None:
+            other._kept = dataclasses.replace(self._kept, read=read_labels)
+        return other
+
+    def cells(self, samples: _Int64s) -> _Int64s:
+        """Map sample numbers `[m] int64` to cells `[m] int64`.
+
+        With ignored labels this reads the labels of the examples concerned, once for each run of samples that stay
+        in one example, so samples in blocks are cheap.
+        """
+        if self._kept is not None:
+            return self._kept_cells(self._kept, samples)
+        if self._n_tokens == self.md.tokens_per_example:
+            return samples
+        rows = samples // self._n_tokens
+        return samples + rows * (self.md.tokens_per_example - self._n_tokens) + self._first_token
+
+    def _kept_cells(self, kept: _Kept, samples: _Int64s) -> _Int64s:
+        if not len(samples):
+            return samples
+        examples = np.searchsorted(kept.first_sample, samples, side="right") - 1
+        group_starts = np.flatnonzero(np.diff(examples, prepend=-1))
+        group = np.zeros(len(samples), dtype=np.int64)
+        group[group_starts[1:]] = 1
+        np.cumsum(group, out=group)
+        mask = self._mask(kept, examples[group_starts])
+        positions = np.flatnonzero(mask)
+        per_group = mask.sum(axis=1)
+        group_first = np.cumsum(per_group) - per_group
+        rank = samples - kept.first_sample[examples]
+        layers, rank = np.divmod(rank, per_group[group])
+        width = self.md.tokens_per_example
+        tokens = positions[group_first[group] + rank] - group * width
+        return (examples * self.n_grid_layers + layers) * width + tokens
+
+    def _mask(self, kept: _Kept, examples: _Int64s) -> NDArray[np.bool_]:
+        """Which stored tokens of these examples are selected: `[m, tokens_per_example] bool`."""
+        mask = np.zeros((len(examples), self.md.tokens_per_example), dtype=np.bool_)
+        mask[:, self.n_special :] = kept.keep[kept.read(examples)]
+        mask[:, : self.n_special] = self.tokens == "all"
+        return mask
+
+    def samples(self, cells: _Int64s) -> _Int64s:
+        """Map cells `[m] int64` back to sample numbers `[m] int64`; -1 where a cell is not selected."""
+        example, layer, token = self.split(cells)
+        if self._kept is None:
+            offset = token - self._first_token
+            found = (example * self.n_grid_layers + layer) * self._n_tokens + offset
+            return np.where((offset >= 0) & (offset < self._n_tokens), found, -1)
+        mask = self._mask(self._kept, example)
+        rank = np.cumsum(mask, axis=1)
+        at = np.arange(len(cells))
+        found = self._kept.first_sample[example] + layer * rank[:, -1] + rank[at, token] - 1
+        return np.where(mask[at, token], found, -1)
+
+    def split(self, cells: _Int64s) -> tuple[_Int64s, _Int64s, _Int64s]:
+        """Split cells `[m]` into example numbers, grid layers and stored tokens (0 is [CLS] if there is one)."""
+        width = self.md.tokens_per_example
+        rows = cells // width
+        tokens = cells - rows * width
+        if self.n_grid_layers == 1:
+            return rows, np.zeros_like(rows), tokens
+        examples = rows // self.n_grid_layers
+        return examples, rows - examples * self.n_grid_layers, tokens
+
+    def disk_rows(self, cells: _Int64s) -> tuple[_Int64s, _Int64s]:
+        """Where the first part of each sample is: shard numbers `[m]` and rows of `d_model` values in the shard `[m]`.
+
+        Part p of a sample is `(layer_idxs[p] - layer_idxs[0]) * tokens_per_example` rows further on.
+        """
+        examples, layers, tokens = self.split(cells)
+        per_shard = self.md.examples_per_shard
+        shards = examples // per_shard
+        in_shard = examples - shards * per_shard
+        layers = layers if self.n_grid_layers > 1 else self.layer_idxs[0]
+        return shards, (in_shard * len(self.md.layers) + layers) * self.md.tokens_per_example + tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Where one sample is.
+
+    Attributes:
+        idx: Number of the sample.
+        example_idx: Number of the example in the data set.
+        content_token_idx: Content token, from 0; -1 for a special token.
+        shard_idx: Number of the shard.
+        example_idx_in_shard: Number of the example in the shard.
+        layer_idx_in_shard: Position of the layer in `Metadata.layers`.
+        token_idx_in_shard: Stored token, where 0 is [CLS] if there is one.
+    """
+
+    idx: int
+    example_idx: int
+    content_token_idx: int
+    shard_idx: int
+    example_idx_in_shard: int
+    layer_idx_in_shard: int
+    token_idx_in_shard: int
+
+
+class IndexMap:
+    """Numbers the samples of a selection, and finds each on disk.
+
+    Args:
+        md: Metadata of the shards.
+        tokens: "special", "content" or "all".
+        layer: A layer, "all", or a tuple of layers (the index then names the first).
+
+    Raises:
+        ConfigError: The layer was not recorded, or special tokens are asked for and none were recorded.
+    """
+
+    def __init__(self, md: Metadata, tokens: TokenKind, layer: LayerSpec) -> None:
+        if tokens not in ("special", "content", "all"):
+            raise ConfigError(f"tokens: expected 'special', 'content' or 'all', got {tokens!r}; choose one of them.")
+        self.md = md
+        self.tokens = tokens
+        self.layer = layer
+        self._selection = Selection(md, tokens, layer)
+
+    def __len__(self) -> int:
+        return self._selection.n_samples
+
+    def from_global(self, i: int) -> Index:
+        """Find sample `i`.
+
+        Raises:
+            IndexError: `i` is negative or not below `len(self)`.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} is out of range: this selection has {len(self)} samples, from 0.")
+        selection = self._selection
+        cells = selection.cells(np.array([i], dtype=np.int64))
+        example, layer, token = (int(x[0]) for x in selection.split(cells))
+        return Index(
+            idx=i,
+            example_idx=example,
+            content_token_idx=token - selection.n_special if token >= selection.n_special else -1,
+            shard_idx=example // self.md.examples_per_shard,
+            example_idx_in_shard=example % self.md.examples_per_shard,
+            layer_idx_in_shard=selection.layer_idxs[layer],
+            token_idx_in_shard=token,
+        )

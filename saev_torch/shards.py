@@ -1,0 +1,205 @@
+"""shards.json and the shard files it names: how many examples each holds, and how large it must be."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import orjson
+
+from saev_torch.errors import FormatError
+from saev_torch.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
+from saev_torch.metadata import METADATA_NAME, Metadata
+
+__all__ = ["Shard", "ShardInfo", "check_nbytes", "labels_nbytes", "shard_name", "shard_nbytes"]
+
+SHARDS_NAME = "shards.json"
+LABELS_NAME = "labels.bin"
+ITEM_NBYTES = 4
+
+MAX_SHARDS = 40_000
+"""Most files that may be written to one directory: their shards.json stays below what `read_json` accepts."""
+
+
+def shard_name(shard_idx: int) -> str:
+    """Name of a shard file, as saev's own writer numbers them."""
+    return f"acts{shard_idx:06}.bin"
+
+
+def shard_nbytes(md: Metadata, n_examples: int) -> int:
+    """Size in bytes of `n_examples` examples in a shard file."""
+    return n_examples * md.n_layers * md.tokens_per_example * md.d_model * ITEM_NBYTES
+
+
+def labels_nbytes(md: Metadata) -> int:
+    """Size in bytes of labels.bin, uint8 [n_examples, content_tokens_per_example]."""
+    return md.n_examples * md.content_tokens_per_example
+
+
+def check_nbytes(path: Path, md: Metadata, n_examples: int, nbytes: int) -> None:
+    """Check the size of a shard file: exactly its examples, or preallocated as a full shard.
+
+    Args:
+        path: The file, for the message.
+        md: Metadata of its directory.
+        n_examples: Examples in the file, by shards.json.
+        nbytes: Size of the file, in bytes.
+
+    Raises:
+        FormatError: Any other size.
+    """
+    exact, full = shard_nbytes(md, n_examples), shard_nbytes(md, md.examples_per_shard)
+    if nbytes in (exact, full):
+        return
+    expected = f"{exact} bytes" if exact == full else f"{exact} bytes (or {full}, preallocated)"
+    what = "truncated" if nbytes < exact else "not of this data set, or damaged"
+    raise FormatError(
+        f"{path}: expected {expected} for {n_examples} examples, got {nbytes}: it is {what}; copy or write it again"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One entry of shards.json.
+
+    Attributes:
+        name: Plain file name, for instance "acts000000.bin".
+        n_examples: Examples in the file; rows behind them are padding.
+
+    Raises:
+        FormatError: The name is no plain file name, or the count is no integer from 0.
+    """
+
+    name: str
+    n_examples: int
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if isinstance(self.n_examples, bool) or not isinstance(self.n_examples, int) or self.n_examples < 0:
+            raise FormatError(f"n_examples: expected an integer from 0 on, got {short(self.n_examples)}")
+
+
+@dataclasses.dataclass
+class ShardInfo(Sequence[Shard]):
+    """The table of shards.json, a sequence of `Shard`.
+
+    Attributes:
+        shards: The entries, in the order of their examples.
+    """
+
+    shards: list[Shard] = dataclasses.field(default_factory=list)
+
+    @overload
+    def __getitem__(self, i: int) -> Shard: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Shard]: ...
+    def __getitem__(self, i: int | slice) -> Shard | list[Shard]:
+        return self.shards[i]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def append(self, shard: Shard) -> None:
+        """Add the entry of the next file."""
+        self.shards.append(shard)
+
+    @classmethod
+    def load(cls, shards_dir: Path) -> "ShardInfo":
+        """Load the shards.json of a directory; older protocols count `n_imgs`.
+
+        Raises:
+            ShardsNotFoundError: The directory or its shards.json does not exist.
+            FormatError: shards.json does not follow the format.
+            ReadError: It could not be read.
+        """
+        path = Path(shards_dir) / SHARDS_NAME
+        entries = read_json(Path(shards_dir), SHARDS_NAME)
+        if not isinstance(entries, list):
+            raise FormatError(f"{path}: expected a list of shards, got {short(entries)}")
+        info = cls()
+        for i, entry in enumerate(entries):
+            if not isinstance(entry, dict) or set(entry) not in ({"name", "n_examples"}, {"name", "n_imgs"}):
+                raise FormatError(
+                    f"{path}: entry {i}: expected an object with the keys name and n_examples, got {short(entry)}"
+                )
+            try:
+                info.append(Shard(entry["name"], entry["n_examples" if "n_examples" in entry else "n_imgs"]))
+            except FormatError as err:
+                raise FormatError(f"{path}: entry {i}: {err}") from err
+        return info
+
+    def dump(self, shards_dir: Path) -> Path:
+        """Write shards.json into a directory, the same bytes as saev's own writer, and return its path.
+
+        Raises:
+            WriteError: The operating system refused.
+        """
+        path = Path(shards_dir) / SHARDS_NAME
+        write_atomic(path, orjson.dumps(self.shards, option=orjson.OPT_INDENT_2))
+        return path
+
+    def check(self, md: Metadata, path: Path | str = SHARDS_NAME) -> None:
+        """Check the table against the metadata, without looking at any shard file.
+
+        Args:
+            md: Metadata of the same directory.
+            path: What to call the table in messages.
+
+        Raises:
+            FormatError: A repeated name, a shard that should be full and is not, or a wrong sum of examples.
+        """
+        repeated = first_repeated(shard.name for shard in self.shards)
+        if repeated is not None:
+            raise FormatError(f"{path}: expected each name once, got {short(repeated)} again; write shards.json again")
+        # The file without examples that saev leaves behind an exact multiple.
+        n_shards = len(self) - 1 if self.shards and self.shards[-1].n_examples == 0 else len(self)
+        for i, shard in enumerate(self.shards[:n_shards]):
+            is_last = i == n_shards - 1
+            low = 1 if is_last else md.examples_per_shard
+            if not low <= shard.n_examples <= md.examples_per_shard:
+                expected = f"1 to {md.examples_per_shard}" if is_last else f"exactly {md.examples_per_shard}"
+                raise FormatError(
+                    f"{path}: entry {i} ({short(shard.name)}): expected n_examples of {expected}, as {METADATA_NAME} "
+                    f"says, got {short(shard.n_examples)}; one of the two files is of another data set"
+                )
+        n_examples = sum(shard.n_examples for shard in self.shards)
+        if n_examples != md.n_examples:
+            raise FormatError(
+                f"{path}: expected {md.n_examples} examples in all shards, as {METADATA_NAME} says, got {n_examples}; "
+                "one of the two files is of another data set, or the list is cut short"
+            )
+
+    def validate(self, shards_dir: Path) -> None:
+        """Check this table, and the presence and size of every file with data, in a directory.
+
+        Looks at sizes, not at values. A file without examples is not looked at.
+
+        Raises:
+            ShardsNotFoundError: A file is missing.
+            FormatError: The table does not fit the metadata, or a file is no regular file of the right size.
+            ReadError: A file could not be opened.
+        """
+        shards_dir = Path(shards_dir)
+        md = Metadata.load(shards_dir)
+        self.check(md, shards_dir / SHARDS_NAME)
+        for shard in self.shards:
+            if shard.n_examples > 0:
+                check_nbytes(shards_dir / shard.name, md, shard.n_examples, _file_nbytes(shards_dir, shard.name))
+        path = shards_dir / LABELS_NAME
+        if os.path.lexists(path):
+            nbytes = _file_nbytes(shards_dir, LABELS_NAME)
+            if nbytes != labels_nbytes(md):
+                raise FormatError(
+                    f"{path}: expected {labels_nbytes(md)} bytes ({md.n_examples} examples x "
+                    f"{md.content_tokens_per_example} content tokens), got {nbytes}; copy or write it again"
+                )
+
+
+def _file_nbytes(directory: Path, name: str) -> int:
+    # Opened, not only looked at, so that a file that may not be read is found out here.
+    fd = open_regular(directory, name)
+    try:
+        return os.fstat(fd).st_size
+    finally:
+        os.close(fd)

@@ -1,0 +1,81 @@
+"""Which part of the work is this process's: rank and worker, found in one place, when iterating."""
+
+import dataclasses
+import multiprocessing
+import os
+
+import torch.distributed
+from torch.utils.data import get_worker_info
+
+from saev_torch.errors import ConfigError
+
+__all__ = ["World", "check_world", "find_world"]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Ranks of a job.
+
+    Attributes:
+        rank: This rank, from 0.
+        world_size: Number of ranks.
+        pid: Process that found this out; it holds for that process and its workers.
+    """
+
+    rank: int
+    world_size: int
+    pid: int
+
+
+def check_world(rank: int | None, world_size: int | None) -> None:
+    """Refuse explicit arguments that make no sense.
+
+    Raises:
+        ConfigError: Only one of them is given, or the rank is not in 0..world_size-1.
+    """
+    if rank is None and world_size is None:
+        return
+    if rank is None or world_size is None:
+        raise ConfigError(f"rank, world_size: expected both or neither, got rank={rank!r}, world_size={world_size!r}.")
+    ints = all(isinstance(x, int) and not isinstance(x, bool) for x in (rank, world_size))
+    if not ints or world_size < 1 or not 0 <= rank < world_size:
+        raise ConfigError(f"rank: expected 0 <= rank < world_size, got rank={rank!r}, world_size={world_size!r}.")
+
+
+def consumer_pid() -> int:
+    """The process that the batches are for: the parent in a DataLoader worker, else this one."""
+    parent = multiprocessing.parent_process() if get_worker_info() is not None else None
+    return os.getpid() if parent is None or parent.pid is None else parent.pid
+
+
+def find_world(rank: int | None, world_size: int | None, known: World | None = None) -> World:
+    """Find rank and world size: explicit arguments, else torch.distributed, else the launcher's variables.
+
+    Args:
+        rank: Explicit rank.
+        world_size: Explicit number of ranks.
+        known: What the parent process found when it started this worker; a spawned worker cannot find it itself.
+
+    Returns:
+        The world, (0, 1) where nothing tells.
+
+    Raises:
+        ConfigError: The launcher's variables make no sense.
+    """
+    pid = consumer_pid()
+    if rank is not None and world_size is not None:
+        return World(rank, world_size, pid)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), pid)
+    if known is not None and get_worker_info() is not None and known.pid == pid:
+        return known
+    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if not all(found.values()):
+        return World(0, 1, pid)
+    try:
+        rank, world_size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    except ValueError as err:
+        raise ConfigError(f"environment: expected integers in RANK and WORLD_SIZE, got {found}; unset both.") from err
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"environment: expected 0 <= RANK < WORLD_SIZE, got {found}; unset both.")
+    return World(rank, world_size, pid)

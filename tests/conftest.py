@@ -1,0 +1,134 @@
+"""Fixtures: a factory of shard directories, and a guard against tests that leave something behind."""
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from typing import Any
+
+import factory
+import pytest
+
+# How long after a test what it used may take to go away: worker processes end a moment after their loader.
+GRACE_S = 3.0
+
+# Pools that multiprocessing keeps for the life of the process, in which they are few and never grow much.
+_POOLS = ("/pym-",)
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., Path]:
+    """Return `factory.make_shards` with a new folder of this test as root; takes the fields of `factory.Spec`."""
+    n_made = 0
+
+    def make(spec: factory.Spec | None = None, **fields: Any) -> Path:
+        nonlocal n_made
+        n_made += 1
+        return factory.make_shards(tmp_path / f"made{n_made}" / "saev" / "shards", spec, **fields)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves a file descriptor, thread, child process or shared memory behind."""
+    before = Resources.now()
+    yield
+    leaks = before.leaks_now(GRACE_S)
+    if leaks:
+        pytest.fail("the test leaked:\n" + "\n".join(leaks))
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What the process holds at one moment, by kind and identity, with a name for a person."""
+
+    held: dict[tuple[str, Hashable], str]
+
+    @classmethod
+    def now(cls) -> "Resources":
+        # First, because joining what has ended is a side effect of asking, and it closes descriptors.
+        multiprocessing.active_children()
+        kinds = {
+            "file descriptor": _fds(),
+            "thread": _threads(),
+            "child process": _children(),
+            "shared memory": _shared_mappings(),
+        }
+        return cls({(kind, key): name for kind, found in kinds.items() for key, name in found.items()})
+
+    def leaks_now(self, grace_s: float) -> list[str]:
+        """Name what is held now and was not then, after it had `grace_s` seconds to go away."""
+        deadline = time.monotonic() + grace_s
+        while leaks := self._since(Resources.now()):
+            if time.monotonic() > deadline:
+                break
+            # Only where something seems to be left: a full collection with torch loaded takes 0.1 s.
+            gc.collect()
+            time.sleep(0.02)
+        return leaks
+
+    def _since(self, after: "Resources") -> list[str]:
+        return sorted(f"{kind}: {name}" for (kind, key), name in after.held.items() if (kind, key) not in self.held)
+
+
+def _fds() -> dict[Hashable, str]:
+    # The helpers of multiprocessing start when first needed and stay, each with a pipe.
+    helpers = {
+        getattr(resource_tracker._resource_tracker, "_fd", None),
+        getattr(forkserver._forkserver, "_forkserver_alive_fd", None),
+    }
+    found: dict[Hashable, str] = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue  # the one that listed the directory
+        if int(fd) not in helpers and not any(pool in target for pool in _POOLS):
+            found[fd, target] = f"{target} ({fd})"
+    return found
+
+
+def _threads() -> dict[Hashable, str]:
+    # tqdm's monitor is one thread for the life of the process.
+    return {id(t): t.name for t in threading.enumerate() if type(t).__name__ != "TMonitor"}
+
+
+def _children() -> dict[Hashable, str]:
+    # All of them, zombies and subprocesses too, which multiprocessing.active_children does not know.
+    helpers = {
+        getattr(resource_tracker._resource_tracker, "_pid", None),
+        getattr(forkserver._forkserver, "_forkserver_pid", None),
+    }
+    pids = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids |= {int(pid) for pid in (task / "children").read_text().split()}
+        except OSError:
+            continue  # the thread has ended, or the kernel was built without this file
+    pids |= {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+    return {pid: f"{_command(pid)} ({pid})" for pid in pids - helpers}
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return "ended"
+
+
+def _shared_mappings() -> dict[Hashable, str]:
+    found: dict[Hashable, str] = {}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        _, mode, _, device, inode, *name = line.split(maxsplit=5)
+        target = name[0].strip() if name else ""
+        # Anonymous shared memory is a deleted /dev/zero; by inode, as one object may be mapped in pieces.
+        is_ours = target.startswith(("/memfd:", "/dev/zero", "/dev/shm/")) and mode.endswith("s")
+        if is_ours and not any(pool in target for pool in _POOLS):
+            found[device, inode] = target
+    return found

@@ -1,0 +1,437 @@
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import factory
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
+from saev_torch.metadata import Metadata, PixelAgg
+
+FIELDS = {
+    "family": "clip",
+    "ckpt": "ViT-B-16/openai",
+    "layers": (3, 7),
+    "content_tokens_per_example": 6,
+    "cls_token": True,
+    "d_model": 8,
+    "n_examples": 11,
+    "max_tokens_per_shard": 56,
+    "data": "b3BhcXVl",
+    "dataset": Path("/data/images/two-layers-labelled"),
+}
+
+# What saev 0.1 wrote, byte for byte, and how it named the directory.
+TWO_LAYERS = """\
+{
+  "family": "clip",
+  "ckpt": "ViT-B-16/openai",
+  "layers": [
+    3,
+    7
+  ],
+  "content_tokens_per_example": 6,
+  "cls_token": true,
+  "d_model": 8,
+  "n_examples": 11,
+  "max_tokens_per_shard": 56,
+  "data": "b3BhcXVl",
+  "dataset": "/data/images/two-layers-labelled",
+  "pixel_agg": "majority",
+  "dtype": "float32",
+  "protocol": "2.1"
+}"""
+NO_CLS = """\
+{
+  "family": "siglip",
+  "ckpt": "hf-hub:timm/ViT-L-16-SigLIP2-256",
+  "layers": [
+    0
+  ],
+  "content_tokens_per_example": 4,
+  "cls_token": false,
+  "d_model": 4,
+  "n_examples": 6,
+  "max_tokens_per_shard": 15,
+  "data": "b3BhcXVl",
+  "dataset": "/data/images/no-cls-exact-multiple",
+  "pixel_agg": "majority",
+  "dtype": "float32",
+  "protocol": "2.1"
+}"""
+NEGATIVE_LAYER = """\
+{
+  "family": "dinov3",
+  "ckpt": "dinov3_vits16",
+  "layers": [
+    -2
+  ],
+  "content_tokens_per_example": 5,
+  "cls_token": true,
+  "d_model": 16,
+  "n_examples": 5,
+  "max_tokens_per_shard": 54,
+  "data": "b3BhcXVl",
+  "dataset": "/data/images/negative-layer-one-shard",
+  "pixel_agg": "prefer-fg",
+  "dtype": "float32",
+  "protocol": "2.1"
+}"""
+REFERENCE = [  # metadata.json, hash, n_shards, shard_shape
+    (TWO_LAYERS, "69ebc70f", 3, (4, 2, 7, 8)),
+    (NO_CLS, "5fad6d40", 2, (3, 1, 4, 4)),
+    (NEGATIVE_LAYER, "e4998da4", 1, (9, 1, 6, 16)),
+]
+OLD_1_0_0 = {
+    "vit_family": "clip",
+    "vit_ckpt": "ViT-B-32/openai",
+    "layers": [11],
+    "n_patches_per_img": 4,
+    "cls_token": True,
+    "d_vit": 4,
+    "n_imgs": 5,
+    "max_patches_per_shard": 10,
+    "data": "Imagenet(name='x')",
+    "dtype": "float32",
+    "protocol": "1.0.0",
+}
+OLD_1_1 = {
+    "vit_family": "clip",
+    "vit_ckpt": "ViT-B-32/openai",
+    "layers": [2, 5],
+    "n_patches_per_img": 6,
+    "cls_token": True,
+    "d_vit": 8,
+    "n_imgs": 7,
+    "max_patches_per_shard": 42,
+    "data": {"root": "/data", "__class__": "ImageFolder"},
+    "dtype": "float32",
+    "protocol": "1.1",
+}
+
+
+def load(directory: Path, obj: object) -> Metadata:
+    raw = obj.encode() if isinstance(obj, str) else json.dumps(obj, indent=4).encode()
+    (directory / "metadata.json").write_bytes(raw)
+    return Metadata.load(directory)
+
+
+@pytest.mark.parametrize(("raw", "name", "n_shards", "shard_shape"), REFERENCE)
+def test_reference(tmp_path, raw, name, n_shards, shard_shape):
+    md = load(tmp_path, raw)
+    assert md.hash == name
+    assert md.n_shards == n_shards
+    assert md.shard_shape == shard_shape
+    assert (md.examples_per_shard, md.n_layers, md.tokens_per_example, md.d_model) == shard_shape
+    assert md.to_json() == raw.encode()
+    shards_dir = md.dump(tmp_path / "saev" / "shards")
+    assert shards_dir == tmp_path / "saev" / "shards" / name
+    assert (shards_dir / "metadata.json").read_bytes() == raw.encode()
+    assert [p.name for p in shards_dir.iterdir()] == ["metadata.json"]
+    assert Metadata.load(shards_dir) == md
+
+
+def test_fields():
+    md = Metadata(**FIELDS)
+    assert {name: getattr(md, name) for name in FIELDS} == FIELDS
+    assert (md.pixel_agg, md.dtype, md.protocol) == (PixelAgg.MAJORITY, "float32", "2.1")
+    assert md.hash == "69ebc70f"
+    assert [agg.value for agg in PixelAgg] == ["majority", "prefer-fg"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        md.d_model = 3
+    with pytest.raises(TypeError):
+        Metadata("clip")
+
+
+def test_constructor_takes_what_json_gives():
+    md = Metadata(**FIELDS | {"layers": [3, 7], "dataset": "/data/x", "pixel_agg": "prefer-fg"})
+    assert md.layers == (3, 7)
+    assert md.dataset == Path("/data/x")
+    assert md.pixel_agg is PixelAgg.PREFER_FG
+    assert hash(md) == hash(dataclasses.replace(md))
+
+
+def test_load_takes_a_string(make_shards):
+    shards_dir = make_shards()
+    assert Metadata.load(str(shards_dir)) == Metadata.load(shards_dir)
+
+
+@pytest.mark.parametrize("protocol", ["2.1", "1.1", "1.0.0"])
+def test_factory_agrees(make_shards, protocol):
+    spec = factory.Spec(protocol=protocol)
+    md = Metadata.load(make_shards(spec))
+    assert md.hash == spec.hash()
+    assert md.shard_shape == (spec.examples_per_shard, len(spec.layers), spec.tokens_per_example, spec.d_model)
+    assert md.protocol == protocol
+
+
+INT_FIELDS = ["content_tokens_per_example", "d_model", "n_examples", "max_tokens_per_shard"]
+TEXT_FIELDS = ["family", "ckpt", "data"]
+BAD_FIELDS = [
+    *[(field, value) for field in INT_FIELDS for value in (0, -1, True, 4.0, "4", None, [4], 1 << 62, 10**4000)],
+    *[(field, value) for field in TEXT_FIELDS for value in (None, 3, b"x", ["x"], {}, "\ud800")],
+    *[("cls_token", value) for value in (0, 1, None, "true", 1.0)],
+    *[("layers", value) for value in ([], (), 3, None, "37", [3, 3], [3.0], [True], ["3"], [None], [1 << 62])],
+    *[("dataset", value) for value in (None, 3, b"/data", ["/data"], "\ud800")],
+    *[("pixel_agg", value) for value in (None, "MAJORITY", "", 0, ["majority"])],
+    *[("dtype", value) for value in ("float16", "FLOAT32", None, 4, ["float32"])],
+    *[("protocol", value) for value in ("2.0", "2.2", "1.0", "", None, 2.1, ["2.1"], {})],
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_FIELDS)
+def test_bad_field(field, value):
+    with pytest.raises(FormatError, match=rf"^{field}: expected .*, got ") as info:
+        Metadata(**FIELDS | {field: value})
+    assert len(str(info.value)) < 300
+
+
+@pytest.mark.parametrize("field", [*INT_FIELDS, *TEXT_FIELDS, "cls_token", "layers", "dataset", "pixel_agg", "dtype"])
+@pytest.mark.parametrize("value", [None, {}, [[]], 1.5])
+def test_bad_field_in_a_file_names_the_file(tmp_path, field, value):
+    with pytest.raises(FormatError, match=rf"/metadata\.json: {field}: expected"):
+        load(tmp_path, json.loads(TWO_LAYERS) | {field: value})
+
+
+def test_one_example_must_fit():
+    assert Metadata(**FIELDS | {"max_tokens_per_shard": 14}).examples_per_shard == 1
+    with pytest.raises(FormatError, match=r"max_tokens_per_shard: expected at least 14.*got 13"):
+        Metadata(**FIELDS | {"max_tokens_per_shard": 13})
+
+
+@pytest.mark.parametrize(
+    "huge",
+    [
+        {"n_examples": 1 << 60},
+        {"d_model": 1 << 60},
+        {"max_tokens_per_shard": 1 << 61},
+        {"content_tokens_per_example": 1 << 40, "max_tokens_per_shard": 1 << 50, "d_model": 1 << 20},
+    ],
+)
+def test_sizes_stay_below_int64(huge):
+    with pytest.raises(FormatError, match=r"less than 2\*\*62 bytes"):
+        Metadata(**FIELDS | huge)
+
+
+def test_large_but_possible():
+    md = Metadata(**FIELDS | {"n_examples": 1 << 40, "max_tokens_per_shard": 1 << 40})
+    assert (md.n_shards + 1) * md.examples_per_shard * 2 * 7 * 8 * 4 < 1 << 62
+
+
+@given(
+    st.integers(1, 50), st.booleans(), st.integers(1, 4), st.integers(1, 64), st.integers(1, 1000), st.integers(0, 5000)
+)
+def test_geometry(content, cls_token, n_layers, d_model, n_examples, extra):
+    per_example = (content + cls_token) * n_layers
+    md = Metadata(
+        family="",
+        ckpt="",
+        layers=tuple(range(n_layers)),
+        content_tokens_per_example=content,
+        cls_token=cls_token,
+        d_model=d_model,
+        n_examples=n_examples,
+        max_tokens_per_shard=per_example + extra,
+        data="",
+        dataset=Path("/"),
+    )
+    assert md.examples_per_shard * per_example <= md.max_tokens_per_shard < (md.examples_per_shard + 1) * per_example
+    assert (md.n_shards - 1) * md.examples_per_shard < n_examples <= md.n_shards * md.examples_per_shard
+
+
+@pytest.mark.parametrize("key", list(json.loads(TWO_LAYERS)))
+def test_missing_key(tmp_path, key):
+    obj = json.loads(TWO_LAYERS)
+    del obj[key]
+    with pytest.raises(FormatError, match=rf"metadata\.json: expected the key '{key}', got none"):
+        load(tmp_path, obj)
+
+
+@pytest.mark.parametrize("key", [key for key in OLD_1_1 if key not in ("dtype", "protocol")])
+def test_missing_old_key(tmp_path, key):
+    with pytest.raises(FormatError, match=rf"expected the key '{key}', got none"):
+        load(tmp_path, {k: v for k, v in OLD_1_1.items() if k != key})
+
+
+def test_unknown_key(tmp_path):
+    with pytest.raises(FormatError, match=r"metadata\.json: .*unknown \['_recorded_hash', 'colour'\]"):
+        load(tmp_path, json.loads(TWO_LAYERS) | {"colour": 1, "_recorded_hash": "x"})
+
+
+def test_unknown_protocol(tmp_path):
+    with pytest.raises(FormatError, match=r"metadata\.json: protocol: expected one of .*, got '3\.0'"):
+        load(tmp_path, {"protocol": "3.0"})
+
+
+@pytest.mark.parametrize("obj", [[], None, 3, "x", [{}]])
+def test_not_an_object(tmp_path, obj):
+    with pytest.raises(FormatError, match="expected a JSON object, got"):
+        load(tmp_path, json.dumps(obj))
+
+
+def test_no_directory(tmp_path):
+    with pytest.raises(ShardsNotFoundError, match="nowhere: expected a shard directory, but it does not exist"):
+        Metadata.load(tmp_path / "nowhere")
+
+
+def test_no_metadata(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metadata\.json: does not exist.*was not finished"):
+        Metadata.load(tmp_path)
+
+
+def test_old_1_0_0(tmp_path):
+    md = load(tmp_path, OLD_1_0_0)
+    assert md.hash == "e3b15fb989d3d4f503b6d47bcedaaa45c56928495850936e4d792b4222bd293e"
+    assert md.shard_shape == (2, 1, 5, 4)
+    assert (md.n_shards, md.n_examples, md.protocol) == (3, 5, "1.0.0")
+    assert (md.family, md.ckpt, md.layers) == ("clip", "ViT-B-32/openai", (11,))
+    assert (md.data, md.dataset, md.pixel_agg) == ("Imagenet(name='x')", Path(), PixelAgg.MAJORITY)
+
+
+def test_old_1_1(tmp_path):
+    md = load(tmp_path, OLD_1_1)
+    assert md.hash == "414ed7860ab33ca9f56b866bccdc9804eb50af4cffb5893a7064be49299ca187"
+    assert md.shard_shape == (3, 2, 7, 8)
+    assert (md.n_shards, md.protocol) == (3, "1.1")
+    assert md.data == '{"root":"/data","__class__":"ImageFolder"}'
+
+
+def test_oldest_has_neither_protocol_nor_dtype(tmp_path):
+    oldest = {k: v for k, v in OLD_1_0_0.items() if k not in ("protocol", "dtype")}
+    md = load(tmp_path, oldest)
+    assert (md.protocol, md.dtype) == ("1.0.0", "float32")
+    assert md == load(tmp_path, OLD_1_0_0)
+    # The hash covers the object as it was written.
+    raw = json.dumps(oldest, sort_keys=True, separators=(",", ":"))
+    assert load(tmp_path, oldest).hash == hashlib.sha256(raw.encode()).hexdigest()
+
+
+def test_old_hash_covers_all_keys_and_digits(tmp_path):
+    obj = OLD_1_1 | {"seed": 7, "data": {"é": 123456789012345678901234567890, "x": [0.1, None]}}
+    raw = json.dumps(obj, sort_keys=True, separators=(",", ":"))
+    md = load(tmp_path, json.dumps(obj, ensure_ascii=False))
+    assert md.hash == hashlib.sha256(raw.encode()).hexdigest()
+    assert md.data == '{"é":123456789012345678901234567890,"x":[0.1,null]}'
+
+
+@pytest.mark.parametrize("data", [None, 3, ["x"], True])
+def test_old_data_must_be_an_object_or_a_string(tmp_path, data):
+    with pytest.raises(FormatError, match="data: expected a string"):
+        load(tmp_path, OLD_1_1 | {"data": data})
+
+
+def test_old_data_nested_deeply(tmp_path):
+    nested = '{"a":' * 900 + "1" + "}" * 900
+    try:
+        load(tmp_path, json.dumps(OLD_1_1 | {"data": "here"}).replace('"here"', nested))
+    except FormatError as err:
+        assert "nested too deeply" in str(err)  # noqa: PT017 - where Python's own limit is higher, it loads
+
+
+def test_recorded_hash_is_kept_and_takes_no_part(tmp_path):
+    md = load(tmp_path, OLD_1_1)
+    fields = {f.name: getattr(md, f.name) for f in dataclasses.fields(md) if f.init}
+    assert md == Metadata(**fields)
+    assert hash(md) == hash(Metadata(**fields))
+    assert "_recorded_hash" not in repr(md)
+    assert pickle.loads(pickle.dumps(md)).hash == md.hash
+    # Made by hand, there is no recorded object, and the names of that protocol are hashed.
+    assert (
+        Metadata(**fields).hash
+        == hashlib.sha256(
+            json.dumps(OLD_1_1 | {"data": md.data}, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+    )
+
+
+def test_old_protocols_are_not_written(tmp_path):
+    md = load(tmp_path, OLD_1_1)
+    with pytest.raises(WriteError, match=r"protocol: expected '2\.1'.*got '1\.1'.*dataclasses\.replace"):
+        md.dump(tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+    new = dataclasses.replace(md, protocol="2.1", dataset="/data")
+    assert len(new.hash) == 8
+    assert Metadata.load(new.dump(tmp_path / "root")) == new
+
+
+def test_data_is_never_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    data = base64.b64encode(pickle.dumps(Bomb())).decode()
+    md = load(tmp_path, json.loads(TWO_LAYERS) | {"data": data})
+    assert md.data == data
+    md.hash, md.dump(tmp_path / "root")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_text_beyond_ascii(tmp_path):
+    md = Metadata(**FIELDS | {"ckpt": "модель/é", "dataset": "/data/ü"})
+    raw = (md.dump(tmp_path) / "metadata.json").read_bytes()
+    assert "модель/é".encode() in raw
+    assert Metadata.load(tmp_path / md.hash) == md
+    compact = json.dumps(json.loads(raw), separators=(",", ":"), ensure_ascii=False)
+    assert md.hash == hashlib.sha256(compact.encode()).hexdigest()[:8]
+
+
+def test_key_order_in_the_file_does_not_matter(tmp_path):
+    md = load(tmp_path, json.dumps(json.loads(TWO_LAYERS), sort_keys=True))
+    assert md.hash == "69ebc70f"
+    assert md.to_json() == TWO_LAYERS.encode()
+
+
+def test_dump_does_not_touch_the_same(tmp_path):
+    md = Metadata(**FIELDS)
+    path = md.dump(tmp_path) / "metadata.json"
+    before = path.stat()
+    md.dump(tmp_path)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_dump_refuses_another(tmp_path):
+    md = Metadata(**FIELDS)
+    path = md.dump(tmp_path) / "metadata.json"
+    path.write_bytes(b"{}")
+    with pytest.raises(WriteError, match="got another file"):
+        md.dump(tmp_path)
+    assert path.read_bytes() == b"{}"
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(WriteError, match="got another file"):
+        md.dump(tmp_path)
+
+
+def test_dump_where_no_directory_can_be(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(WriteError, match="could not be written: Not a directory"):
+        Metadata(**FIELDS).dump(tmp_path / "file")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from([json.loads(TWO_LAYERS), OLD_1_0_0, OLD_1_1]), st.data())
+def test_any_values(tmp_path_factory, base, data):
+    """Whatever stands in metadata.json, it loads as itself or is refused."""
+    directory = tmp_path_factory.mktemp("any")
+    keys = data.draw(st.lists(st.sampled_from(sorted(base)), min_size=1, max_size=2))
+    obj = base | {key: data.draw(JSON) for key in keys}
+    (directory / "metadata.json").write_text(json.dumps(obj))
+    try:
+        md = Metadata.load(directory)
+    except FormatError as err:
+        assert str(directory) in str(err)  # noqa: PT017
+        return
+    assert md.examples_per_shard >= 1
+    assert int(md.hash, 16) >= 0

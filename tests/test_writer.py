@@ -1,0 +1,549 @@
+import errno
+import hashlib
+import itertools
+import os
+import resource
+from pathlib import Path
+
+import factory
+import numpy as np
+import pytest
+import torch
+from factory import Spec, oracle, oracle_labels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saev_torch.errors import SaevTorchError, ShardsNotFoundError, WriteError
+from saev_torch.metadata import Metadata
+from saev_torch.shards import MAX_SHARDS, Shard, ShardInfo, shard_name
+from saev_torch.writer import ShardWriter
+
+# The files that saev 0.1 wrote for the formula of factory.py, by the first 16 hex digits of their SHA-256.
+REFERENCE = {
+    "69ebc70f": {
+        "acts000000.bin": "df0d86c19cb9874f",
+        "acts000001.bin": "991629ca4e0b9f54",
+        "acts000002.bin": "628040e123664a8c",
+        "labels.bin": "ae2265e5e3cae737",
+        "metadata.json": "3d6b07e0a631feb4",
+        "shards.json": "7739c53acb85b6ea",
+    },
+    "5fad6d40": {
+        "acts000000.bin": "620d32181926816e",
+        "acts000001.bin": "94179a6e1e996a44",
+        "acts000002.bin": "5d89f056865052bc",
+        "metadata.json": "f11dc8181d3d646a",
+        "shards.json": "49eb191c76761edb",
+    },
+    "e4998da4": {
+        "acts000000.bin": "90393f78edf1117b",
+        "labels.bin": "0f37b6d8ad5f7eb3",
+        "metadata.json": "dee3b708f432e6ca",
+        "shards.json": "31d7ac34a42ffb8b",
+    },
+}
+REFERENCE_METADATA = [
+    Metadata(
+        family="clip",
+        ckpt="ViT-B-16/openai",
+        layers=(3, 7),
+        content_tokens_per_example=6,
+        cls_token=True,
+        d_model=8,
+        n_examples=11,
+        max_tokens_per_shard=56,
+        data="b3BhcXVl",
+        dataset=Path("/data/images/two-layers-labelled"),
+    ),
+    Metadata(
+        family="siglip",
+        ckpt="hf-hub:timm/ViT-L-16-SigLIP2-256",
+        layers=(0,),
+        content_tokens_per_example=4,
+        cls_token=False,
+        d_model=4,
+        n_examples=6,
+        max_tokens_per_shard=15,
+        data="b3BhcXVl",
+        dataset=Path("/data/images/no-cls-exact-multiple"),
+    ),
+    Metadata(
+        family="dinov3",
+        ckpt="dinov3_vits16",
+        layers=(-2,),
+        content_tokens_per_example=5,
+        cls_token=True,
+        d_model=16,
+        n_examples=5,
+        max_tokens_per_shard=54,
+        data="b3BhcXVl",
+        dataset=Path("/data/images/negative-layer-one-shard"),
+        pixel_agg="prefer-fg",
+    ),
+]
+
+
+def metadata(**fields: object) -> Metadata:
+    return Metadata(**Spec(**fields).metadata())
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+@pytest.mark.parametrize("md", REFERENCE_METADATA, ids=lambda md: md.hash)
+def test_reference(tmp_path, md, batch_size):
+    acts, labels = torch.from_numpy(oracle(md)), torch.from_numpy(oracle_labels(md))
+    has_labels = "labels.bin" in REFERENCE[md.hash]
+    with ShardWriter(tmp_path, md) as writer:
+        assert writer.shards_dir == tmp_path / md.hash
+        for start in range(0, md.n_examples, batch_size):
+            rows = slice(start, start + batch_size)
+            writer.write_batch(acts[rows], start, labels[rows] if has_labels else None)
+    found = {name: hashlib.sha256(raw).hexdigest()[:16] for name, raw in content(writer.shards_dir).items()}
+    assert found == REFERENCE[writer.shards_dir.name]
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_equals_the_factory(tmp_path_factory, data):
+    """Any geometry, in batches of any size, given in any order, as tensors or arrays."""
+    spec = Spec(
+        n_examples=data.draw(st.integers(1, 20)),
+        content_tokens=data.draw(st.integers(1, 4)),
+        cls=data.draw(st.booleans()),
+        layers=data.draw(st.sampled_from([(0,), (-2,), (5, 1, 3)])),
+        d_model=data.draw(st.integers(1, 5)),
+        examples_per_shard=data.draw(st.integers(1, 7)),
+        labels=data.draw(st.booleans()),
+    )
+    acts, labels = oracle(spec), oracle_labels(spec)
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, spec.n_examples)))), spec.n_examples]
+    batches = data.draw(st.permutations(list(itertools.pairwise(cuts))))
+    wrap = torch.from_numpy if data.draw(st.booleans()) else np.asarray
+    root = tmp_path_factory.mktemp("any")
+    with ShardWriter(root / "new" / "root", Metadata(**spec.metadata())) as writer:
+        for start, stop in batches:
+            writer.write_batch(wrap(acts[start:stop]), start, wrap(labels[start:stop]) if spec.labels else None)
+    expected = factory.make_shards(root / "factory", spec)
+    assert writer.shards_dir.name == expected.name
+    assert content(writer.shards_dir) == content(expected)
+    ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+
+
+def test_any_memory_layout(tmp_path, make_shards):
+    md = metadata()
+    acts, labels = torch.from_numpy(oracle(md)), torch.from_numpy(oracle_labels(md))
+    strange = acts.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0).requires_grad_()
+    assert not strange.is_contiguous()
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(strange[:5], np.int64(0), labels.long()[:5].tolist())
+        writer.write_batch(np.asfortranarray(acts[5:]), 5, labels.T.contiguous().T[5:])
+    assert content(writer.shards_dir) == content(make_shards())
+
+
+def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
+    """The kernel may take less than all: here 1000 bytes at most, and not always that."""
+    pwrite, n_calls = os.pwrite, 0
+
+    def some(fd, view, offset):
+        nonlocal n_calls
+        n_calls += 1
+        return pwrite(fd, view[: max(1, len(view) // 2)], offset)
+
+    md = metadata()
+    with monkeypatch.context() as patch:
+        patch.setattr("saev_torch.writer._MAX_PWRITE_BYTES", 1000)
+        patch.setattr(os, "pwrite", some)
+        with ShardWriter(tmp_path, md) as writer:
+            writer.write_batch(oracle(md), 0, oracle_labels(md))
+    assert n_calls > 10
+    assert content(writer.shards_dir) == content(make_shards())
+
+
+def test_few_descriptors(tmp_path):
+    md = metadata(n_examples=200, examples_per_shard=1)
+    with ShardWriter(tmp_path, md) as writer:
+        n_before = len(os.listdir("/proc/self/fd"))
+        for start in range(200):
+            writer.write_batch(oracle(md)[start : start + 1], start, oracle_labels(md)[start : start + 1])
+            assert len(os.listdir("/proc/self/fd")) <= n_before + 2
+    ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+
+
+def good_batch(md: Metadata) -> tuple[torch.Tensor, int, torch.Tensor]:
+    return torch.zeros(2, md.n_layers, md.tokens_per_example, md.d_model), 0, torch.zeros(2, 6, dtype=torch.uint8)
+
+
+BAD_BATCHES = {
+    "list": ({"activations": [[1.0]]}, "activations: expected a tensor or an array, got list"),
+    "float64": ({"activations": torch.zeros(2, 2, 7, 8).double()}, "expected float32, got torch.float64"),
+    "bfloat16": ({"activations": torch.zeros(2, 2, 7, 8).bfloat16()}, "expected float32, got torch.bfloat16"),
+    "int": ({"activations": np.zeros((2, 2, 7, 8), np.int32)}, "expected float32, got int32"),
+    "float16": ({"activations": np.zeros((2, 2, 7, 8), np.float16)}, "expected float32, got float16"),
+    "big-endian": ({"activations": np.zeros((2, 2, 7, 8), ">f4")}, "expected float32, got >f4"),
+    "layers": ({"activations": torch.zeros(2, 3, 7, 8)}, r"\[batch, 2, 7, 8\], got \[2, 3, 7, 8\]"),
+    "tokens": ({"activations": torch.zeros(2, 2, 6, 8)}, r"\[batch, 2, 7, 8\], got \[2, 2, 6, 8\]"),
+    "d_model": ({"activations": torch.zeros(2, 2, 7, 9)}, r"\[batch, 2, 7, 8\], got \[2, 2, 7, 9\]"),
+    "ndim": ({"activations": torch.zeros(2, 7, 8)}, r"\[batch, 2, 7, 8\], got \[2, 7, 8\]"),
+    "scalar": ({"activations": torch.tensor(1.0)}, r"\[batch, 2, 7, 8\], got \[\]"),
+    "negative": ({"start_idx": -1}, r"expected examples in 0\.\.11 .*got -1\.\.1"),
+    "beyond": ({"start_idx": 10}, r"expected examples in 0\.\.11 .*got 10\.\.12"),
+    "float start": ({"start_idx": 1.0}, "start_idx: expected an integer, got 1.0"),
+    "no start": ({"start_idx": None}, "start_idx: expected an integer, got None"),
+    "label range": ({"patch_labels": np.full((2, 6), 256)}, r"integers in 0\.\.255, got 256\.\.256"),
+    "label sign": ({"patch_labels": np.full((2, 6), -1)}, r"integers in 0\.\.255, got -1\.\.-1"),
+    "label dtype": ({"patch_labels": torch.zeros(2, 6)}, r"integers in 0\.\.255, got float32"),
+    "label shape": ({"patch_labels": np.zeros((2, 7), np.uint8)}, r"= \[2, 6\], got \[2, 7\]"),
+    "label batch": ({"patch_labels": np.zeros((3, 6), np.uint8)}, r"= \[2, 6\], got \[3, 6\]"),
+    "label ragged": ({"patch_labels": [[1, 2], [3]]}, "patch_labels: expected an array of integers"),
+    "label text": ({"patch_labels": "labels"}, r"= \[2, 6\], got \[\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_bad_batch(tmp_path, case, make_shards):
+    """Each is refused with nothing published; and where it is mended in the block, nothing was spoilt."""
+    md = metadata()
+    bad, message = BAD_BATCHES[case]
+    names = ("activations", "start_idx", "patch_labels")
+    batch = dict(zip(names, good_batch(md), strict=True)) | bad
+    with pytest.raises(WriteError, match=message), ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(**batch)
+    assert list(tmp_path.iterdir()) == []
+    with ShardWriter(tmp_path, md) as writer:
+        with pytest.raises(WriteError, match=message):
+            writer.write_batch(**batch)
+        writer.write_batch(oracle(md), 0, oracle_labels(md))
+    assert content(writer.shards_dir) == content(make_shards())
+
+
+@pytest.mark.parametrize(("start", "overlap"), [(0, "0..2"), (1, "1..3"), (3, "3..4"), (2, "2..4")])
+def test_overlap(tmp_path, start, overlap):
+    md = metadata()
+    batch = oracle(md)[:2]
+    message = rf"expected each example once, .* of which {overlap} "
+    with pytest.raises(WriteError, match=message), ShardWriter(tmp_path, md) as writer:  # noqa: PT012
+        writer.write_batch(oracle(md)[:4], 0)
+        writer.write_batch(batch, start)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given_ranges", "missing"),
+    [
+        ([], r"11 are missing: \[\(0, 11\)\]"),
+        ([(0, 10)], r"1 are missing: \[\(10, 11\)\]"),
+        ([(1, 11)], r"1 are missing: \[\(0, 1\)\]"),
+        ([(7, 11), (0, 3), (4, 6)], r"2 are missing: \[\(3, 4\), \(6, 7\)\]"),
+    ],
+)
+def test_missing_examples(tmp_path, given_ranges, missing):
+    md = metadata()
+    message = rf"expected 11 examples, as announced, {missing}"
+    with pytest.raises(WriteError, match=message), ShardWriter(tmp_path, md) as writer:  # noqa: PT012
+        for start, stop in given_ranges:
+            writer.write_batch(oracle(md)[start:stop], start)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("first", ["with", "without"])
+def test_labels_for_all_or_none(tmp_path, first):
+    md = metadata()
+    labels = oracle_labels(md)
+    pair = (labels[:4], None) if first == "with" else (None, labels[4:])
+    other = "without" if first == "with" else "with"
+    message = f"for all batches or for none, got a batch {other} them"
+    with pytest.raises(WriteError, match=message), ShardWriter(tmp_path, md) as writer:  # noqa: PT012
+        writer.write_batch(oracle(md)[:4], 0, pair[0])
+        writer.write_batch(oracle(md)[4:], 4, pair[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_batch(tmp_path, make_shards):
+    md = metadata()
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(oracle(md)[:0], 11, oracle_labels(md)[:0])
+        writer.write_batch(oracle(md)[:0], 0)
+        writer.write_batch(oracle(md), 0, oracle_labels(md))
+        writer.write_batch(oracle(md)[:0], 3)
+    assert content(writer.shards_dir) == content(make_shards())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_exception_in_the_block(tmp_path, error):
+    md = metadata()
+    with pytest.raises(error), ShardWriter(tmp_path, md) as writer:  # noqa: PT012
+        writer.write_batch(oracle(md), 0, oracle_labels(md))
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(oracle(md), 0)
+    assert Metadata.load(writer.shards_dir) == md
+
+
+def test_not_open(tmp_path):
+    md = metadata()
+    writer = ShardWriter(tmp_path, md)
+    with pytest.raises(WriteError, match="expected an open writer; use `with"):
+        writer.write_batch(oracle(md), 0)
+    assert list(tmp_path.iterdir()) == []
+    with writer:
+        writer.write_batch(oracle(md), 0)
+    with pytest.raises(WriteError, match="expected an open writer"):
+        writer.write_batch(oracle(md), 0)
+    with pytest.raises(WriteError, match="got a finished one"):
+        writer.__enter__()
+
+
+def test_nested(tmp_path):
+    md = metadata()
+    with ShardWriter(tmp_path, md) as writer:
+        with pytest.raises(WriteError, match="got another inside it"):
+            writer.__enter__()
+        writer.write_batch(oracle(md), 0)
+    assert Metadata.load(writer.shards_dir) == md
+
+
+def test_not_finished_is_not_read(tmp_path):
+    md = metadata()
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(oracle(md), 0)
+        with pytest.raises(ShardsNotFoundError, match=r"metadata\.json: does not exist.*was not finished"):
+            Metadata.load(writer.shards_dir)
+        assert not [path for path in writer.shards_dir.iterdir() if not path.name.startswith(".")]
+    assert Metadata.load(writer.shards_dir) == md
+
+
+def test_finished_is_not_written_again(tmp_path, make_shards):
+    shards_dir = make_shards()
+    before = content(shards_dir)
+    with pytest.raises(WriteError, match="got a finished one with this metadata"):
+        ShardWriter(shards_dir.parent, Metadata.load(shards_dir)).__enter__()
+    assert content(shards_dir) == before
+
+
+@pytest.mark.parametrize("name", [".acts000000.bin.part", "acts000000.bin", "shards.json", "notes.txt", "labels.bin"])
+def test_unfinished_is_not_overwritten(tmp_path, name):
+    md = metadata()
+    (tmp_path / md.hash).mkdir()
+    (tmp_path / md.hash / name).write_bytes(b"precious")
+    with pytest.raises(WriteError, match=f"expected an empty directory, got .*{name}.*delete the directory"):
+        ShardWriter(tmp_path, md).__enter__()
+    assert content(tmp_path / md.hash) == {name: b"precious"}
+
+
+def test_announced_with_dump(tmp_path, make_shards):
+    """Users of saev call Metadata.dump first; until all is written, the directory is unfinished all the same."""
+    md = metadata()
+    shards_dir = md.dump(tmp_path)
+    with ShardWriter(tmp_path, md) as writer:
+        assert content(shards_dir) == {}
+        writer.write_batch(oracle(md), 0, oracle_labels(md))
+    md.dump(tmp_path)
+    assert content(shards_dir) == content(make_shards())
+
+
+def test_other_metadata_is_kept(tmp_path):
+    md = metadata()
+    (md.dump(tmp_path) / "metadata.json").write_bytes(b"{}")
+    with pytest.raises(WriteError, match="expected an empty directory"):
+        ShardWriter(tmp_path, md).__enter__()
+    assert content(tmp_path / md.hash) == {"metadata.json": b"{}"}
+
+
+def test_two_at_once(tmp_path):
+    md = metadata()
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(oracle(md), 0)
+        with pytest.raises(WriteError, match="if no other process is writing"):
+            ShardWriter(tmp_path, md).__enter__()
+    ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+
+
+def test_two_that_started_together(tmp_path):
+    """Both found an empty directory. The second is refused its first file, and takes away nothing of the first's."""
+    md = metadata()
+    with ShardWriter(tmp_path, md) as first:
+        second = ShardWriter(tmp_path, md)
+        with pytest.raises(WriteError, match="File exists"), second:  # noqa: PT012
+            first.write_batch(oracle(md), 0)
+            second.write_batch(oracle(md), 0)
+    ShardInfo.load(first.shards_dir).validate(first.shards_dir)
+
+
+def test_older_protocols_are_not_written(tmp_path, make_shards):
+    md = Metadata.load(make_shards(protocol="1.1"))
+    with pytest.raises(WriteError, match=r"protocol: expected '2\.1'"):
+        ShardWriter(tmp_path, md)
+
+
+def test_too_many_files(tmp_path):
+    """Their shards.json would be larger than what is read."""
+    with pytest.raises(WriteError, match="max_tokens_per_shard: expected less than 40000 shard files"):
+        ShardWriter(tmp_path, metadata(n_examples=MAX_SHARDS, examples_per_shard=1))
+    md = metadata(n_examples=10**13, examples_per_shard=10**13 // (MAX_SHARDS - 2))
+    ShardWriter(tmp_path, md)
+    most = ShardInfo([Shard(shard_name(i), md.examples_per_shard) for i in range(MAX_SHARDS)])
+    most.dump(tmp_path)
+    assert ShardInfo.load(tmp_path) == most
+
+
+def test_root_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(WriteError, match="could not be written: Not a directory"):
+        ShardWriter(tmp_path / "file", metadata()).__enter__()
+
+
+def test_disk_full(tmp_path):
+    """By a real cause that needs no mount: a limit of the size of files."""
+    md = metadata()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"acts000000\.bin: could not be written: File too large"
+    try:
+        with pytest.raises(WriteError, match=message), ShardWriter(tmp_path, md) as writer:  # noqa: PT012
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            writer.write_batch(oracle(md), 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_full_for_a_moment(tmp_path, make_shards, monkeypatch):
+    """A batch that failed on the way can be written again."""
+    md = metadata()
+    pwrite, n_calls = os.pwrite, 0
+
+    def full_once(fd, view, offset):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", full_once)
+    with ShardWriter(tmp_path, md) as writer:
+        with pytest.raises(WriteError, match=r"acts000001\.bin: could not be written: No space left") as info:
+            writer.write_batch(oracle(md), 0, oracle_labels(md))
+        writer.write_batch(oracle(md), 0, oracle_labels(md))
+    assert info.value.__cause__.errno == errno.ENOSPC
+    assert content(writer.shards_dir) == content(make_shards())
+
+
+CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "replace", "unlink", "rmdir")
+
+
+class KilledError(BaseException):
+    """Not an Exception, so that nothing handles it."""
+
+
+def write_until(monkeypatch, root, md, n_calls, error):
+    """Write all of `md`; from system call `n_calls` on, every one raises `error`. Return how many were made."""
+    n_made = 0
+
+    def counted(call):
+        def wrapper(*args, **kwargs):
+            nonlocal n_made
+            n_made += 1
+            if n_made > n_calls:
+                raise error
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, counted(getattr(os, name)))
+        try:
+            with ShardWriter(root, md) as writer:
+                writer.write_batch(oracle(md)[6:], 6, oracle_labels(md)[6:])
+                writer.write_batch(oracle(md)[:6], 0, oracle_labels(md)[:6])
+        except (KilledError, WriteError):
+            return n_made
+    return None
+
+
+@pytest.mark.parametrize("error", [KilledError(), OSError(errno.EIO, "Input/output error")], ids=["killed", "failed"])
+@pytest.mark.parametrize("fields", [{}, {"n_examples": 8}], ids=["rest", "multiple"])
+def test_stopped_at_every_system_call(tmp_path, monkeypatch, make_shards, error, fields):
+    """A writer that ends at any call leaves no directory that loads and is wrong, or that is incomplete."""
+    md = metadata(**fields)
+    expected = content(make_shards(**fields))
+    for n_calls in range(200):
+        root = tmp_path / str(n_calls)
+        is_stopped = write_until(monkeypatch, root, md, n_calls, error) is not None
+        try:
+            assert Metadata.load(root / md.hash) == md
+        except SaevTorchError:
+            assert is_stopped
+            if (root / md.hash).exists() and os.listdir(root / md.hash):
+                with pytest.raises(WriteError, match="delete the directory"):
+                    ShardWriter(root, md).__enter__()
+            continue
+        # From the moment it loads, all of it is there.
+        assert content(root / md.hash) == expected
+        if not is_stopped:
+            break
+    assert n_calls > 20
+
+
+@pytest.mark.parametrize("name", ["ftruncate", "pwrite", "fsync", "rename", "replace"])
+def test_failed_once_leaves_nothing(tmp_path, monkeypatch, name):
+    """Each call of one kind fails in turn, once, and removing works: nothing is left, and all is well again."""
+    md = metadata()
+    for n_calls in range(100):
+        call, n_made = getattr(os, name), 0
+
+        def once(*args, call=call, n_calls=n_calls):
+            nonlocal n_made
+            n_made += 1
+            if n_made == n_calls + 1:
+                raise OSError(errno.EIO, "Input/output error")
+            return call(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, once)
+            try:
+                with ShardWriter(tmp_path, md) as writer:
+                    writer.write_batch(oracle(md), 0, oracle_labels(md))
+            except WriteError as err:
+                assert "Input/output error" in str(err)  # noqa: PT017
+                assert list(tmp_path.iterdir()) == []
+                continue
+        assert n_made <= n_calls
+        break
+    assert n_calls >= 2
+    assert Metadata.load(writer.shards_dir) == md
+
+
+def test_data_is_on_disk_before_it_is_published(tmp_path, monkeypatch):
+    md = metadata()
+    synced, log = set(), []
+    fsync, rename, replace = os.fsync, os.rename, os.replace
+
+    def logged_fsync(fd):
+        fsync(fd)
+        synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def logged_rename(source, target, call=rename):
+        # Through its own descriptor, under its own name: an fsync of another file is none.
+        assert str(source) in synced
+        log.append(Path(target).name)
+        call(source, target)
+        synced.discard(str(Path(target).parent))
+
+    def logged_replace(source, target):
+        if Path(target).name == "metadata.json":
+            assert str(Path(target).parent) in synced
+        logged_rename(source, target, replace)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(oracle(md), 0, oracle_labels(md))
+    acts = [shard.name for shard in ShardInfo.load(writer.shards_dir)]
+    assert log == [*acts, "labels.bin", "shards.json", "metadata.json"]
+    assert str(writer.shards_dir) in synced
+    assert str(tmp_path) in synced
