@@ -3,6 +3,7 @@
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, make_ordered_config
 from saev_torch.datasets import IndexedDataset, OrderedActivations, ShuffledActivations
+from saev_torch.digest import StreamDigest, batch_digest
 from saev_torch.errors import (
     ConfigError,
     FormatError,
@@ -43,6 +44,8 @@ __all__ = [
     "ShuffledDataLoader",
     "StalledReadError",
     "StateError",
+    "StreamDigest",
     "WriteError",
+    "batch_digest",
     "make_ordered_config",
 ]

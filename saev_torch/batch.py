@@ -8,6 +8,7 @@ import torch
 from torch.utils.data._utils.collate import default_collate_fn_map
 from typing_extensions import Self
 
+from saev_torch.digest import batch_digest
 from saev_torch.engine import OpenBatch
 from saev_torch.memory import Lease, Slot, attach
 from saev_torch.selection import Selection
@@ -37,6 +38,14 @@ class ActivationBatch(dict[str, torch.Tensor]):
     _slot: Slot | None = None
     _fields: tuple[_Field, ...] = ()
     _tensors: tuple[torch.Tensor, ...] = ()
+    _digest: int | None = None
+
+    @property
+    def digest(self) -> int:
+        """Which samples the batch holds; see `batch_digest`."""
+        if self._digest is None:
+            self._digest = batch_digest(self)
+        return self._digest
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
         """Copy the tensors to a device; see `torch.Tensor.to`."""
@@ -102,8 +111,10 @@ def make_batch(
     return batch
 
 
-def _receive(name: tuple[int, int, int, int], fields: tuple[_Field, ...]) -> ActivationBatch:
-    return _from_memory(attach(*name), fields)
+def _receive(name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest: int | None) -> ActivationBatch:
+    batch = _from_memory(attach(*name), fields)
+    batch._digest = digest
+    return batch
 
 
 def _send(batch: ActivationBatch) -> tuple[Any, ...]:
@@ -112,7 +123,7 @@ def _send(batch: ActivationBatch) -> tuple[Any, ...]:
     untouched = list(batch) == keys and all(a is b for a, b in zip(batch.values(), batch._tensors, strict=True))
     if slot is None or not untouched or not slot.is_own:
         return batch.__reduce__()
-    return _receive, (slot.send(), batch._fields)
+    return _receive, (slot.send(), batch._fields, batch._digest)
 
 
 ForkingPickler.register(ActivationBatch, _send)

@@ -23,6 +23,7 @@ from saev_torch.datasets import OrderedActivations, ShuffledActivations
 from saev_torch.demo_figure import Firings, Report, draw, find_meanings
 from saev_torch.demo_record import LAYERS, N_CONTENT, make_corpus, record, split
 from saev_torch.demo_sae import Recipe, Step, TopKSAE, explained_variance, train
+from saev_torch.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,9 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("saev_torch_demo.png"), help="figure (default: %(default)s)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the shards under this folder")
     parser.add_argument("--layer", type=int, choices=LAYERS, default=LAYERS[-1], help="layer to train on")
-    parser.add_argument("--windows", type=int, default=800, help="windows of text at most (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=Recipe.n_epochs, help="epochs (default: %(default)s)")
+    parser.add_argument("--windows", type=_positive, default=800, help="windows of text at most (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=Recipe.n_epochs, help="epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order and the weights (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {number}")
+    return number
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,10 +57,13 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        SaevTorchError: The shards cannot be written or read.
+        SaevTorchError: There is no folder for the figure, or the shards cannot be written or read.
         ModuleNotFoundError: The `demo` extra or the model's package is not installed.
     """
     started = time.perf_counter()
+    if not args.out.absolute().parent.is_dir():
+        # Now, and not after all the work.
+        raise ConfigError(f"--out: expected a file in a folder that exists, got {args.out}; make the folder first")
     corpus, held_out_corpus = split(make_corpus(args.windows))
     with _shards_root(args.keep) as root:
         shards = record(root, {"train": corpus, "held-out": held_out_corpus})

@@ -22,10 +22,11 @@ N_LATENTS_SHOWN = 8
 N_HITS_SHOWN = 4
 _N_STRONGEST = 40
 _MIN_LETTERS = 4
-_N_STEM = 4
+_N_STEM = 3
 _RARE, _COMMON = 2e-4, 1e-2
-_N_LEFT, _N_RIGHT = 52, 52
-_N_COLUMNS = _N_LEFT + _N_RIGHT + 8
+# Characters before the token, and from its first one on.
+_N_LEFT, _N_RIGHT = 52, 60
+_N_COLUMNS = _N_LEFT + _N_RIGHT
 _LINES_PER_LATENT = N_HITS_SHOWN + 2.0
 _INK, _MUTED, _BLUE, _ORANGE = "#22262b", "#7d858f", "#2f6db5", "#d9731a"
 
@@ -131,10 +132,10 @@ def _make_hit(corpus: Corpus, position: int, value: float) -> Hit:
     # What stands outside the window was not seen by the model.
     first, last = corpus.spans[window, 0, 0], corpus.spans[window, -1, 1]
     left = corpus.text[max(first, start - _N_LEFT) : start].replace("\n", " ")
-    right = corpus.text[stop : min(last, stop + _N_RIGHT)].replace("\n", " ")
+    right = corpus.text[stop : min(last, start + _N_RIGHT)].replace("\n", " ")
     # Words that the edge cuts tell nothing. A short context has none: it ends where the window does.
     left = left.partition(" ")[2] if len(left) == _N_LEFT else left
-    right = right.rpartition(" ")[0] if len(right) == _N_RIGHT else right
+    right = right.rpartition(" ")[0] if stop + len(right) == start + _N_RIGHT else right
     return Hit(left, corpus.text[start:stop], right, value)
 
 

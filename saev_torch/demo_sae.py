@@ -39,7 +39,7 @@ class Recipe:
     n_latents: int = 2048
     k: int = 16
     lr: float = 2e-3
-    n_epochs: int = 12
+    n_epochs: int = 10
     seed: int = 0
 
 

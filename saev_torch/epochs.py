@@ -21,6 +21,7 @@ __all__ = ["EpochCounter"]
 
 _N_ROWS = 32
 _WORDS = 16
+_N_FLAGS = 8
 _ROW = np.dtype(
     [
         ("order", np.int64),  # 0: not in use; else ascending
@@ -32,6 +33,7 @@ _ROW = np.dtype(
     ]
 )
 _NO_SESSION = -1
+_ALL = np.uint64(2**64 - 1)
 
 
 class EpochCounter:
@@ -47,8 +49,10 @@ class EpochCounter:
         self._fd = fd
         weakref.finalize(self, os.close, fd).atexit = False
         nbytes = _N_ROWS * _ROW.itemsize
-        os.ftruncate(fd, nbytes)
-        self._rows = np.frombuffer(mmap.mmap(fd, nbytes), dtype=_ROW)
+        os.ftruncate(fd, nbytes + _N_FLAGS)
+        pages = mmap.mmap(fd, nbytes + _N_FLAGS)
+        self._rows = np.frombuffer(pages, dtype=_ROW, count=_N_ROWS)
+        self._flags = np.frombuffer(pages, dtype=np.uint8, offset=nbytes)
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -73,56 +77,75 @@ class EpochCounter:
             finally:
                 fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
-    def begin(self, consumer: int, session: int | None, worker: int) -> tuple[int, int]:
+    def begin(
+        self, consumer: int, session: int | None, worker: int, at: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
         """Begin an iteration, or join one that another worker of the session has begun.
 
         Args:
             consumer: Process that the batches are for.
             session: What the workers of one iterator have in common; None without workers.
             worker: Number of the worker.
+            at: Epoch and batch that this worker was told to continue at.
 
         Returns:
             Number of the epoch, and the batch to start at.
         """
         word, bit = divmod(worker % (64 * _WORDS), 64)
+        mask = np.uint64(1 << bit)
         with self._locked():
-            latest = self._latest(consumer)
-            if session is not None:
-                # The oldest that this worker has not taken part in: a slow worker must not skip one.
-                mine = self._rows[(self._rows["order"] > 0) & (self._rows["consumer"] == consumer)]
-                joined = mine[(mine["session"] == session) & (mine["taken"][:, word] >> np.uint64(bit) & np.uint64(1) == 0)]
-                if len(joined):
-                    order = joined["order"].min()
-                    row = self._rows[self._rows["order"] == order]
-                    self._rows["taken"][self._rows["order"] == order, word] |= np.uint64(1 << bit)
-                    return int(row["epoch"][0]), int(row["start"][0])
-            if latest is None:
-                epoch, start = 0, 0
-            elif latest["session"] == _NO_SESSION:
-                epoch, start = int(latest["epoch"]), int(latest["start"])
+            rows = self._rows
+            # The oldest that this worker has not taken part in: a slow worker must not skip one.
+            joined = (rows["order"] > 0) & (rows["consumer"] == consumer) & (rows["session"] == session)
+            joined &= (rows["taken"][:, word] & mask) == 0
+            if at is not None:
+                joined &= rows["epoch"] == at[0]
+            if session is not None and joined.any():
+                row = rows[np.flatnonzero(joined)[np.argmin(rows["order"][joined])]]
+                found = int(row["epoch"]), int(row["start"])
             else:
-                epoch, start = int(latest["epoch"]) + 1, 0
-            row = self._add(consumer, 0 if session is None else session, epoch, start)
-            row["taken"][:] = np.uint64(2**64 - 1) if session is None else np.uint64(0)
-            row["taken"][word] |= np.uint64(1 << bit)
-            return epoch, start
+                found = self._following(consumer) if at is None else at
+                row = self._add(consumer, 0 if session is None else session, *found)
+                row["taken"][:] = _ALL if session is None else np.uint64(0)
+            row["taken"][word] |= mask
+            return found if at is None else at
 
     def set(self, consumer: int, epoch: int, start: int) -> None:
         """Choose the next iteration: its epoch, and the batch to start at."""
         with self._locked():
-            # Iterations that have begun are not joined any more.
-            self._rows["order"][self._rows["consumer"] == consumer] = 0
-            self._add(consumer, _NO_SESSION, epoch, start)["taken"][:] = np.uint64(2**64 - 1)
+            self._add(consumer, _NO_SESSION, epoch, start)["taken"][:] = _ALL
 
     def next(self, consumer: int) -> tuple[int, int]:
         """The epoch of the next iteration, and the batch that it starts at."""
         with self._locked():
+            return self._following(consumer)
+
+    def current(self, consumer: int) -> tuple[int, int, bool]:
+        """The latest iteration that has begun, else the next one.
+
+        Returns:
+            Its epoch, the batch that it started at, and whether workers make its batches.
+        """
+        with self._locked():
             latest = self._latest(consumer)
             if latest is None:
-                return 0, 0
-            if latest["session"] == _NO_SESSION:
-                return int(latest["epoch"]), int(latest["start"])
-            return int(latest["epoch"]) + 1, 0
+                return 0, 0, False
+            return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
+
+    def first(self, what: int) -> bool:
+        """Whether this is the first call with `what` (0 or 1), in this process or any worker."""
+        with self._locked():
+            seen = bool(self._flags[what])
+            self._flags[what] = 1
+            return not seen
+
+    def _following(self, consumer: int) -> tuple[int, int]:
+        latest = self._latest(consumer)
+        if latest is None:
+            return 0, 0
+        if latest["session"] == _NO_SESSION:
+            return int(latest["epoch"]), int(latest["start"])
+        return int(latest["epoch"]) + 1, 0
 
     def _latest(self, consumer: int) -> Any:
         mine = self._rows[(self._rows["order"] > 0) & (self._rows["consumer"] == consumer)]

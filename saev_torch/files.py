@@ -146,10 +146,10 @@ def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) ->
     with os.fdopen(open_regular(directory, name), "rb") as fd:
         n_bytes = os.fstat(fd.fileno()).st_size
         try:
-            raw = fd.read(max_bytes + 1) if n_bytes <= max_bytes else b""
+            raw = fd.read(max_bytes + 1)
         except OSError as err:
             raise ReadError(f"{path}: could not be read: {err.strerror}; check the file system") from err
-    if n_bytes > max_bytes or len(raw) > max_bytes:
+    if len(raw) > max_bytes:
         raise FormatError(f"{path}: expected at most {max_bytes} bytes of JSON, got {max(n_bytes, len(raw))}")
     try:
         # orjson is the strict gate: it bounds the depth, and refuses bad UTF-8, NaN and infinities. The second parse

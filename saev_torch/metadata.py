@@ -162,10 +162,7 @@ class Metadata:
             unknown = sorted(set(obj) - set(names))
             if unknown:
                 raise FormatError(f"expected the keys of protocol 2.1, got unknown {short(unknown)}; remove them")
-            kwargs = _require(obj, names)
-            # A null would otherwise be reported as if the caller had passed None.
-            _check_text("dataset", kwargs["dataset"])
-            return cls(**kwargs)
+            return cls(**_require(obj, names))
         kwargs = {_OLD_NAMES[old]: value for old, value in _require(_OLD_DEFAULTS | obj, list(_OLD_NAMES)).items()}
         if isinstance(kwargs["data"], dict):
             kwargs["data"] = json.dumps(kwargs["data"], separators=(",", ":"), ensure_ascii=False)

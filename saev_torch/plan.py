@@ -130,6 +130,10 @@ class OrderedPlan:
         start = batch * self.batch_size
         return np.arange(start, start + self.size(batch), dtype=np.int64)
 
+    def find(self, sample: int) -> tuple[int, int]:
+        """The inverse of `locate`: batch and row of a sample."""
+        return divmod(sample, self.batch_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class ShufflePlan:
@@ -321,6 +325,33 @@ class ShufflePlan:
             part = slice(chunk.bounds[d], chunk.bounds[d + 1])
             samples[chunk.rows[part]] = expand_runs(chunk.starts, chunk.lengths)[chunk.dealt[part]]
         return samples
+
+    def find(self, sample: int) -> tuple[int, int]:
+        """The inverse of `locate`: batch and row of a sample. Nothing is read."""
+        lane, position = self._find_in_stream(sample)
+        n_slots = self.n_slots(lane)
+        index = min(position // self.batch_size, max(0, n_slots - self.depth(lane)))
+        while index + 1 < n_slots and self._chunk_start(lane, index + 1) <= position:
+            index += 1
+        chunk = self.chunk(lane, index)
+        (turn,) = np.flatnonzero(chunk.dealt == position - self._chunk_start(lane, index)).tolist()
+        d = int(np.searchsorted(chunk.bounds, turn, side="right")) - 1
+        return chunk.slots[d] * self.n_lanes + lane, int(chunk.rows[turn])
+
+    def _find_in_stream(self, sample: int) -> tuple[int, int]:
+        n_full, width = self.n_samples // self._super_block, self._super_block
+        block, inside = divmod(sample, width)
+        if block < n_full:
+            (image,) = self._permutation.inverse(np.array([block], dtype=np.int64)).tolist()
+            if image < self._n_shared:
+                lane = self._lane_places.index(inside // self.block_size)
+                return lane, image * self.block_size + inside % self.block_size
+            extra = (image - self._n_shared) * width + inside
+        else:
+            extra = (n_full - self._n_shared) * width + sample - n_full * width
+        starts = self._extra_starts
+        lane = max(i for i in range(self.n_lanes) if starts[i] <= extra)
+        return lane, self._n_shared * self.block_size + extra - starts[lane]
 
 
 @functools.lru_cache(maxsize=8)

@@ -28,6 +28,8 @@ from saev_torch.shards import (
 
 __all__ = ["ShardWriter"]
 
+# There as long as somebody writes, or has been killed while writing.
+_CLAIM_NAME = ".unfinished"
 # The kernel takes at most 2 GiB less a page in one call.
 _MAX_PWRITE_BYTES = 1 << 30
 
@@ -53,8 +55,7 @@ class ShardWriter:
     def __init__(self, shards_root: Path, md: Metadata) -> None:
         if md.n_shards >= MAX_SHARDS:
             raise WriteError(
-                f"max_tokens_per_shard: expected less than {MAX_SHARDS} shard files, got {md.max_tokens_per_shard} "
-                f"tokens, which makes {md.n_shards} files; raise it"
+                f"max_tokens_per_shard: expected less than {MAX_SHARDS} files, got {md.n_shards}; raise it"
             )
         self.md = md
         self.shards_dir = Path(shards_root) / md.hash
@@ -66,7 +67,7 @@ class ShardWriter:
         self._made_dir = self._is_open = False
 
     def __enter__(self) -> Self:
-        """Make the directory.
+        """Make the directory and claim it.
 
         Raises:
             WriteError: It holds a data set already, or an unfinished one, or the system refused.
@@ -76,21 +77,11 @@ class ShardWriter:
         with writing(self.shards_dir):
             self._made_dir = not self.shards_dir.exists()
             self.shards_dir.mkdir(parents=True, exist_ok=True)
-            names = set(os.listdir(self.shards_dir))
-            announced = self.shards_dir / METADATA_NAME
-            if names == {METADATA_NAME} and announced.read_bytes() == self._metadata_json:
-                # Users of saev call Metadata.dump first. Here metadata.json says that all is written, so it must go.
-                announced.unlink()
-            elif {METADATA_NAME, SHARDS_NAME} <= names:
-                raise WriteError(
-                    f"{self.shards_dir}: expected no data set, got a finished one with this metadata; "
-                    "read it, or delete the directory to write it again"
-                )
-            elif names:
-                raise WriteError(
-                    f"{self.shards_dir}: expected an empty directory, got {short(sorted(names))}, as an unfinished "
-                    "write leaves it; if no other process is writing there, delete the directory"
-                )
+            try:
+                self._claim()
+            except BaseException:
+                self._remove_dir()
+                raise
         self._is_open = True
         return self
 
@@ -152,13 +143,43 @@ class ShardWriter:
         self._written.add(start, start + len(acts))
         self._has_labels = labels is not None
 
+    def _claim(self) -> None:
+        """Make this the only writer of the directory, which must be vacant."""
+        self._require_vacant(set())
+        os.close(os.open(self.shards_dir / _CLAIM_NAME, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        try:
+            # Once more: another writer may have come and finished in between.
+            self._require_vacant({_CLAIM_NAME})
+            (self.shards_dir / METADATA_NAME).unlink(missing_ok=True)
+        except BaseException:
+            (self.shards_dir / _CLAIM_NAME).unlink()
+            raise
+
+    def _require_vacant(self, ours: set[str]) -> None:
+        names = set(os.listdir(self.shards_dir)) - ours
+        # Users of saev call Metadata.dump first. To readers metadata.json says that all is written, so it will go.
+        is_announced = (
+            names == {METADATA_NAME} and (self.shards_dir / METADATA_NAME).read_bytes() == self._metadata_json
+        )
+        if not names or is_announced:
+            return
+        if {METADATA_NAME, SHARDS_NAME} <= names:
+            raise WriteError(
+                f"{self.shards_dir}: expected no data set, got a finished one with this metadata; "
+                "read it, or delete the directory to write it again"
+            )
+        raise WriteError(
+            f"{self.shards_dir}: expected an empty directory, got {short(sorted(names))}, as an unfinished "
+            "write leaves it; if no other process is writing there, delete the directory"
+        )
+
     def _check_activations(self, activations: torch.Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if not isinstance(activations, torch.Tensor | np.ndarray):
             raise WriteError(f"activations: expected a tensor or an array, got {type(activations).__name__}")
         if activations.dtype not in (torch.float32, np.dtype(np.float32)):
             raise WriteError(f"activations: expected float32, got {activations.dtype}; convert it, as with .float()")
         shape = (self.md.n_layers, self.md.tokens_per_example, self.md.d_model)
-        if activations.ndim != 4 or tuple(activations.shape[1:]) != shape:
+        if tuple(activations.shape[1:]) != shape:
             raise WriteError(
                 f"activations: expected shape [batch, n_layers, tokens_per_example, d_model] = [batch, {shape[0]}, "
                 f"{shape[1]}, {shape[2]}], got {list(activations.shape)}"
@@ -219,10 +240,9 @@ class ShardWriter:
         # Labels and one shard are all that batches in order need; many shards would run out of descriptors.
         for other in [other for other in self._fds if LABELS_NAME not in (name, other)]:
             os.close(self._fds.pop(other))
-        is_new = name not in self._created
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if is_new else 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fds[name] = fd = os.open(self._part(name), flags, 0o666)
-        if is_new:
+        if name not in self._created:
             self._created.append(name)
             # Full size at once, zeros where nothing is written: saev's files are preallocated, the last one too.
             full = shard_nbytes(self.md, self.md.examples_per_shard)
@@ -251,6 +271,9 @@ class ShardWriter:
         for name in names:
             with writing(self.shards_dir / name):
                 os.rename(self._part(name), self.shards_dir / name)
+        with writing(self.shards_dir):
+            # From here on the files themselves keep other writers out.
+            os.unlink(self.shards_dir / _CLAIM_NAME)
         # Dumping it makes the renames before it last, too; metadata.json comes when all else is sure to be there.
         info.dump(self.shards_dir)
         write_atomic(self.shards_dir / METADATA_NAME, self._metadata_json)
@@ -263,13 +286,15 @@ class ShardWriter:
             os.close(self._fds.popitem()[1])
 
     def _discard(self) -> None:
-        # metadata.json first, so that at no time a directory looks complete and is not. The JSON files can only be
-        # this writer's: publishing starts when it has made every data file itself.
-        paths = [self.shards_dir / METADATA_NAME, self.shards_dir / SHARDS_NAME] if self._created else []
-        paths += [path for name in self._created for path in (self.shards_dir / name, self._part(name))]
-        for path in paths:
+        # metadata.json first, so that at no time a directory looks complete and is not. Last what keeps other writers
+        # out: the claim, or the files that took its place.
+        names = [METADATA_NAME, SHARDS_NAME, *(self._part(name).name for name in self._created), *self._created]
+        for name in [*names, _CLAIM_NAME]:
             with contextlib.suppress(OSError):
-                path.unlink()
+                os.unlink(self.shards_dir / name)
+        self._remove_dir()
+
+    def _remove_dir(self) -> None:
         if self._made_dir:
             with contextlib.suppress(OSError):
                 self.shards_dir.rmdir()

@@ -28,6 +28,7 @@ LAYERS = [
     "selection",
     "ranges",
     "store",
+    "localcopy",
     "plan",
     "schedule",
     "reading",
@@ -36,6 +37,8 @@ LAYERS = [
     "epochs",
     "engine",
     "batch",
+    "digest",
+    "state",
     "datasets",
     "loaders",
     "writer",
@@ -102,13 +105,14 @@ def test_importing_is_quiet() -> None:
     """No output, no warning, no thread, no extra: also not through a module that looks harmless."""
     code = f"""
 import os, sys
-import numpy, orjson, torch, torchdata  # theirs are not ours
+import numpy, orjson, torch, torchdata  # what these do is not ours
+before = set(sys.modules)
 tasks = len(os.listdir("/proc/self/task"))
 seed = torch.initial_seed()
 import saev_torch
 assert len(os.listdir("/proc/self/task")) == tasks, "threads were started"
 assert torch.initial_seed() == seed, "the global generator was touched"
-loaded = {{name.partition(".")[0] for name in sys.modules}} & set({EXTRAS!r})
+loaded = {{name.partition(".")[0] for name in set(sys.modules) - before}} & set({EXTRAS!r})
 assert not loaded, loaded
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
@@ -141,10 +145,14 @@ def test_an_unknown_command_is_refused() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_our_exceptions_are_one_line() -> None:
-    done = _main("demo", "--windows", "1")
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--windows", "1", "windows: expected at least 2"), ("--out", "no/such/folder.png", "--out: expected a file")],
+)
+def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> None:
+    done = _main("demo", option, value)
     assert done.returncode == 2
-    assert re.fullmatch(r"saev_torch: windows: expected at least 2.*\n", done.stderr)
+    assert re.fullmatch(rf"saev_torch: {message}.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +206,5 @@ def test_readme_table_of_options_is_complete(column: int, config: type[Any]) -> 
     )
     said = {row[0]: row[column].strip("`") for row in rows if row[column] != "-"}
     default = {field.name: getattr(config(), field.name) for field in dataclasses.fields(config)}
-    assert list(said) == list(default)
-    del said["shards"]
-    assert {name: ast.literal_eval(value) for name, value in said.items()} == {name: default[name] for name in said}
+    del said["shards"], default["shards"]
+    assert {name: ast.literal_eval(value) for name, value in said.items()} == default

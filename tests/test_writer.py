@@ -324,7 +324,9 @@ def test_finished_is_not_written_again(tmp_path, make_shards):
     assert content(shards_dir) == before
 
 
-@pytest.mark.parametrize("name", [".acts000000.bin.part", "acts000000.bin", "shards.json", "notes.txt", "labels.bin"])
+@pytest.mark.parametrize(
+    "name", [".unfinished", ".acts000000.bin.part", "acts000000.bin", "shards.json", "notes.txt", "labels.bin"]
+)
 def test_unfinished_is_not_overwritten(tmp_path, name):
     md = metadata()
     (tmp_path / md.hash).mkdir()
@@ -339,7 +341,7 @@ def test_announced_with_dump(tmp_path, make_shards):
     md = metadata()
     shards_dir = md.dump(tmp_path)
     with ShardWriter(tmp_path, md) as writer:
-        assert content(shards_dir) == {}
+        assert set(content(shards_dir)) == {".unfinished"}
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     md.dump(tmp_path)
     assert content(shards_dir) == content(make_shards())
@@ -362,15 +364,28 @@ def test_two_at_once(tmp_path):
     ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
 
 
-def test_two_that_started_together(tmp_path):
-    """Both found an empty directory. The second is refused its first file, and takes away nothing of the first's."""
+@pytest.mark.parametrize("finished", [False, True])
+def test_two_that_started_together(tmp_path, monkeypatch, finished):
+    """Both find an empty directory, then the first claims it, or even finishes: nothing is taken away from it."""
     md = metadata()
-    with ShardWriter(tmp_path, md) as first:
-        second = ShardWriter(tmp_path, md)
-        with pytest.raises(WriteError, match="File exists"), second:  # noqa: PT012
+    first, second = ShardWriter(tmp_path, md), ShardWriter(tmp_path, md)
+    found_vacant = second._require_vacant
+
+    def first_overtakes(ours):
+        found_vacant(ours)
+        if not first._is_open and not ours:
+            first.__enter__()
             first.write_batch(oracle(md), 0)
-            second.write_batch(oracle(md), 0)
+            if finished:
+                first.__exit__(None, None, None)
+
+    monkeypatch.setattr(second, "_require_vacant", first_overtakes)
+    with pytest.raises(WriteError, match="got a finished one" if finished else "File exists"):
+        second.__enter__()
+    if not finished:
+        first.__exit__(None, None, None)
     ShardInfo.load(first.shards_dir).validate(first.shards_dir)
+    assert len(os.listdir(first.shards_dir)) == 5
 
 
 def test_older_protocols_are_not_written(tmp_path, make_shards):
@@ -381,7 +396,7 @@ def test_older_protocols_are_not_written(tmp_path, make_shards):
 
 def test_too_many_files(tmp_path):
     """Their shards.json would be larger than what is read."""
-    with pytest.raises(WriteError, match="max_tokens_per_shard: expected less than 40000 shard files"):
+    with pytest.raises(WriteError, match="max_tokens_per_shard: expected less than 40000 files, got 40000"):
         ShardWriter(tmp_path, metadata(n_examples=MAX_SHARDS, examples_per_shard=1))
     md = metadata(n_examples=10**13, examples_per_shard=10**13 // (MAX_SHARDS - 2))
     ShardWriter(tmp_path, md)
@@ -394,6 +409,17 @@ def test_root_cannot_be_made(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(WriteError, match="could not be written: Not a directory"):
         ShardWriter(tmp_path / "file", metadata()).__enter__()
+
+
+def test_claim_fails(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(WriteError, match="could not be written: Disk quota exceeded"):
+            ShardWriter(tmp_path, metadata()).__enter__()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_full(tmp_path):

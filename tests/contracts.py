@@ -1,0 +1,254 @@
+"""One harness for the order of batches, which every loader runs through; the oracle is numpy over the whole tensor.
+
+Run as a script it prints the digests of three epochs, so that a test can compare processes:
+
+    python contracts.py '{"shards": "...", "workers": 2}'
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import factory
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from saev_torch import (
+    ActivationBatch,
+    OrderedActivations,
+    OrderedConfig,
+    OrderedDataLoader,
+    ShuffledActivations,
+    ShuffledConfig,
+    ShuffledDataLoader,
+)
+
+Config = OrderedConfig | ShuffledConfig
+Batches = list[ActivationBatch]
+
+_DTYPES = {
+    "act": torch.float32,
+    "example_idx": torch.int64,
+    "token_idx": torch.int64,
+    "token_labels": torch.int64,
+    "layer": torch.int64,
+}
+
+
+# What there is to yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Samples in file order: a column for each key of a batch, and a number that no two samples share."""
+
+    columns: dict[str, np.ndarray]
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray) -> "Samples":
+        return Samples({key: column[rows] for key, column in self.columns.items()}, self.ids[rows])
+
+
+def positions(layers: tuple[int, ...], layer: int) -> int:
+    """Where a layer is: by value, else a negative one from the end."""
+    return layers.index(layer) if layer in layers else len(layers) + layer
+
+
+def expected(spec: factory.Spec, tokens: str, layer: Any, ignore_labels: Iterable[int] = ()) -> Samples:
+    """Return every selected sample, in file order, by slicing the whole tensor."""
+    acts, labels = factory.oracle(spec), factory.oracle_labels(spec)
+    first = spec.cls if tokens == "content" else 0
+    n_tokens = {"special": 1, "content": spec.content_tokens, "all": spec.content_tokens + spec.cls}[tokens]
+    stored = slice(first, first + n_tokens)
+    if layer == "all":
+        acts, layers = acts[:, :, stored], np.array(spec.layers)
+    elif isinstance(layer, tuple):
+        # Several layers side by side: they become an axis of each sample.
+        side_by_side = acts[:, [positions(spec.layers, x) for x in layer]][:, :, stored]
+        acts, layers = np.moveaxis(side_by_side, 1, 2)[:, None], np.zeros(1)
+    else:
+        acts, layers = acts[:, [positions(spec.layers, layer)], stored], np.zeros(1)
+    shape = acts.shape[:3]
+    example, grid_layer, token = (x.ravel() for x in np.indices(shape))
+    token = token + first - spec.cls
+    label = np.where(token < 0, -1, labels[example, token].astype(np.int64))
+    columns = {"act": acts.reshape(-1, *acts.shape[3:]), "example_idx": example, "token_idx": token}
+    if spec.labels:
+        columns["token_labels"] = label
+    if layer == "all":
+        columns["layer"] = layers[grid_layer]
+    samples = Samples(columns, np.arange(len(example)))
+    return samples.take(np.flatnonzero(~np.isin(label, list(ignore_labels)) | (token < 0)))
+
+
+def expected_for(spec: factory.Spec, cfg: Config) -> Samples:
+    ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
+    return expected(spec, cfg.tokens, cfg.layer, ignored)
+
+
+def find_rows(batches: Batches, samples: Samples) -> np.ndarray:
+    """Return which of `samples` each row of the batches is, -1 for none of them."""
+    keys = [key for key in ("example_idx", "layer", "token_idx") if key in samples.columns]
+    rows = {row: i for i, row in enumerate(zip(*(samples.columns[key].tolist() for key in keys), strict=True))}
+    return np.array([rows.get(row, -1) for b in batches for row in zip(*(b[key].tolist() for key in keys), strict=True)])
+
+
+# What every loader must do
+
+
+def check_epoch(batches: Batches, spec: factory.Spec, cfg: Config) -> None:
+    """Check one epoch: every sample exactly once, the right values, full batches; file order where it is promised."""
+    samples = expected_for(spec, cfg)
+    n, size = len(samples), cfg.batch_size
+    sizes = [size] * (n // size) + ([n % size] if n % size and not cfg.drop_last else [])
+    assert [len(b["act"]) for b in batches] == sizes
+    for batch in batches:
+        assert type(batch) is ActivationBatch
+        assert set(batch) == set(samples.columns)
+        for key, tensor in batch.items():
+            assert tensor.dtype == _DTYPES[key], key
+            assert tuple(tensor.shape) == (len(batch["act"]), *samples.columns[key].shape[1:]), key
+    rows = find_rows(batches, samples)
+    assert (rows >= 0).all(), "a sample that was not selected"
+    assert len(np.unique(rows)) == len(rows) == sum(sizes), "a sample twice"
+    if isinstance(cfg, OrderedConfig):
+        assert rows.tolist() == list(range(len(rows)))
+    for key, column in samples.columns.items():
+        got = np.concatenate([b[key].numpy() for b in batches]) if batches else column[:0]
+        # Bit for bit, so that a NaN or a negative zero could not hide.
+        assert got.tobytes() == np.ascontiguousarray(column[rows].astype(got.dtype)).tobytes(), key
+
+
+def check_attributes(loader: Any, spec: factory.Spec, cfg: Config) -> None:
+    """Check what a data set or a ready-made loader says about itself."""
+    n, size = len(expected_for(spec, cfg)), cfg.batch_size
+    n_batches = n // size if cfg.drop_last else -(-n // size)
+    assert loader.cfg is cfg
+    assert loader.metadata is loader.md
+    assert loader.metadata.n_examples == spec.n_examples
+    assert loader.d_model == spec.d_model
+    assert loader.n_samples == n
+    assert loader.n_batches == len(loader) == n_batches
+    assert loader.batch_size == size
+    assert loader.drop_last is cfg.drop_last
+
+
+def assert_same(got: Batches, wanted: Batches) -> None:
+    """Check that two sequences of batches are the same, bit for bit."""
+    assert len(got) == len(wanted)
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert list(a) == list(b), i
+        for key in a:
+            assert a[key].dtype == b[key].dtype, (i, key)
+            assert a[key].shape == b[key].shape, (i, key)
+            assert a[key].numpy().tobytes() == b[key].numpy().tobytes(), f"batch {i}: {key} differs"
+
+
+def digest(batches: Iterable[ActivationBatch]) -> str:
+    """Hash a sequence of batches: every bit of them, and where one ends."""
+    whole = hashlib.sha256()
+    for batch in batches:
+        for key, tensor in batch.items():
+            whole.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            whole.update(tensor.numpy().tobytes())
+    return whole.hexdigest()
+
+
+# The loaders
+
+
+def make_data_set(cfg: Config) -> OrderedActivations | ShuffledActivations:
+    return OrderedActivations(cfg) if isinstance(cfg, OrderedConfig) else ShuffledActivations(cfg)
+
+
+def make_ready(cfg: Config, **options: Any) -> OrderedDataLoader | ShuffledDataLoader:
+    if isinstance(cfg, OrderedConfig):
+        return OrderedDataLoader(cfg, **options)
+    return ShuffledDataLoader(cfg, **options)
+
+
+# The three ways to a loader that users have; each takes a config and options of `DataLoader`.
+WAYS: dict[str, Callable[..., Any]] = {
+    "default": lambda cfg, **options: DataLoader(make_data_set(cfg), **options),
+    "batch_size=None": lambda cfg, **options: DataLoader(make_data_set(cfg), batch_size=None, **options),
+    "ready-made": make_ready,
+}
+
+
+def data_set_of(loader: Any) -> Any:
+    return loader.dataset if isinstance(loader, DataLoader) else loader
+
+
+# Random geometries
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> factory.Spec:
+    return factory.Spec(
+        n_examples=draw(st.integers(1, 40)),
+        content_tokens=draw(st.integers(1, 12)),
+        cls=draw(st.booleans()),
+        layers=draw(st.sampled_from([(5,), (-2,), (3, 7), (-2, -1), (0, 4, 11), (7, -1, 3)])),
+        d_model=draw(st.sampled_from([1, 2, 3, 8, 17])),
+        examples_per_shard=draw(st.integers(1, 50)),
+        labels=draw(st.booleans()),
+        preallocate_last=draw(st.booleans()),
+        trailing_empty=draw(st.sampled_from([None, True, False])),
+    )
+
+
+@st.composite
+def selections(draw: st.DrawFn, spec: factory.Spec) -> dict[str, Any]:
+    one = st.sampled_from(spec.layers) | st.integers(-len(spec.layers), -2 if len(spec.layers) > 1 else -1)
+    side_by_side = st.lists(st.sampled_from(spec.layers), min_size=1, unique=True).map(tuple)
+    layer = draw(one | st.just("all") | side_by_side)
+    if layer == -1 and -1 not in spec.layers:
+        layer = spec.layers[0]  # -1 is the default that must be changed
+    return {"tokens": draw(st.sampled_from(["content", "all", *["special"] * spec.cls])), "layer": layer}
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[factory.Spec, type[Any], dict[str, Any]]:
+    """Draw a shard directory, a class of config, and the fields of one (all but `shards`)."""
+    spec = draw(specs())
+    fields = draw(selections(spec))
+    kind = draw(st.sampled_from([ShuffledConfig, ShuffledConfig, OrderedConfig]))
+    if kind is ShuffledConfig:
+        if spec.labels and fields["tokens"] != "special" and draw(st.booleans()):
+            fields["ignore_labels"] = draw(st.lists(st.integers(0, 6) | st.just(255), max_size=8))
+        fields["n_threads"] = draw(st.sampled_from([1, 4]))
+        fields["n_lanes"] = draw(st.sampled_from([8, 8, 1, 2, 3, 12]))
+        fields["block_size"] = draw(st.sampled_from([None, None, 1, 2, 5, 100]))
+        fields["min_buffer_fill"] = draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
+        fields["seed"] = draw(st.integers())
+    n = len(expected(spec, fields["tokens"], fields["layer"], fields.get("ignore_labels", ())))
+    # Not more than some 150 batches, so that a case takes milliseconds.
+    sizes = st.sampled_from([max(1, n + d) for d in (-1, 0, 1, 1000)]) | st.integers(max(1, n // 150), max(1, n // 2))
+    fields["batch_size"] = draw(st.just(1) | sizes if n <= 150 else sizes)
+    # Smaller than the data as well as larger.
+    fields["buffer_size"] = draw(st.sampled_from([1, 2, 3, 8, 10, 16, 64]))
+    fields["drop_last"] = draw(st.booleans())
+    return spec, kind, fields
+
+
+def _print_digests(shards: str, workers: int, context: str | None, fields: dict[str, Any]) -> None:
+    for kind in (ShuffledConfig, OrderedConfig):
+        cfg = kind(shards=Path(shards), **fields)
+        loader = DataLoader(make_data_set(cfg), num_workers=workers, multiprocessing_context=context)
+        print(kind.__name__, *(digest(loader) for _ in range(3)), flush=True)
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    _print_digests(
+        arguments["shards"], arguments.get("workers", 0), arguments.get("context"), arguments.get("fields", {})
+    )
