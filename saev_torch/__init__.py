@@ -3,6 +3,7 @@
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, make_ordered_config
 from saev_torch.datasets import IndexedDataset, OrderedActivations, ShuffledActivations
+from saev_torch.device import DevicePrefetcher
 from saev_torch.digest import StreamDigest, batch_digest
 from saev_torch.errors import (
     ConfigError,
@@ -23,6 +24,7 @@ from saev_torch.writer import ShardWriter
 __all__ = [
     "ActivationBatch",
     "ConfigError",
+    "DevicePrefetcher",
     "FormatError",
     "Index",
     "IndexMap",

@@ -1,12 +1,12 @@
 """A batch of activations: a dict of tensors that may live in reusable memory."""
 
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data._utils.collate import default_collate_fn_map
-from typing_extensions import Self
 
 from saev_torch.digest import batch_digest
 from saev_torch.engine import OpenBatch
@@ -39,6 +39,9 @@ class ActivationBatch(dict[str, torch.Tensor]):
     _fields: tuple[_Field, ...] = ()
     _tensors: tuple[torch.Tensor, ...] = ()
     _digest: int | None = None
+
+    memory: NDArray[np.uint8] | None = None
+    """The memory that the tensors are in, where it is reused; it outlives this batch."""
 
     @property
     def digest(self) -> int:
@@ -73,6 +76,7 @@ def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
 def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     memory = lease.array()
     batch = ActivationBatch()
+    batch.memory = lease.owner
     for key, dtype, offset, shape in fields:
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         batch[key] = torch.from_numpy(memory[offset : offset + nbytes].view(dtype).reshape(shape))

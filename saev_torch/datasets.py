@@ -19,7 +19,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from saev_torch.batch import ActivationBatch, make_batch, slot_nbytes
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.digest import StreamDigest
-from saev_torch.engine import Engine, OpenBatch
+from saev_torch.engine import Engine, OpenBatch, Waits
 from saev_torch.epochs import EpochCounter
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.localcopy import local_copy
@@ -88,9 +88,7 @@ class _Activations(IterableDataset[ActivationBatch]):
 
     def _select(self, store: ShardStore) -> Selection:
         try:
-            return Selection(
-                store.metadata, self.cfg.tokens, self.cfg.layer, self._ignore_labels, store.read_labels
-            )
+            return Selection(store.metadata, self.cfg.tokens, self.cfg.layer, self._ignore_labels, store.read_labels)
         finally:
             store.close()
 
@@ -184,9 +182,7 @@ class _Activations(IterableDataset[ActivationBatch]):
                 raise ConfigError(f"{name}: expected an integer from 0 on, got {value!r}.")
         if epoch is not None and epoch != current:
             current, start = epoch, 0
-        position = Position(
-            current, start + n_batches * world.world_size, rank=world.rank, world_size=world.world_size
-        )
+        position = Position(current, start + n_batches * world.world_size, rank=world.rank, world_size=world.world_size)
         return dump_state(self.metadata, self.cfg, position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -319,7 +315,7 @@ class _Activations(IterableDataset[ActivationBatch]):
         return self._iterate(position, share)
 
     def _plan(self, epoch: int) -> OrderedPlan | ShufflePlan:
-        raise TypeError(f"{type(self).__name__} has no order of its own; use OrderedActivations or ShuffledActivations.")
+        raise TypeError(f"{type(self).__name__}: expected OrderedActivations or ShuffledActivations; use one of them.")
 
     def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
         return {"n_threads": _ORDERED_THREADS, "n_fills": 0}
@@ -332,7 +328,7 @@ class _Activations(IterableDataset[ActivationBatch]):
         plan = self._plan(position.epoch)
         if position.rank == 0:
             self._advise(plan, share)
-        watch = _Watch(self.cfg, position.epoch, share)
+        watch = _Watch(self.cfg, position, share)
         engine = Engine(
             store=store,
             selection=selection,
@@ -346,7 +342,7 @@ class _Activations(IterableDataset[ActivationBatch]):
         batch_idx = share.first
         try:
             while (opened := engine.next_batch()) is not None:
-                watch.count(opened)
+                watch.count(opened.size, engine.waits)
                 batch = make_batch(opened, selection, self.batch_size)
                 # The caller alone decides how long the batch lives.
                 del opened
@@ -369,30 +365,37 @@ class _Activations(IterableDataset[ActivationBatch]):
             good = [n for n in range(1, plan.n_lanes + 1) if plan.n_lanes % n == 0]
             _log.warning(
                 "n_lanes: %d reading processes (ranks x workers) do not divide %d lanes, so each lane is read by "
-                "several of them; the order is the same, at more reads. Use one of %s reading processes, or n_lanes=%d.",
+                "several of them; the order is the same, at more reads. Use one of %s reading processes, or "
+                "n_lanes=%d.",
                 share.stride, plan.n_lanes, good, share.stride,
             )  # fmt: skip
 
 
 class _Watch:
-    """Logs progress, with `debug`."""
+    """Logs progress every `log_every_s` seconds, and what was waited for."""
 
-    def __init__(self, cfg: OrderedConfig | ShuffledConfig, epoch: int, share: Share) -> None:
-        self._every_s = cfg.log_every_s if cfg.debug else math.inf
-        self._name = f"{cfg.shards}: epoch {epoch}, batches {share.first}, +{share.stride}, ..., below {share.stop}"
+    def __init__(self, cfg: OrderedConfig | ShuffledConfig, position: Position, share: Share) -> None:
+        self._every_s = cfg.log_every_s
+        self._name = f"{cfg.shards}: epoch {position.epoch}, rank {position.rank}, reader {share.first}/{share.stride}"
         self._n_samples = 0
         self._began = self._logged = time.monotonic()
         if cfg.debug:
             _log_to_stderr()
-            _log.debug("%s: begins", self._name)
+            _log.debug("%s: begins at batch %d of %d", self._name, position.batch, share.stop)
 
-    def count(self, opened: OpenBatch) -> None:
-        self._n_samples += opened.size
+    def count(self, n_samples: int, waits: Waits) -> None:
+        self._n_samples += n_samples
         now = time.monotonic()
-        if now - self._logged >= self._every_s:
-            self._logged = now
-            rate = self._n_samples / (now - self._began)
-            _log.debug("%s: %d samples, %.0f samples/s", self._name, self._n_samples, rate)
+        if now - self._logged < self._every_s:
+            return
+        self._logged = now
+        spent = now - self._began
+        shares = {"disk": waits.disk_s, "planning": waits.plan_s, "the consumer": waits.consumer_s}
+        _log.info(
+            "%s: %.0f samples/s, %.2f GB/s; waited for %s",
+            self._name, self._n_samples / spent, waits.nbytes / spent / 1e9,
+            ", ".join(f"{name} {100 * seconds / spent:.0f}%" for name, seconds in shares.items()),
+        )  # fmt: skip
 
 
 class OrderedActivations(_Activations):

@@ -23,7 +23,7 @@ from saev_torch.schedule import Step
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
 
-__all__ = ["Engine", "OpenBatch"]
+__all__ = ["Engine", "OpenBatch", "Waits"]
 
 _Int64s = NDArray[np.int64]
 
@@ -75,6 +75,23 @@ class _Reading:
     since: float
 
 
+@dataclasses.dataclass
+class Waits:
+    """What an engine waited for, in seconds since it began.
+
+    Attributes:
+        disk_s: The consumer waited, while reads were under way.
+        plan_s: The consumer waited, while it was being worked out what to read.
+        consumer_s: Nothing was left to read, until the consumer took a batch.
+        nbytes: Bytes of activations that were handed out.
+    """
+
+    disk_s: float = 0.0
+    plan_s: float = 0.0
+    consumer_s: float = 0.0
+    nbytes: int = 0
+
+
 class Engine:
     """Reads batches ahead.
 
@@ -113,6 +130,7 @@ class Engine:
         self._keep = max_open + 4
         self._timeout_s = timeout_s
         self._fills_wanted = n_fills
+        self.waits = Waits()
         self._sample_nbytes = selection.md.d_model * 4 * selection.n_parts
 
         self._lock = threading.Lock()
@@ -152,8 +170,11 @@ class Engine:
         for step in self._steps:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self._open.keys())
             with self._lock:
+                began = time.monotonic()
                 while len(self._open) + len(new) > self._max_open and self._open and not self._stopped:
                     self._has_room.wait()
+                if not self._running:
+                    self.waits.consumer_s += time.monotonic() - began
                 if self._stopped:
                     return
             self._prepare(step, new)
@@ -272,6 +293,7 @@ class Engine:
                 if self._ready and (self._fills_wanted <= 0 or finished):
                     self._fills_wanted = 0
                     opened = self._open.pop(self._ready.popleft())
+                    self.waits.nbytes += opened.size * self._sample_nbytes
                     self._has_room.notify()
                     return opened
                 if finished:
@@ -280,7 +302,13 @@ class Engine:
                 if left <= 0:
                     self._error = StalledReadError(self._describe_stall())
                     raise self._error
+                waited = time.monotonic()
                 self._has_batch.wait(left)
+                waited = time.monotonic() - waited
+                if self._running:
+                    self.waits.disk_s += waited
+                else:
+                    self.waits.plan_s += waited
 
     def _describe_stall(self) -> str:
         now = time.monotonic()
@@ -306,4 +334,3 @@ class Engine:
         self._open.clear()
         self._tasks.clear()
         self._store.close()
-

@@ -120,7 +120,7 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
 
     def shutdown(self) -> None:
         """Stop the running iteration with its workers and threads. The loader can be used again."""
-        iterator = self._iterator if self._counting is None else self._counting.iterator
+        iterator: Any = self._iterator if self._counting is None else self._counting.iterator
         self._iterator = None
         if self._counting is not None:
             self._counting.iterator = None

@@ -35,12 +35,13 @@ class Lease:
     """The right to use a piece of memory: numpy arrays and tensors made from it keep it alive.
 
     Args:
-        memory: `[nbytes] uint8`, kept alive as long as the lease.
+        memory: `[nbytes] uint8`.
+        owner: The array that `memory` is a part of, kept alive as long as the lease.
         on_release: Called once nothing refers to the memory any more.
     """
 
-    def __init__(self, memory: NDArray[np.uint8], on_release: Callable[[], None]) -> None:
-        self._memory = memory
+    def __init__(self, memory: NDArray[np.uint8], owner: NDArray[np.uint8], on_release: Callable[[], None]) -> None:
+        self.owner = owner
         self.__array_interface__ = memory.__array_interface__
         pid = os.getpid()
         # A forked child drops its copies of objects too, and has no say in what its parent still uses.
@@ -48,7 +49,7 @@ class Lease:
 
     def array(self) -> NDArray[np.uint8]:
         """The memory, `[nbytes] uint8`; the lease lasts as long as any view of this."""
-        return np.asarray(self)  # type: ignore[call-overload, no-any-return]
+        return np.asarray(self)
 
 
 class Slot:
@@ -74,15 +75,15 @@ class Slot:
             self.fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC)
             weakref.finalize(self, os.close, self.fd).atexit = False
             os.ftruncate(self.fd, nbytes + _HEADER)
-            self._memory = np.frombuffer(mmap.mmap(self.fd, nbytes + _HEADER), dtype=np.uint8)
-            self._counts = self._memory[:_HEADER].view(np.int64)
-            self._memory = self._memory[_HEADER:]
+            self._owner = np.frombuffer(mmap.mmap(self.fd, nbytes + _HEADER), dtype=np.uint8)
+            self._counts = self._owner[:_HEADER].view(np.int64)
+            self._memory = self._owner[_HEADER:]
         else:
             pages = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if nbytes >= _HUGE_PAGE:
                 with contextlib.suppress(OSError):
                     pages.madvise(mmap.MADV_HUGEPAGE)
-            self._memory = np.frombuffer(pages, dtype=np.uint8)
+            self._owner = self._memory = np.frombuffer(pages, dtype=np.uint8)
             self._counts = np.zeros(2, dtype=np.int64)
         self.address = int(self._memory.ctypes.data)
 
@@ -99,7 +100,7 @@ class Slot:
     def lease(self) -> Lease:
         """Hand the memory out; the slot is free again when the lease and all views of it are gone."""
         self._held = True
-        return Lease(self._memory, self.release)
+        return Lease(self._memory, self._owner, self.release)
 
     def hold(self) -> None:
         """Keep the slot from being handed out while it is filled."""
@@ -211,7 +212,7 @@ def attach(pid: int, number: int, fd: int, nbytes: int) -> Lease:
     def release() -> None:
         counts[_RETURNED] += 1
 
-    return Lease(memory[_HEADER:], release)
+    return Lease(memory[_HEADER:], memory, release)
 
 
 def _map(pid: int, fd: int, nbytes: int) -> NDArray[np.uint8]:

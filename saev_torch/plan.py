@@ -50,7 +50,8 @@ def expand_runs(starts: _Int64s, lengths: _Int64s) -> _Int64s:
     """
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+    runs: _Int64s = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
+    return runs
 
 
 def _divisor_at_most(n: int, limit: int) -> int:
@@ -270,9 +271,7 @@ class ShufflePlan:
     def _stream(self, lane: int, start: int, stop: int) -> tuple[_Int64s, _Int64s]:
         """Runs of samples at positions start..stop-1 of a lane's stream."""
         shared = self._n_shared * self.block_size
-        own = self._pieces(
-            start, min(stop, shared), self.block_size, 0, self._lane_places[lane] * self.block_size
-        )
+        own = self._pieces(start, min(stop, shared), self.block_size, 0, self._lane_places[lane] * self.block_size)
         n_full = self.n_samples // self._super_block
         tail = (n_full - self._n_shared) * self._super_block
         shift = self._extra_starts[lane] - shared

@@ -161,9 +161,7 @@ def read_cell_labels(store: ShardStore, selection: Selection, cells: _Int64s) ->
     return labels
 
 
-def read_extents(
-    store: ShardStore, extents: Extents, start: int, stop: int, note: Callable[[int, int], None]
-) -> None:
+def read_extents(store: ShardStore, extents: Extents, start: int, stop: int, note: Callable[[int, int], None]) -> None:
     """Read a range of extents to their places.
 
     Args:
@@ -221,7 +219,10 @@ def _read_rest(store: ShardStore, fd: int, extents: Extents, i: int, done: int) 
             )
         _log.warning(
             "%s: reading at offset %d failed (%s), trying again in %s s",
-            store.path(shard), offset, os.strerror(code), _RETRIES_S[tries],
+            store.path(shard),
+            offset,
+            os.strerror(code),
+            _RETRIES_S[tries],
         )
         time.sleep(_RETRIES_S[tries])
         tries += 1

@@ -117,7 +117,7 @@ class Selection:
         self.n_samples = md.n_examples * self.n_grid_layers * n_tokens
         if ignore_labels:
             if read_labels is None:
-                raise ConfigError("ignore_labels: expected labels.bin beside the shards, got none; leave the list empty.")
+                raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
             self._kept = self._count_kept(ignore_labels, read_labels)
             self.n_samples = int(self._kept.first_sample[-1])
 
@@ -173,7 +173,8 @@ class Selection:
         layers, rank = np.divmod(rank, per_group[group])
         width = self.md.tokens_per_example
         tokens = positions[group_first[group] + rank] - group * width
-        return (examples * self.n_grid_layers + layers) * width + tokens
+        cells: _Int64s = (examples * self.n_grid_layers + layers) * width + tokens
+        return cells
 
     def _mask(self, kept: _Kept, examples: _Int64s) -> NDArray[np.bool_]:
         """Which stored tokens of these examples are selected: `[m, tokens_per_example] bool`."""
@@ -214,7 +215,8 @@ class Selection:
         per_shard = self.md.examples_per_shard
         shards = examples // per_shard
         in_shard = examples - shards * per_shard
-        layers = layers if self.n_grid_layers > 1 else self.layer_idxs[0]
+        if not self.layer_is_all:
+            layers = layers + self.layer_idxs[0]
         return shards, (in_shard * len(self.md.layers) + layers) * self.md.tokens_per_example + tokens
 
 

@@ -30,7 +30,7 @@ class Position:
 
     epoch: int
     batch: int
-    digest: StreamDigest = StreamDigest()
+    digest: StreamDigest = dataclasses.field(default_factory=StreamDigest)
     rank: int = 0
     world_size: int = 1
 

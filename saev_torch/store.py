@@ -182,7 +182,7 @@ class ShardStore:
             got = list(map(_pread, itertools.repeat(fd), addresses.tolist(), wanted, starts.tolist()))
             if got != wanted:
                 for first, length, end in zip(starts.tolist(), wanted, ends.tolist(), strict=True):
-                    self._read_fully(fd, memoryview(labels)[end - length : end], first)
+                    self._read_fully(fd, labels.data[end - length : end], first)
         return labels
 
     def _read_fully(self, fd: int, buffer: memoryview, offset: int) -> None:

@@ -28,10 +28,8 @@ from saev_torch.shards import (
 
 __all__ = ["ShardWriter"]
 
-# There as long as somebody writes, or has been killed while writing.
-_CLAIM_NAME = ".unfinished"
-# The kernel takes at most 2 GiB less a page in one call.
-_MAX_PWRITE_BYTES = 1 << 30
+_CLAIM_NAME = ".unfinished"  # There as long as somebody writes, or has been killed while writing.
+_MAX_PWRITE_BYTES = 1 << 30  # The kernel takes at most 2 GiB less a page in one call.
 
 
 class ShardWriter:
@@ -130,11 +128,10 @@ class ShardWriter:
         if self._has_labels is (labels is None):
             got = "without" if labels is None else "with"
             raise WriteError(f"patch_labels: expected them for all batches or for none, got a batch {got} them")
-        n_per_shard = self.md.examples_per_shard
         done = 0
         while done < len(acts):
-            shard_idx, row = divmod(start + done, n_per_shard)
-            n_fit = min(n_per_shard - row, len(acts) - done)
+            shard_idx, row = divmod(start + done, self.md.examples_per_shard)
+            n_fit = min(self.md.examples_per_shard - row, len(acts) - done)
             self._pwrite(shard_name(shard_idx), acts[done : done + n_fit], shard_nbytes(self.md, row))
             done += n_fit
         if labels is not None:
@@ -158,10 +155,8 @@ class ShardWriter:
     def _require_vacant(self, ours: set[str]) -> None:
         names = set(os.listdir(self.shards_dir)) - ours
         # Users of saev call Metadata.dump first. To readers metadata.json says that all is written, so it will go.
-        is_announced = (
-            names == {METADATA_NAME} and (self.shards_dir / METADATA_NAME).read_bytes() == self._metadata_json
-        )
-        if not names or is_announced:
+        path = self.shards_dir / METADATA_NAME
+        if not names or (names == {METADATA_NAME} and path.read_bytes() == self._metadata_json):
             return
         if {METADATA_NAME, SHARDS_NAME} <= names:
             raise WriteError(
@@ -241,12 +236,17 @@ class ShardWriter:
         for other in [other for other in self._fds if LABELS_NAME not in (name, other)]:
             os.close(self._fds.pop(other))
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fds[name] = fd = os.open(self._part(name), flags, 0o666)
+        fd = os.open(self._part(name), flags, 0o666)
         if name not in self._created:
             self._created.append(name)
+        try:
             # Full size at once, zeros where nothing is written: saev's files are preallocated, the last one too.
             full = shard_nbytes(self.md, self.md.examples_per_shard)
             os.ftruncate(fd, labels_nbytes(self.md) if name == LABELS_NAME else full)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds[name] = fd
         return fd
 
     def _part(self, name: str) -> Path:
@@ -286,8 +286,7 @@ class ShardWriter:
             os.close(self._fds.popitem()[1])
 
     def _discard(self) -> None:
-        # metadata.json first, so that at no time a directory looks complete and is not. Last what keeps other writers
-        # out: the claim, or the files that took its place.
+        # metadata.json first, lest a directory look complete and not be; last what keeps other writers out.
         names = [METADATA_NAME, SHARDS_NAME, *(self._part(name).name for name in self._created), *self._created]
         for name in [*names, _CLAIM_NAME]:
             with contextlib.suppress(OSError):

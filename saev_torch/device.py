@@ -1,0 +1,134 @@
+"""Batches on the device before the training step asks for them.
+
+A batch is copied from the memory that it was read into: its slot is page-locked in place, once, and reused, so no byte
+crosses the host's memory again. The slot is kept until the copy on the side stream has finished.
+"""
+
+import collections
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from saev_torch.batch import ActivationBatch
+from saev_torch.errors import ConfigError
+
+__all__ = ["DevicePrefetcher"]
+
+_locked: set[int] = set()
+"""Addresses of memory that is page-locked."""
+
+
+def _unlock(address: int) -> None:
+    _locked.discard(address)
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+def _page_lock(memory: NDArray[np.uint8]) -> bool:
+    """Page-lock memory for as long as it lives; whether it is."""
+    address = int(memory.ctypes.data)
+    if address in _locked:
+        return True
+    if int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)) != 0:  # type: ignore[no-untyped-call]
+        return False
+    _locked.add(address)
+    # Runs before the memory is unmapped, because it belongs to the array that owns the mapping.
+    weakref.finalize(memory, _unlock, address).atexit = False
+    return True
+
+
+def _locked_batch(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    if isinstance(batch, ActivationBatch) and batch.memory is not None and _page_lock(batch.memory):
+        return batch
+    return type(batch)({k: v if v.is_pinned() else v.pin_memory() for k, v in batch.items()})  # type: ignore[call-arg]
+
+
+class DevicePrefetcher:
+    """Iterates over a loader, with the next batches copied to a device while the step runs.
+
+    Works for any loader of dicts of tensors. On the CPU it passes every batch through as it is.
+
+    Args:
+        loader: What to iterate over. Do not set `pin_memory` there: that would be one more copy.
+        device: Where batches go.
+        n_ahead: Batches on the device, or on their way, beyond the one in use.
+
+    Raises:
+        ConfigError: `n_ahead` is no integer from 1 on.
+    """
+
+    def __init__(
+        self, loader: Iterable[Mapping[str, torch.Tensor]], device: torch.device | str | int, n_ahead: int = 2
+    ) -> None:
+        if isinstance(n_ahead, bool) or not isinstance(n_ahead, int) or n_ahead < 1:
+            raise ConfigError(f"DevicePrefetcher.n_ahead: expected an integer from 1 on, got {n_ahead!r}.")
+        self.loader = loader
+        self.device = torch.device(device)
+        self.n_ahead = n_ahead
+        self._state: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        """Batches in an epoch, if the loader knows."""
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's state after the batches that were handed out, not those that were fetched."""
+        state: dict[str, Any] = self.loader.state_dict() if self._state is None else self._state  # type: ignore[attr-defined]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the loader continue where a state was taken."""
+        self._state = None
+        self.loader.load_state_dict(state)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        self._state = None
+        if self.device.type == "cpu":
+            yield from self.loader
+        elif self.device.type != "cuda":
+            for batch in self.loader:
+                yield {key: value.to(self.device) for key, value in batch.items()}
+        else:
+            yield from self._iterate_cuda()
+            self._state = None
+
+    def _iterate_cuda(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        has_state = hasattr(self.loader, "state_dict")
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        # Page-locked batches whose copy may not have finished: their memory must not be handed out again.
+        sources: collections.deque[tuple[torch.cuda.Event, Mapping[str, torch.Tensor]]] = collections.deque()
+        ready: collections.deque[tuple[torch.cuda.Event, dict[str, torch.Tensor], Any]] = collections.deque()
+        try:
+            for batch in self.loader:
+                state = self.loader.state_dict() if has_state else None  # type: ignore[attr-defined]
+                source = _locked_batch(batch)
+                with torch.cuda.device(self.device), torch.cuda.stream(stream):
+                    copy = ActivationBatch({k: v.to(self.device, non_blocking=True) for k, v in source.items()})
+                    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                    event.record(stream)
+                sources.append((event, source))
+                del batch, source
+                ready.append((event, copy, state))
+                if len(ready) > self.n_ahead:
+                    yield self._hand_out(ready)
+                while sources and sources[0][0].query():  # type: ignore[no-untyped-call]
+                    sources.popleft()
+            while ready:
+                yield self._hand_out(ready)
+        finally:
+            for event, _ in sources:
+                event.synchronize()
+
+    def _hand_out(
+        self, ready: "collections.deque[tuple[torch.cuda.Event, dict[str, torch.Tensor], Any]]"
+    ) -> dict[str, torch.Tensor]:
+        event, copy, self._state = ready.popleft()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        for tensor in copy.values():
+            # Its memory was allocated on the side stream; the allocator must know who else uses it.
+            tensor.record_stream(current)
+        return copy
