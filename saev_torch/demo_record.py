@@ -126,6 +126,8 @@ def record(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
 
     transformers_logging.disable_progress_bar()
     model = AutoModel.from_pretrained(get_model_path(), local_files_only=True).eval()
+    # What comes after the last recorded block would be computed for nothing.
+    model.encoder.layer = model.encoder.layer[: max(LAYERS)]
     cls_id, sep_id = 101, 102  # BERT's vocabulary, which MiniLM has.
     shards_dirs = {}
     with tqdm(total=sum(map(len, corpora.values())), desc="recording", unit=" windows") as bar:

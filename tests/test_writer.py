@@ -436,21 +436,22 @@ def test_disk_full(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_disk_full_for_a_moment(tmp_path, make_shards, monkeypatch):
-    """A batch that failed on the way can be written again."""
+@pytest.mark.parametrize("name", ["pwrite", "ftruncate"])
+def test_disk_full_for_a_moment(tmp_path, make_shards, monkeypatch, name):
+    """A batch that failed on the way can be written again, here in the last file, which is longer than its data."""
     md = metadata()
-    pwrite, n_calls = os.pwrite, 0
+    call, n_calls = getattr(os, name), 0
 
-    def full_once(fd, view, offset):
+    def full_once(*args):
         nonlocal n_calls
         n_calls += 1
-        if n_calls == 2:
+        if n_calls == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(fd, view, offset)
+        return call(*args)
 
-    monkeypatch.setattr(os, "pwrite", full_once)
+    monkeypatch.setattr(os, name, full_once)
     with ShardWriter(tmp_path, md) as writer:
-        with pytest.raises(WriteError, match=r"acts000001\.bin: could not be written: No space left") as info:
+        with pytest.raises(WriteError, match=r"acts000002\.bin: could not be written: No space left") as info:
             writer.write_batch(oracle(md), 0, oracle_labels(md))
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     assert info.value.__cause__.errno == errno.ENOSPC
