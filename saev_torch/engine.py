@@ -28,6 +28,10 @@ __all__ = ["Engine", "OpenBatch", "Waits"]
 _Int64s = NDArray[np.int64]
 
 _TASK_NBYTES = 4 << 20
+_N_SPARE = 2
+_MAX_TAKEN = 4
+# Another process lets go of a batch without telling.
+_POLL_S = 0.002
 
 
 @dataclasses.dataclass
@@ -127,7 +131,7 @@ class Engine:
         self._steps = steps
         self._pool = pool
         self._max_open = max_open
-        self._keep = max_open + 4
+        self._keep = max_open + _N_SPARE
         self._timeout_s = timeout_s
         self._fills_wanted = n_fills
         self.waits = Waits()
@@ -142,6 +146,7 @@ class Engine:
         # Steps in order, each with the batches that are complete after it.
         self._running: collections.deque[tuple[_Running, tuple[int, ...]]] = collections.deque()
         self._ready: collections.deque[int] = collections.deque()
+        self._taken: list[Slot] = []
         self._reading: dict[int, _Reading] = {}
         self._all_scheduled = False
         self._stopped = False
@@ -171,8 +176,8 @@ class Engine:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self._open.keys())
             with self._lock:
                 began = time.monotonic()
-                while len(self._open) + len(new) > self._max_open and self._open and not self._stopped:
-                    self._has_room.wait()
+                while not self._stopped and (wait_s := self._wait_for_room(len(new))) is not None:
+                    self._has_room.wait(wait_s or None)
                 if not self._running:
                     self.waits.consumer_s += time.monotonic() - began
                 if self._stopped:
@@ -181,6 +186,16 @@ class Engine:
         with self._lock:
             self._all_scheduled = True
             self._has_batch.notify_all()
+
+    def _wait_for_room(self, n_new: int) -> float | None:
+        """How long to wait before opening more batches: None if not at all, 0.0 until one is taken."""
+        if self._open and len(self._open) + n_new > self._max_open:
+            return 0.0
+        self._taken = [slot for slot in self._taken if not slot.is_free]
+        # Batches on their way to the consumer count too, but a user who keeps them must not be waited for.
+        n_held = len(self._open) + min(len(self._taken), _MAX_TAKEN)
+        starving = not self._ready and not self._running
+        return None if starving or n_held + n_new <= self._max_open + _N_SPARE else _POLL_S
 
     def _prepare(self, step: Step, new: list[int]) -> None:
         for batch in new:
@@ -293,6 +308,7 @@ class Engine:
                 if self._ready and (self._fills_wanted <= 0 or finished):
                     self._fills_wanted = 0
                     opened = self._open.pop(self._ready.popleft())
+                    self._taken.append(opened.slot)
                     self.waits.nbytes += opened.size * self._sample_nbytes
                     self._has_room.notify()
                     return opened

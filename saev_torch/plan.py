@@ -40,6 +40,7 @@ _Int64s = NDArray[np.int64]
 _SUPER_BLOCKS, _CHUNK = 1, 2
 _MIN_BLOCKS_PER_CHUNK = 64
 _WISHED_BLOCKS_PER_SAMPLE = 0.35
+_MIN_PART_TO_SPARE = 4
 
 
 def expand_runs(starts: _Int64s, lengths: _Int64s) -> _Int64s:
@@ -196,11 +197,17 @@ class ShufflePlan:
 
     def depth(self, lane: int) -> int:
         """Slots of a lane that are open at a time."""
-        # One batch of the lane's part is for reading ahead, where there is enough of it.
         part = self.buffer_size // self.n_lanes
-        wished = max(part - 1, min(2, part))
         # Data that fit are read once and mixed whole.
-        return max(1, self.n_slots(lane) if self.n_slots(lane) <= part else wished)
+        return max(1, self.n_slots(lane) if self.n_slots(lane) <= part else part - self.reads_lanes_together)
+
+    @property
+    def reads_lanes_together(self) -> bool:
+        """Whether a reader reads the same chunk of all its lanes at once, for which each lane has a batch to spare.
+
+        Lanes that share a process are neighbours on disk, so this makes larger reads. A small buffer has no room for it.
+        """
+        return self.buffer_size // self.n_lanes >= _MIN_PART_TO_SPARE
 
     @property
     def _super_block(self) -> int:

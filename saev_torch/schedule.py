@@ -81,13 +81,11 @@ def make_steps(plan: ShufflePlan | OrderedPlan, share: Share) -> Iterator[Step]:
 
 
 def count_open_slots(plan: ShufflePlan | OrderedPlan, share: Share, buffer_size: int) -> int:
-    """Batches that a reader may hold at a time: its part of the buffer, one more for each lane to read ahead."""
+    """Batches that a reader may hold at a time: its part of the buffer."""
     if isinstance(plan, OrderedPlan):
         return min(3, max(2, buffer_size))
-    common = math.gcd(share.stride, plan.n_lanes)
-    apart = share.stride // common
-    lanes = {(share.first + share.stride * i) % plan.n_lanes for i in range(plan.n_lanes // common)}
-    return sum(-(-plan.depth(lane) // apart) + 1 for lane in lanes)
+    turns = max(plan.depth(lane) for lane in range(plan.n_lanes)) + plan.reads_lanes_together
+    return -(-turns * plan.n_lanes // share.stride) + (0 if plan.reads_lanes_together else 2)
 
 
 def _ordered(plan: OrderedPlan, own: range, offset: int) -> Iterator[Step]:
@@ -130,15 +128,19 @@ def _shuffled(plan: ShufflePlan, own: range, offset: int) -> Iterator[Step]:
             batch = turn * n_lanes + lane
             alone = len(new) == len(batches)
             yield Step(loads, (offset + batch,) if alone else (), (plan.size(batch),) if alone else (), True)
-        if len(new) == len(batches) and new:
+        if new and len(new) == len(batches):
             batches = ()
         loads = ()
-        for lane, mine in slots.items():
+        for lane, mine in sorted(slots.items()):
             if mine[0] < turn < plan.n_slots(lane):
                 depth = plan.depth(lane)
                 # A chunk that was read around the end, when the lane was filled, has dealt to the slots open then.
                 seen = turn >= plan.n_slots(lane) + mine[0] - depth + 1
                 low = max(turn, mine[0] + depth) if seen else turn
                 loads += tuple(wanted(lane, turn, low, turn + depth))
+            done = tuple(b for b in batches if b % n_lanes <= lane)
+            if done and not plan.reads_lanes_together:
+                yield Step(loads, tuple(offset + b for b in done), tuple(plan.size(b) for b in done), False)
+                loads, batches = (), batches[len(done) :]
         if loads or batches:
             yield Step(loads, tuple(offset + b for b in batches), tuple(plan.size(b) for b in batches), False)
