@@ -7,6 +7,7 @@ batches. Memory is bounded by the number of batches that may be open, not by tim
 import collections
 import dataclasses
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from saev_torch.errors import StalledReadError
 from saev_torch.memory import Slot, SlotPool
 from saev_torch.plan import OrderedPlan, ShufflePlan, expand_runs
-from saev_torch.reading import Extents, make_sample_extents, read_cell_labels, read_extents
+from saev_torch.reading import Extents, announce_extents, make_sample_extents, read_cell_labels, read_extents
 from saev_torch.schedule import Step
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
@@ -28,6 +29,9 @@ __all__ = ["Engine", "OpenBatch", "Waits"]
 _Int64s = NDArray[np.int64]
 
 _TASK_NBYTES = 4 << 20
+# A reading thread that is slower than this waits for a disk: then reads are announced, this many tasks ahead.
+_SLOW_NBYTES_PER_S = 1.5e9
+_N_ANNOUNCED = 8
 _N_SPARE = 2
 _MAX_TAKEN = 4
 # Another process lets go of a batch without telling.
@@ -59,7 +63,7 @@ class _Running:
     """A step whose tasks are not all done."""
 
     n_tasks: int
-    fills: bool
+    fills: int
 
 
 @dataclasses.dataclass
@@ -68,6 +72,8 @@ class _Task:
 
     step: _Running
     run: Callable[[], None]
+    announce: Callable[[], None] | None = None
+    nbytes: int = 0
 
 
 @dataclasses.dataclass
@@ -150,6 +156,7 @@ class Engine:
         self._reading: dict[int, _Reading] = {}
         self._all_scheduled = False
         self._stopped = False
+        self._is_slow = False
         self._error: BaseException | None = None
         names = ["saev_torch scheduler"] + [f"saev_torch reader {i}" for i in range(n_threads)]
         targets = [self._schedule] + [self._read] * n_threads
@@ -205,7 +212,7 @@ class Engine:
             with self._lock:
                 self._open[batch] = opened
         running = _Running(0, step.fills)
-        tasks = [_Task(running, run) for run in self._divide(step)]
+        tasks = list(self._divide(step, running))
         running.n_tasks = len(tasks)
         with self._lock:
             self._running.append((running, step.batches))
@@ -213,7 +220,7 @@ class Engine:
             self._has_task.notify_all()
             self._has_batch.notify_all()
 
-    def _divide(self, step: Step) -> Iterator[Callable[[], None]]:
+    def _divide(self, step: Step, running: _Running) -> Iterator[_Task]:
         """Work out where every row of a step goes, in the order of the disk, and cut that into tasks."""
         if not step.loads:
             return
@@ -236,11 +243,16 @@ class Engine:
             on_disk, cells, places = on_disk[wanted], cells[wanted], places[wanted]
 
         if self._store.has_labels:
-            yield lambda: self._read_labels(cells, on_disk, len(dealt), targets)
+            yield _Task(running, lambda: self._read_labels(cells, on_disk, len(dealt), targets))
         for extents in make_sample_extents(selection, cells, places):
             for start, stop in extents.cut(_TASK_NBYTES):
                 # The batches are named so that their memory lives as long as the task.
-                yield functools.partial(self._read_rows, extents, start, stop, targets)
+                yield _Task(
+                    running,
+                    functools.partial(self._read_rows, extents, start, stop, targets),
+                    functools.partial(announce_extents, self._store, extents, start, stop),
+                    sum(extents.nbytes[start:stop]),
+                )
 
     def _targets(self, step: Step) -> Iterator[_Target]:
         """For each batch and load: its positions in the step, and the rows that they go to."""
@@ -262,13 +274,27 @@ class Engine:
                 if self._stopped:
                     return
                 task = self._tasks.popleft()
+                later = self._take_unannounced() if self._is_slow else None
+            if later is not None:
+                later()
+            began = time.monotonic()
             task.run()
+            if task.nbytes:
+                self._is_slow = task.nbytes < _SLOW_NBYTES_PER_S * (time.monotonic() - began)
             with self._lock:
                 self._reading.pop(threading.get_ident(), None)
                 task.step.n_tasks -= 1
                 if not task.step.n_tasks:
                     self._has_batch.notify_all()
-            del task
+            del task, later
+
+    def _take_unannounced(self) -> Callable[[], None] | None:
+        """Something to announce to the kernel: only where reads are slow, because it takes time of its own."""
+        for task in itertools.islice(self._tasks, _N_ANNOUNCED):
+            if task.announce is not None:
+                announce, task.announce = task.announce, None
+                return announce
+        return None
 
     def _read_rows(self, extents: Extents, start: int, stop: int, targets: list[_Target]) -> None:
         read_extents(self._store, extents, start, stop, self._note)

@@ -5,6 +5,7 @@ there is no buffer in between and nothing to gather afterwards. The calls are ma
 GIL, with arrays of arguments that numpy made: no Python per sample, and none per block but the call itself.
 """
 
+import collections
 import ctypes
 import dataclasses
 import errno
@@ -21,7 +22,7 @@ from saev_torch.errors import ReadError
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
 
-__all__ = ["Extents", "make_extents", "make_sample_extents", "read_cell_labels", "read_extents"]
+__all__ = ["Extents", "announce_extents", "make_extents", "make_sample_extents", "read_cell_labels", "read_extents"]
 
 _Int64s = NDArray[np.int64]
 _log = logging.getLogger("saev_torch")
@@ -188,6 +189,18 @@ def read_extents(store: ShardStore, extents: Extents, start: int, stop: int, not
                 for i, n in zip(members, got, strict=True):
                     if n != extents.nbytes[i]:
                         _read_rest(store, fd, extents, i, max(0, n))
+
+
+def announce_extents(store: ShardStore, extents: Extents, start: int, stop: int) -> None:
+    """Ask the kernel to begin reading a range of extents, so that a disk has many reads to work on at a time."""
+    for shard, group in itertools.groupby(range(start, stop), key=extents.shards.__getitem__):
+        members = list(group)
+        part = slice(members[0], members[-1] + 1)
+        with store.opened(shard) as fd:
+            advice = itertools.repeat(os.POSIX_FADV_WILLNEED)
+            collections.deque(
+                map(os.posix_fadvise, itertools.repeat(fd), extents.offsets[part], extents.nbytes[part], advice), 0
+            )
 
 
 def _read_rest(store: ShardStore, fd: int, extents: Extents, i: int, done: int) -> None:

@@ -53,13 +53,13 @@ class Step:
         loads: Chunks to read.
         batches: Batches to hand out, in this order.
         sizes: Samples in each of them.
-        fills: True where it fills a lane's part of the buffer.
+        fills: Lanes whose part of the buffer is full after it, for the first time.
     """
 
     loads: tuple[Load, ...]
     batches: tuple[int, ...]
     sizes: tuple[int, ...]
-    fills: bool
+    fills: int
 
 
 def make_steps(plan: ShufflePlan | OrderedPlan, share: Share) -> Iterator[Step]:
@@ -94,7 +94,7 @@ def _ordered(plan: OrderedPlan, own: range, offset: int) -> Iterator[Step]:
         rows = np.arange(size, dtype=np.int64)
         start = np.array([batch * plan.batch_size], dtype=np.int64)
         chunk = Chunk(start, np.array([size], dtype=np.int64), rows, (batch,), (0, size), rows)
-        yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), (size,), False)
+        yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), (size,), 0)
 
 
 def _shuffled(plan: ShufflePlan, own: range, offset: int) -> Iterator[Step]:
@@ -118,16 +118,22 @@ def _shuffled(plan: ShufflePlan, own: range, offset: int) -> Iterator[Step]:
     for turn in range(own[0] // n_lanes, own[-1] // n_lanes + 1):
         batches = tuple(b for b in range(turn * n_lanes, (turn + 1) * n_lanes) if b in own)
         new = [lane for lane, mine in slots.items() if mine[0] == turn]
-        for lane in new:
-            depth, n_slots = plan.depth(lane), plan.n_slots(lane)
-            loads = tuple(
-                load
-                for i in range(turn - depth + 1, turn + 1)
-                for load in wanted(lane, i % n_slots, turn, turn + depth)
-            )
-            batch = turn * n_lanes + lane
-            alone = len(new) == len(batches)
-            yield Step(loads, (offset + batch,) if alone else (), (plan.size(batch),) if alone else (), True)
+        alone = len(new) == len(batches)
+        # The first lane alone, so that the first batch comes early; then the others together, in larger reads.
+        for lanes in filter(None, (new[:1], new[1:])):
+            depth = max(plan.depth(lane) for lane in lanes)
+            done = tuple(turn * n_lanes + lane for lane in lanes) if alone else ()
+            for back in reversed(range(depth)):
+                loads = tuple(
+                    load
+                    for lane in lanes
+                    if back < plan.depth(lane)
+                    for load in wanted(lane, (turn - back) % plan.n_slots(lane), turn, turn + plan.depth(lane))
+                )
+                last = done if back == 0 else ()
+                if loads or last:
+                    sizes = tuple(plan.size(b) for b in last)
+                    yield Step(loads, tuple(offset + b for b in last), sizes, len(lanes) if back == 0 else 0)
         if new and len(new) == len(batches):
             batches = ()
         loads = ()
@@ -140,7 +146,7 @@ def _shuffled(plan: ShufflePlan, own: range, offset: int) -> Iterator[Step]:
                 loads += tuple(wanted(lane, turn, low, turn + depth))
             done = tuple(b for b in batches if b % n_lanes <= lane)
             if done and not plan.reads_lanes_together:
-                yield Step(loads, tuple(offset + b for b in done), tuple(plan.size(b) for b in done), False)
+                yield Step(loads, tuple(offset + b for b in done), tuple(plan.size(b) for b in done), 0)
                 loads, batches = (), batches[len(done) :]
         if loads or batches:
-            yield Step(loads, tuple(offset + b for b in batches), tuple(plan.size(b) for b in batches), False)
+            yield Step(loads, tuple(offset + b for b in batches), tuple(plan.size(b) for b in batches), 0)
