@@ -157,6 +157,7 @@ class Engine:
         self._all_scheduled = False
         self._stopped = False
         self._is_slow = False
+        self._is_full = False
         self._error: BaseException | None = None
         names = ["saev_torch scheduler"] + [f"saev_torch reader {i}" for i in range(n_threads)]
         targets = [self._schedule] + [self._read] * n_threads
@@ -184,7 +185,10 @@ class Engine:
             with self._lock:
                 began = time.monotonic()
                 while not self._stopped and (wait_s := self._wait_for_room(len(new))) is not None:
+                    self._is_full = True
+                    self._has_batch.notify_all()
                     self._has_room.wait(wait_s or None)
+                self._is_full = False
                 if not self._running:
                     self.waits.consumer_s += time.monotonic() - began
                 if self._stopped:
@@ -196,13 +200,14 @@ class Engine:
 
     def _wait_for_room(self, n_new: int) -> float | None:
         """How long to wait before opening more batches: None if not at all, 0.0 until one is taken."""
-        if self._open and len(self._open) + n_new > self._max_open:
+        if not self._ready and not self._running:
+            return None
+        if len(self._open) + n_new > self._max_open:
             return 0.0
         self._taken = [slot for slot in self._taken if not slot.is_free]
         # Batches on their way to the consumer count too, but a user who keeps them must not be waited for.
         n_held = len(self._open) + min(len(self._taken), _MAX_TAKEN)
-        starving = not self._ready and not self._running
-        return None if starving or n_held + n_new <= self._max_open + _N_SPARE else _POLL_S
+        return None if n_held + n_new <= self._max_open + _N_SPARE else _POLL_S
 
     def _prepare(self, step: Step, new: list[int]) -> None:
         for batch in new:
@@ -331,7 +336,8 @@ class Engine:
                     self._fills_wanted -= done.fills
                     self._ready.extend(batches)
                 finished = self._all_scheduled and not self._running
-                if self._ready and (self._fills_wanted <= 0 or finished):
+                filled = self._fills_wanted <= 0 or finished or (self._is_full and not self._running)
+                if self._ready and filled:
                     self._fills_wanted = 0
                     opened = self._open.pop(self._ready.popleft())
                     self._taken.append(opened.slot)

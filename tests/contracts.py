@@ -29,6 +29,10 @@ from saev_torch import (
     ShuffledDataLoader,
 )
 
+# The order must not depend on the number of workers, so tests use more than a small machine has cores. This is for
+# `pytest.mark.filterwarnings`: unlike pyproject.toml, it holds under `pytest -W error`, too.
+MANY_WORKERS = "ignore:This DataLoader will create .* worker processes in total:UserWarning"
+
 Config = OrderedConfig | ShuffledConfig
 Batches = list[ActivationBatch]
 
@@ -99,7 +103,8 @@ def find_rows(batches: Batches, samples: Samples) -> np.ndarray:
     """Return which of `samples` each row of the batches is, -1 for none of them."""
     keys = [key for key in ("example_idx", "layer", "token_idx") if key in samples.columns]
     rows = {row: i for i, row in enumerate(zip(*(samples.columns[key].tolist() for key in keys), strict=True))}
-    return np.array([rows.get(row, -1) for b in batches for row in zip(*(b[key].tolist() for key in keys), strict=True)])
+    found = [rows.get(row, -1) for b in batches for row in zip(*(b[key].tolist() for key in keys), strict=True)]
+    return np.array(found, dtype=np.int64)
 
 
 # What every loader must do
@@ -182,10 +187,6 @@ WAYS: dict[str, Callable[..., Any]] = {
     "batch_size=None": lambda cfg, **options: DataLoader(make_data_set(cfg), batch_size=None, **options),
     "ready-made": make_ready,
 }
-
-
-def data_set_of(loader: Any) -> Any:
-    return loader.dataset if isinstance(loader, DataLoader) else loader
 
 
 # Random geometries

@@ -1,0 +1,83 @@
+"""What a loader takes from the machine: bounded while it runs, nothing after it."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader
+
+from saev_torch import ShuffledActivations, ShuffledConfig
+
+SMALL_SHM = """
+import sys
+from torch.utils.data import DataLoader
+from saev_torch import ShuffledActivations, ShuffledConfig
+cfg = ShuffledConfig(shards=sys.argv[1], layer=0, batch_size=4096, buffer_size=16)
+kept = []
+n = 0
+for batch in DataLoader(ShuffledActivations(cfg), num_workers=2):
+    # Far more than 64 MB of batches alive at a time.
+    kept.append(batch)
+    n += len(batch["act"])
+print(n, len({int(b["example_idx"][0]) for b in kept}) > 1)
+"""
+
+
+@pytest.fixture
+def shards(make_shards):
+    return make_shards(n_examples=60, content_tokens=5, cls=False, layers=(0,), d_model=8, examples_per_shard=25)
+
+
+def count_descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident_kb():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:")))
+
+
+def test_200_epochs_take_no_more_than_a_few(shards):
+    data_set = ShuffledActivations(ShuffledConfig(shards=shards, layer=0, batch_size=16, buffer_size=16))
+
+    def epochs(n):
+        for _ in range(n):
+            assert sum(len(batch["act"]) for batch in data_set) == 300
+        gc.collect()
+        return count_descriptors(), threading.active_count(), resident_kb()
+
+    before = epochs(10)
+    after = epochs(200)
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] < 8 << 10
+
+
+def test_epochs_with_persistent_workers_take_no_more(shards):
+    data_set = ShuffledActivations(ShuffledConfig(shards=shards, layer=0, batch_size=16, buffer_size=16))
+    loader = DataLoader(data_set, num_workers=2, persistent_workers=True)
+    seen = []
+    for _ in range(40):
+        assert sum(len(batch["act"]) for batch in loader) == 300
+        workers = [worker.pid for worker in loader._iterator._workers]
+        seen.append((count_descriptors(), [len(os.listdir(f"/proc/{pid}/fd")) for pid in workers]))
+    assert max(seen[20:]) <= max(seen[:20])
+
+
+def test_a_container_size_dev_shm_is_enough(make_shards, tmp_path):
+    shards = make_shards(n_examples=250, content_tokens=200, cls=False, layers=(0,), d_model=512, examples_per_shard=100)
+    script = tmp_path / "run.py"
+    script.write_text(SMALL_SHM)
+    mount = "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec \"$@\""
+    command = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small /dev/shm is not allowed here")
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [*command, sys.executable, "-W", "error", str(script), str(shards)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("50000 True\n", "")
