@@ -6,8 +6,8 @@ computes the same one, any batch can be worked out without the ones before it, a
 How the shuffle works
 ---------------------
 1. The samples, in file order, are cut into *super-blocks* of `n_lanes * block_size`, and those are permuted by
-   `Bijection`, anew in each epoch. Lane l takes the l-th *block* of each (through a digit reversal, so that lanes
-   that share a process are neighbours on disk): its *stream*. What does not divide evenly goes to the lanes' ends.
+   `Bijection`, anew in each epoch. Each lane takes one *block* of each, another in each epoch, but so that lanes that
+   share a process are neighbours on disk: its *stream*. What does not divide evenly goes to the lanes' ends.
 2. Batch c belongs to lane `c % n_lanes`, as that lane's slot `t = c // n_lanes`.
 3. A stream is cut into *chunks*, as many as the lane has slots. The samples of chunk i are dealt at random, equally
    many to each, to the slots i, i+1, ..., i+depth-1, around the end of the lane. So a slot is made from `depth`
@@ -37,7 +37,7 @@ __all__ = ["Chunk", "OrderedPlan", "ShufflePlan", "choose_block_size", "expand_r
 
 _Int64s = NDArray[np.int64]
 
-_SUPER_BLOCKS, _CHUNK = 1, 2
+_SUPER_BLOCKS, _CHUNK, _PLACES = 1, 2, 3
 _MIN_BLOCKS_PER_CHUNK = 64
 _WISHED_BLOCKS_PER_SAMPLE = 0.35
 _MIN_PART_TO_SPARE = 4
@@ -205,7 +205,7 @@ class ShufflePlan:
     def reads_lanes_together(self) -> bool:
         """Whether a reader reads the same chunk of all its lanes at once, for which each lane has a batch to spare.
 
-        Lanes that share a process are neighbours on disk, so this makes larger reads. A small buffer has no room for it.
+        Lanes that share a process are neighbours on disk, so reads are larger. A small buffer has no room for it.
         """
         return self.buffer_size // self.n_lanes >= _MIN_PART_TO_SPARE
 
@@ -238,15 +238,43 @@ class ShufflePlan:
         return Bijection(self.n_samples // self._super_block, key)
 
     @functools.cached_property
-    def _lane_places(self) -> tuple[int, ...]:
-        """Which block of a super-block each lane takes: lanes congruent modulo a divisor are neighbours."""
-        order, modulus = [0], 1
-        while modulus < self.n_lanes:
-            rest = self.n_lanes // modulus
-            factor = next(f for f in range(2, rest + 1) if rest % f == 0)
-            order = [lane + modulus * digit for lane in order for digit in range(factor)]
-            modulus *= factor
-        return tuple(order.index(lane) for lane in range(self.n_lanes))
+    def _factors(self) -> tuple[tuple[int, int], ...]:
+        """The digits of a block's place in its super-block: how many values each has, and its weight."""
+        factors, weight = [], self.n_lanes
+        while weight > 1:
+            factor = next(f for f in range(2, weight + 1) if weight % f == 0)
+            weight //= factor
+            factors.append((factor, weight))
+        return tuple(factors)
+
+    def _places(self, lane: int, images: _Int64s) -> _Int64s:
+        """Which block of each super-block a lane takes.
+
+        The lane's digits, the last one first, are turned by random digits of the super-block: lanes that are congruent
+        modulo a divisor stay neighbours, and which samples share a lane is another draw in each epoch.
+        """
+        turns = self._turns(images)
+        places = np.zeros_like(images)
+        for factor, weight in self._factors:
+            places += (lane + turns // weight) % factor * weight
+            lane //= factor
+        return places
+
+    def _lane_at(self, place: int, image: int) -> int:
+        """The inverse of `_places`: the lane that takes a block of a super-block."""
+        (turn,) = self._turns(np.array([image], dtype=np.int64)).tolist()
+        lane, radix = 0, 1
+        for factor, weight in self._factors:
+            lane += (place // weight - turn // weight) % factor * radix
+            radix *= factor
+        return lane
+
+    def _turns(self, images: _Int64s) -> _Int64s:
+        hashes = images.astype(np.uint64) ^ np.uint64(make_key(self.seed, self.epoch, _PLACES))
+        hashes *= np.uint64(0xBF58476D1CE4E5B9)
+        hashes ^= hashes >> np.uint64(32)
+        hashes *= np.uint64(0x94D049BB133111EB)
+        return (hashes >> np.uint64(33)).view(np.int64) % self.n_lanes
 
     @functools.cached_property
     def _images_memo(self) -> dict[tuple[int, int], _Int64s]:
@@ -263,12 +291,15 @@ class ShufflePlan:
             memo[first, stop] = images
         return images
 
-    def _pieces(self, start: int, stop: int, width: int, first: int, offset: int) -> tuple[_Int64s, _Int64s]:
-        """Runs of positions start..stop-1 of a sequence of pieces, `width` samples from the offset of each image."""
+    def _pieces(self, start: int, stop: int, width: int, first: int, lane: int | None) -> tuple[_Int64s, _Int64s]:
+        """Runs of positions start..stop-1 of a sequence of pieces: a lane's blocks of super-blocks, or all of them."""
         if start >= stop:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         q0, q1 = start // width, (stop - 1) // width + 1
-        starts = self._images(first + q0, first + q1) * self._super_block + offset
+        images = self._images(first + q0, first + q1)
+        starts = images * self._super_block
+        if lane is not None:
+            starts += self._places(lane, images) * self.block_size
         lengths = np.full(q1 - q0, width, dtype=np.int64)
         starts[0] += start - q0 * width
         lengths[0] -= start - q0 * width
@@ -278,12 +309,12 @@ class ShufflePlan:
     def _stream(self, lane: int, start: int, stop: int) -> tuple[_Int64s, _Int64s]:
         """Runs of samples at positions start..stop-1 of a lane's stream."""
         shared = self._n_shared * self.block_size
-        own = self._pieces(start, min(stop, shared), self.block_size, 0, self._lane_places[lane] * self.block_size)
+        own = self._pieces(start, min(stop, shared), self.block_size, 0, lane)
         n_full = self.n_samples // self._super_block
         tail = (n_full - self._n_shared) * self._super_block
         shift = self._extra_starts[lane] - shared
         left, right = max(start, shared) + shift, stop + shift
-        extra = self._pieces(left, min(right, tail), self._super_block, self._n_shared, 0)
+        extra = self._pieces(left, min(right, tail), self._super_block, self._n_shared, None)
         rest_start = max(left, tail)
         rest = n_full * self._super_block + rest_start - tail
         rest_length = max(0, right - rest_start)
@@ -350,7 +381,7 @@ class ShufflePlan:
         if block < n_full:
             (image,) = self._permutation.inverse(np.array([block], dtype=np.int64)).tolist()
             if image < self._n_shared:
-                lane = self._lane_places.index(inside // self.block_size)
+                lane = self._lane_at(inside // self.block_size, block)
                 return lane, image * self.block_size + inside % self.block_size
             extra = (image - self._n_shared) * width + inside
         else:
