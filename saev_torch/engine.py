@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.errors import StalledReadError
+from saev_torch.errors import ReadError, StalledReadError
 from saev_torch.memory import Slot, SlotPool
-from saev_torch.plan import OrderedPlan, ShufflePlan, expand_runs
+from saev_torch.blocks import expand_runs
+from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.reading import Extents, announce_extents, make_sample_extents, read_cell_labels, read_extents
 from saev_torch.schedule import Step
 from saev_torch.selection import Selection
@@ -166,13 +167,27 @@ class Engine:
             threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True)
             for name, target in zip(names, targets, strict=True)
         ]
-        for thread in self._threads:
-            thread.start()
+        started: list[threading.Thread] = []
+        try:
+            for thread in self._threads:
+                thread.start()
+                started.append(thread)
+        except (RuntimeError, MemoryError) as err:
+            self._threads = started
+            self.close()
+            raise ReadError(
+                f"n_threads: expected {len(names)} more threads, got {len(started)}: {err}; lower n_threads or the "
+                "number of workers, or raise the limits of processes and memory."
+            ) from err
 
     def _guarded(self, target: Callable[[], None]) -> None:
         try:
             target()
-        except BaseException as err:  # noqa: BLE001 -- the consumer raises it
+        except BaseException as caught:  # noqa: BLE001 -- the consumer raises it
+            err = caught
+            if isinstance(caught, MemoryError):
+                err = ReadError(f"buffer_size: no memory is left ({caught}); lower it, or the number of workers.")
+                err.__cause__ = caught
             with self._lock:
                 self._error = self._error or err
                 self._has_batch.notify_all()
@@ -308,6 +323,7 @@ class Engine:
         self._reading[threading.get_ident()] = _Reading(self._store.path(shard), offset, time.monotonic())
 
     def _read_labels(self, cells: _Int64s, on_disk: _Int64s, n: int, targets: list[_Target]) -> None:
+        self._note(self._store.labels_idx, 0)
         labels = np.empty(n, dtype=np.uint8)
         labels[on_disk] = read_cell_labels(self._store, self._selection, cells)
         for opened, positions, rows in targets:
@@ -351,12 +367,17 @@ class Engine:
                     self._error = StalledReadError(self._describe_stall())
                     raise self._error
                 waited = time.monotonic()
-                self._has_batch.wait(left)
+                self._has_batch.wait(min(left, threading.TIMEOUT_MAX))
                 waited = time.monotonic() - waited
                 if self._running:
                     self.waits.disk_s += waited
                 else:
                     self.waits.plan_s += waited
+
+    @property
+    def fill(self) -> float:
+        """Share of the batches that may be open that are."""
+        return min(1.0, len(self._open) / max(1, self._max_open))
 
     def _describe_stall(self) -> str:
         now = time.monotonic()

@@ -31,79 +31,15 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.blocks import Chunk, choose_block_size, divisor_at_most, expand_runs
 from saev_torch.permute import Bijection, make_key, shuffled
 
-__all__ = ["Chunk", "OrderedPlan", "ShufflePlan", "choose_block_size", "expand_runs"]
+__all__ = ["OrderedPlan", "ShufflePlan"]
 
 _Int64s = NDArray[np.int64]
 
 _SUPER_BLOCKS, _CHUNK, _PLACES = 1, 2, 3
-_MIN_BLOCKS_PER_CHUNK = 64
-_WISHED_BLOCKS_PER_SAMPLE = 0.35
 _MIN_PART_TO_SPARE = 4
-
-
-def expand_runs(starts: _Int64s, lengths: _Int64s) -> _Int64s:
-    """List the members of runs of consecutive integers, one run after the other.
-
-    >>> expand_runs(np.array([5, 0]), np.array([3, 2])).tolist()
-    [5, 6, 7, 0, 1]
-    """
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    runs: _Int64s = np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - lengths), lengths)
-    return runs
-
-
-def _divisor_at_most(n: int, limit: int) -> int:
-    """The largest divisor of `n` that is at most `limit` (and at least 1)."""
-    return max((d for d in range(1, min(n, max(1, limit)) + 1) if n % d == 0), default=1)
-
-
-def choose_block_size(batch_size: int, depth: int) -> int:
-    """Choose how many consecutive samples are read at once.
-
-    A batch holds rows of `(depth / k) * (1 - (1 - 1/depth)**k)` distinct blocks of k samples for each of its samples.
-    The block is the largest divisor of `batch_size` (else the largest number) that keeps this above 0.35: a little
-    more than the reference's reservoir reaches with 196 tokens per example. Small batches have smaller blocks still.
-
-    Args:
-        batch_size: Samples in a batch.
-        depth: Slots that are open at a time in one lane.
-
-    Returns:
-        Samples in a block, at least 1.
-    """
-    limit = max(1, batch_size // _MIN_BLOCKS_PER_CHUNK)
-    best = 1
-    while best < limit:
-        k = best + 1
-        if (depth / k) * (1 - (1 - 1 / depth) ** k) < _WISHED_BLOCKS_PER_SAMPLE:
-            break
-        best = k
-    divisor = next((d for d in range(best, best // 2, -1) if batch_size % d == 0), 0)
-    return divisor or best
-
-
-@dataclasses.dataclass(frozen=True)
-class Chunk:
-    """The samples of one chunk, and the places that they go to.
-
-    Attributes:
-        starts: `[n_runs] int64`, first sample of each run, in the order of the stream.
-        lengths: `[n_runs] int64`, samples in each run.
-        dealt: `[n] int64`, positions in the chunk, in the order in which they are dealt to slots.
-        slots: The slots that samples are dealt to.
-        bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `slots[d]`; one longer than `slots`.
-        rows: `[n] int64`, row in the batch of each of `dealt`.
-    """
-
-    starts: _Int64s
-    lengths: _Int64s
-    dealt: _Int64s
-    slots: tuple[int, ...]
-    bounds: tuple[int, ...]
-    rows: _Int64s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +124,8 @@ class ShufflePlan:
     @functools.cached_property
     def n_lanes(self) -> int:
         """Lanes in use: so many that each has batches enough to fill its part of the buffer."""
-        lanes = _divisor_at_most(self.max_lanes, self.buffer_size)
-        return _divisor_at_most(lanes, self.n_batches // (self.buffer_size // lanes))
+        lanes = divisor_at_most(self.max_lanes, self.buffer_size)
+        return divisor_at_most(lanes, self.n_batches // (self.buffer_size // lanes))
 
     def n_slots(self, lane: int) -> int:
         """Batches of a lane."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from saev_torch.plan import Chunk, OrderedPlan, ShufflePlan
+from saev_torch.blocks import Chunk
+from saev_torch.plan import OrderedPlan, ShufflePlan
 
 __all__ = ["Load", "Share", "Step", "count_open_slots", "make_steps"]
 
