@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.blocks import expand_runs
 from saev_torch.errors import ReadError, StalledReadError
 from saev_torch.memory import Slot, SlotPool
-from saev_torch.blocks import expand_runs
 from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.reading import Extents, announce_extents, make_sample_extents, read_cell_labels, read_extents
 from saev_torch.schedule import Step
