@@ -15,16 +15,25 @@ from saev_torch.errors import (
     StateError,
     WriteError,
 )
+from saev_torch.folding import FoldedWeights, fold
+from saev_torch.labels import pixel_to_token_labels
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.metadata import Metadata, PixelAgg
+from saev_torch.planner import Prediction, find_best, find_smallest, predict
+from saev_torch.quality import batch_metrics
+from saev_torch.recorder import record, token_windows
 from saev_torch.selection import Index, IndexMap
 from saev_torch.shards import Shard, ShardInfo
+from saev_torch.statistics import Statistics, compute_statistics
+from saev_torch.verify import Fault, VerifyReport, verify
 from saev_torch.writer import ShardWriter
 
 __all__ = [
     "ActivationBatch",
     "ConfigError",
     "DevicePrefetcher",
+    "Fault",
+    "FoldedWeights",
     "FormatError",
     "Index",
     "IndexMap",
@@ -35,6 +44,7 @@ __all__ = [
     "OrderedConfig",
     "OrderedDataLoader",
     "PixelAgg",
+    "Prediction",
     "ReadError",
     "SaevTorchError",
     "Shard",
@@ -46,8 +56,20 @@ __all__ = [
     "ShuffledDataLoader",
     "StalledReadError",
     "StateError",
+    "Statistics",
     "StreamDigest",
+    "VerifyReport",
     "WriteError",
     "batch_digest",
+    "batch_metrics",
+    "compute_statistics",
+    "find_best",
+    "find_smallest",
+    "fold",
     "make_ordered_config",
+    "pixel_to_token_labels",
+    "predict",
+    "record",
+    "token_windows",
+    "verify",
 ]

@@ -32,6 +32,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "bench": Command("saev_torch.bench", "measure how fast the loaders are here; --doctor recommends options"),
     "demo": Command(
         "saev_torch.demo", "record a real model, train a sparse autoencoder on it, draw what it found", extra="demo"
     ),

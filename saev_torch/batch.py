@@ -26,7 +26,7 @@ class ActivationBatch(dict[str, torch.Tensor]):
     """A batch, as every loader yields it.
 
     Keys:
-        act: `[batch, d_model] float32` (`[batch, n_layers, d_model]` with several layers side by side).
+        act: `[batch, d_model] float32` (`[batch, n_layers, d_model]` with a tuple of layers).
         example_idx: `[batch] int64`.
         token_idx: `[batch] int64`, content token from 0; -1 for a special token.
         token_labels: `[batch] int64`, where the shards have labels; -1 for a special token.
@@ -104,7 +104,7 @@ def make_batch(
         columns[label_key] = np.where(columns["token_idx"] < 0, -1, opened.labels.astype(np.int64))
     if selection.layer_is_all:
         columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
-    shape = (n, md.d_model) if selection.n_parts == 1 else (n, selection.n_parts, md.d_model)
+    shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
     act_nbytes = slot_nbytes(batch_size, selection.n_parts * md.d_model * 4) - _N_COLUMNS * 8 * batch_size
     fields: list[_Field] = [("act", "<f4", 0, shape)]
     fields += [(key, "<i8", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]

@@ -171,6 +171,8 @@ class ShuffledConfig:
         n_lanes: Independent parts of the shuffle. A reading process serves whole lanes, so the number of reading
             processes (ranks times workers) should divide it.
         block_size: Consecutive samples that one lane reads at once; None chooses for good mixing.
+        scale_samples: Samples that `scale_norm` measures, drawn with a fixed seed; None measures all of them up to
+            16 GiB of activations, and of more 262,144.
 
     Raises:
         ConfigError: A field has a bad value (it is a `ValueError`).
@@ -193,6 +195,7 @@ class ShuffledConfig:
     use_tmpdir: bool = False
     n_lanes: int = 8
     block_size: int | None = None
+    scale_samples: int | None = None
 
     def __post_init__(self) -> None:
         _check_selection(self)
@@ -203,6 +206,8 @@ class ShuffledConfig:
         _check_int(self, "n_lanes", 1, 4096)
         if self.block_size is not None:
             _check_int(self, "block_size", 1, 2**31 - 1)
+        if self.scale_samples is not None:
+            _check_int(self, "scale_samples", 1, 2**31 - 1)
         _check_number(self, "min_buffer_fill", within=(0.0, 1.0))
         _check_number(self, "batch_timeout_s", above=0.0)
         _check_number(self, "log_every_s", above=0.0)

@@ -17,19 +17,22 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch, slot_nbytes
+from saev_torch.board import Board
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.digest import StreamDigest
 from saev_torch.engine import Engine, OpenBatch, Waits
 from saev_torch.epochs import EpochCounter
-from saev_torch.errors import ConfigError, StateError
+from saev_torch.errors import ConfigError, SaevTorchError, StateError
 from saev_torch.localcopy import local_copy
 from saev_torch.memory import Slot, SlotPool, can_share
 from saev_torch.metadata import Metadata
+from saev_torch.metrics import Meter
 from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.reading import make_sample_extents, read_cell_labels, read_extents
 from saev_torch.schedule import Share, count_open_slots, make_steps
 from saev_torch.selection import IndexMap, Selection
 from saev_torch.state import Position, dump_state, load_state
+from saev_torch.statistics import compute_scale
 from saev_torch.store import ShardStore
 from saev_torch.world import World, check_world, consumer_pid, find_world
 
@@ -81,10 +84,13 @@ class _Activations(IterableDataset[ActivationBatch]):
         self._selection: Selection | None = self._select(self._store.clone())
         self.n_samples = self._selection.n_samples
         self._epochs = EpochCounter()
+        self._board = Board()
+        self._meter: Meter | None = None
         # Where the latest iteration in this process stands, and where a loaded state says that the next one begins.
         self._position: Position | None = None
         self._resumed: Position | None = None
         self._resumed_pid = 0
+        self._earlier = StreamDigest()
 
     def _select(self, store: ShardStore) -> Selection:
         try:
@@ -95,7 +101,7 @@ class _Activations(IterableDataset[ActivationBatch]):
     def __getstate__(self) -> dict[str, Any]:
         # The selection may hold a number for each example; a worker works it out again.
         world = find_world(self._rank, self._world_size, self._known_world)
-        return {**self.__dict__, "_selection": None, "_known_world": world, "_position": None}
+        return {**self.__dict__, "_selection": None, "_known_world": world, "_position": None, "_meter": None}
 
     @property
     def metadata(self) -> Metadata:
@@ -123,6 +129,17 @@ class _Activations(IterableDataset[ActivationBatch]):
         return self.cfg.drop_last
 
     @property
+    def scale(self) -> float | None:
+        """What activations are multiplied with; None for nothing."""
+        return self._board.scale
+
+    def metrics(self) -> dict[str, float]:
+        """What the readers of this rank, here or in workers, did since the last call; see `Meter.read`."""
+        if self._meter is None:
+            self._meter = Meter(self._board)
+        return self._meter.read(find_world(self._rank, self._world_size, self._known_world).rank)
+
+    @property
     def n_batches(self) -> int:
         """Batches in an epoch, over all ranks, before padding."""
         n = self.n_samples
@@ -134,6 +151,10 @@ class _Activations(IterableDataset[ActivationBatch]):
         if self.drop_last:
             return start + left // world_size * world_size
         return start + -(-left // world_size) * world_size
+
+    def is_over(self, batch_idx: int) -> bool:
+        """Whether no batch of an epoch is left where `batch_idx` of them, over all ranks, have been yielded."""
+        return self._stop(batch_idx, self.world_size) <= batch_idx
 
     def __len__(self) -> int:
         """Batches that this rank yields in an epoch."""
@@ -148,6 +169,7 @@ class _Activations(IterableDataset[ActivationBatch]):
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or not 0 <= epoch < 2**62:
             raise ConfigError(f"epoch: expected an integer from 0 on, got {epoch!r}; count epochs from 0.")
+        self._earlier = self.digest
         self._position = self._resumed = None
         self._epochs.set(consumer_pid(), epoch, 0)
 
@@ -155,9 +177,10 @@ class _Activations(IterableDataset[ActivationBatch]):
         """Where this data set stands, as a small dict of JSON's types.
 
         Args:
-            n_batches: Batches that this rank has taken in the epoch so far. To be given where workers made them: then
-                only the consumer knows. Left out, it is what was yielded in this process.
-            epoch: Number of the epoch, with `n_batches`; left out, it is the latest.
+            n_batches: Batches that this rank has taken since the latest iteration began, be it at the start of an epoch
+                or where a state was loaded. To be given where workers made them: then only the consumer knows. Left
+                out, it is what was yielded in this process.
+            epoch: Number of an epoch; given, `n_batches` counts from its start.
 
         Returns:
             A state for `load_state_dict` of any data set with the same data and config.
@@ -169,20 +192,26 @@ class _Activations(IterableDataset[ActivationBatch]):
         world = find_world(self._rank, self._world_size, self._known_world)
         current, start, in_workers = self._epochs.current(consumer_pid())
         if n_batches is None:
-            if in_workers and self._position is None:
+            if in_workers and (self._position is None or get_worker_info() is None):
                 raise StateError(
                     "state_dict: expected n_batches, because workers make the batches and only the consumer knows how "
                     "many it took, got None; call state_dict(n_batches=...), or use ShuffledDataLoader or "
                     "OrderedDataLoader, which count."
                 )
-            position = self._position or self._resumed or Position(*self._epochs.next(consumer_pid()))
+            position = self._position or self._resumed or self._next_position()
             return dump_state(self.metadata, self.cfg, position)
         for name, value in (("n_batches", n_batches), ("epoch", 0 if epoch is None else epoch)):
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
                 raise ConfigError(f"{name}: expected an integer from 0 on, got {value!r}.")
-        if epoch is not None and epoch != current:
+        if epoch is not None:
             current, start = epoch, 0
-        position = Position(current, start + n_batches * world.world_size, rank=world.rank, world_size=world.world_size)
+        position = Position(
+            current,
+            start + n_batches * world.world_size,
+            rank=world.rank,
+            world_size=world.world_size,
+            scale=self.scale,
+        )
         return dump_state(self.metadata, self.cfg, position)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -195,6 +224,8 @@ class _Activations(IterableDataset[ActivationBatch]):
             StateError: It is no state, of a newer version, or of other data or another config.
         """
         position = load_state(self.metadata, self.cfg, state)
+        # What training began with counts, whatever the data say today.
+        self._board.scale = position.scale
         world = find_world(self._rank, self._world_size, self._known_world)
         if (position.rank, position.world_size) != (world.rank, world.world_size):
             position = dataclasses.replace(
@@ -208,7 +239,7 @@ class _Activations(IterableDataset[ActivationBatch]):
     def digest(self) -> StreamDigest:
         """Digest of the batches that were yielded in this process, and before the state that was loaded."""
         position = self._position or self._resumed
-        return StreamDigest() if position is None else position.digest
+        return self._earlier if position is None else position.digest
 
     def locate(self, batch_idx: int, epoch: int | None = None) -> dict[str, torch.Tensor]:
         """Tell which samples a batch holds, without reading activations.
@@ -278,9 +309,12 @@ class _Activations(IterableDataset[ActivationBatch]):
         world = find_world(self._rank, self._world_size, self._known_world)
         epoch, start = self._epochs.next(consumer_pid())
         self._epochs.set(consumer_pid(), epoch, start)
-        digest = StreamDigest() if self._resumed is None else self._resumed.digest
+        digest = self.digest
         self._resumed = None
-        return Position(epoch, start, digest, world.rank, world.world_size)
+        return Position(epoch, start, digest, world.rank, world.world_size, self.scale)
+
+    def _next_position(self) -> Position:
+        return Position(*self._epochs.next(consumer_pid()), scale=self.scale)
 
     def _epoch_or_latest(self, epoch: int | None) -> int:
         return self._epochs.current(consumer_pid())[0] if epoch is None else epoch
@@ -302,10 +336,10 @@ class _Activations(IterableDataset[ActivationBatch]):
         self._resumed = None
         # A worker that loaded a state itself knows best; else the parent put the place where all workers find it.
         at = (resumed.epoch, resumed.batch) if resumed is not None and info is not None else None
-        epoch, start = self._epochs.begin(consumer_pid(), session, worker, at)
+        epoch, start = self._epochs.begin(consumer_pid(), session, worker, n_workers, at)
         world = find_world(self._rank, self._world_size, self._known_world)
-        digest = StreamDigest() if resumed is None else resumed.digest
-        position = Position(epoch, start, digest, world.rank, world.world_size)
+        digest = self.digest if resumed is None else resumed.digest
+        position = Position(epoch, start, digest, world.rank, world.world_size, self.scale)
         share = Share(
             first=start + world.rank + world.world_size * worker,
             stride=world.world_size * n_workers,
@@ -328,7 +362,7 @@ class _Activations(IterableDataset[ActivationBatch]):
         plan = self._plan(position.epoch)
         if position.rank == 0:
             self._advise(plan, share)
-        watch = _Watch(self.cfg, position, share)
+        watch = _Watch(self.cfg, position, share, self._board)
         engine = Engine(
             store=store,
             selection=selection,
@@ -341,9 +375,12 @@ class _Activations(IterableDataset[ActivationBatch]):
         )
         batch_idx = share.first
         try:
-            while (opened := engine.next_batch()) is not None:
-                watch.count(opened.size, engine.waits)
+            while (opened := self._next_batch(engine, position, share, batch_idx)) is not None:
+                watch.count(opened.size, engine.waits, engine.fill)
                 batch = make_batch(opened, selection, self.batch_size)
+                if position.scale is not None:
+                    act = batch["act"].numpy()
+                    np.multiply(act, np.float32(position.scale), out=act)
                 # The caller alone decides how long the batch lives.
                 del opened
                 digest = position.digest.including(position.epoch, batch_idx, batch.digest)
@@ -355,7 +392,20 @@ class _Activations(IterableDataset[ActivationBatch]):
                 yield batch
                 del batch
         finally:
+            watch.stop()
             engine.close()
+
+    def _next_batch(self, engine: Engine, position: Position, share: Share, batch_idx: int) -> OpenBatch | None:
+        """The next batch of an engine; an error says which of many readers on many machines met it."""
+        try:
+            return engine.next_batch()
+        except SaevTorchError as err:
+            info = get_worker_info()
+            worker = "" if info is None else f"worker {info.id} of {info.num_workers}, "
+            raise type(err)(
+                f"{err} [rank {position.rank} of {position.world_size}, {worker}process {os.getpid()}, "
+                f"epoch {position.epoch}, batch {batch_idx} of {share.stop}]"
+            ) from err
 
     def _advise(self, plan: OrderedPlan | ShufflePlan, share: Share) -> None:
         """Say once if lanes are read by several readers, and what would avoid it."""
@@ -372,9 +422,11 @@ class _Activations(IterableDataset[ActivationBatch]):
 
 
 class _Watch:
-    """Logs progress every `log_every_s` seconds, and what was waited for."""
+    """Counts what was done for `metrics`, and logs it every `log_every_s` seconds."""
 
-    def __init__(self, cfg: OrderedConfig | ShuffledConfig, position: Position, share: Share) -> None:
+    def __init__(self, cfg: OrderedConfig | ShuffledConfig, position: Position, share: Share, board: Board) -> None:
+        self._row = board.begin(position.rank, share.first % share.stride)
+        self._waits = Waits()
         self._every_s = cfg.log_every_s
         self._name = f"{cfg.shards}: epoch {position.epoch}, rank {position.rank}, reader {share.first}/{share.stride}"
         self._n_samples = 0
@@ -383,8 +435,16 @@ class _Watch:
             _log_to_stderr()
             _log.debug("%s: begins at batch %d of %d", self._name, position.batch, share.stop)
 
-    def count(self, n_samples: int, waits: Waits) -> None:
+    def count(self, n_samples: int, waits: Waits, fill: float) -> None:
         self._n_samples += n_samples
+        row, before = self._row, self._waits
+        row["n_samples"] += n_samples
+        row["nbytes"] += waits.nbytes - before.nbytes
+        row["disk_s"] += waits.disk_s - before.disk_s
+        row["plan_s"] += waits.plan_s - before.plan_s
+        row["consumer_s"] += waits.consumer_s - before.consumer_s
+        row["fill"] = fill
+        self._waits = dataclasses.replace(waits)
         now = time.monotonic()
         if now - self._logged < self._every_s:
             return
@@ -396,6 +456,9 @@ class _Watch:
             self._name, self._n_samples / spent, waits.nbytes / spent / 1e9,
             ", ".join(f"{name} {100 * seconds / spent:.0f}%" for name, seconds in shares.items()),
         )  # fmt: skip
+
+    def stop(self) -> None:
+        self._row["is_active"] = 0
 
 
 class OrderedActivations(_Activations):
@@ -452,13 +515,11 @@ class ShuffledActivations(_Activations):
                 f"ShuffledConfig.layer: expected one of the recorded layers {list(recorded)}, got -1, the default, "
                 "which must be changed; choose a layer."
             )
-        if cfg.scale_norm:
-            raise ConfigError(
-                "ShuffledConfig.scale_norm: expected False, got True: this version does not scale; divide the "
-                "activations by their mean norm in the training step."
-            )
         shards_dir = local_copy(cfg.shards) if cfg.use_tmpdir else cfg.shards
         super().__init__(cfg, shards_dir, cfg.ignore_labels, rank, world_size)
+        if cfg.scale_norm:
+            # Here, because all workers and epochs must have the same number.
+            self._board.scale = compute_scale(dataclasses.replace(cfg, shards=shards_dir))
 
     def _plan(self, epoch: int) -> ShufflePlan:
         cfg = self.cfg

@@ -390,6 +390,11 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads, and give unused memory and descriptors back. May be called twice."""
+        if threading.current_thread() in self._threads:
+            # An iterator that was left in a reference cycle is collected in whichever thread allocates next. One of
+            # ours cannot wait for itself, and may hold the lock.
+            threading.Thread(target=self.close, name="saev_torch closer", daemon=True).start()
+            return
         with self._lock:
             self._stopped = True
             stalled = isinstance(self._error, StalledReadError)

@@ -27,6 +27,7 @@ _ROW = np.dtype(
         ("order", np.int64),  # 0: not in use; else ascending
         ("consumer", np.int64),
         ("session", np.int64),
+        ("n_workers", np.int64),
         ("epoch", np.int64),
         ("start", np.int64),
         ("taken", np.uint64, (_WORDS,)),  # one bit for each worker
@@ -34,6 +35,17 @@ _ROW = np.dtype(
 )
 _NO_SESSION = -1
 _ALL = np.uint64(2**64 - 1)
+
+
+_counters: "weakref.WeakSet[EpochCounter]" = weakref.WeakSet()
+
+
+def _remember_births() -> None:
+    for counter in tuple(_counters):
+        counter._remember_birth()
+
+
+os.register_at_fork(before=_remember_births)
 
 
 class EpochCounter:
@@ -54,15 +66,24 @@ class EpochCounter:
         self._rows = np.frombuffer(pages, dtype=_ROW, count=_N_ROWS)
         self._flags = np.frombuffer(pages, dtype=np.uint8, offset=nbytes)
         self._lock = threading.Lock()
+        # The latest place that was settled when this process was made.
+        self._birth = 0
+        _counters.add(self)
+
+    def _remember_birth(self) -> None:
+        settled = self._rows["order"][self._rows["session"] == _NO_SESSION]
+        self._birth = int(settled.max(initial=0))
 
     def __getstate__(self) -> dict[str, Any]:
         if context.get_spawning_popen() is not None:
-            return {"fd": reduction.DupFd(self._fd)}
+            self._remember_birth()
+            return {"fd": reduction.DupFd(self._fd), "birth": self._birth}
         return {"rows": self._rows.tobytes()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "fd" in state:
             self._attach(state["fd"].detach())
+            self._birth = state["birth"]
         else:
             self.__init__()  # type: ignore[misc]
             self._rows[:] = np.frombuffer(state["rows"], dtype=_ROW)
@@ -78,7 +99,12 @@ class EpochCounter:
                 fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
     def begin(
-        self, consumer: int, session: int | None, worker: int, at: tuple[int, int] | None = None
+        self,
+        consumer: int,
+        session: int | None,
+        worker: int,
+        n_workers: int = 1,
+        at: tuple[int, int] | None = None,
     ) -> tuple[int, int]:
         """Begin an iteration, or join one that another worker of the session has begun.
 
@@ -86,6 +112,7 @@ class EpochCounter:
             consumer: Process that the batches are for.
             session: What the workers of one iterator have in common; None without workers.
             worker: Number of the worker.
+            n_workers: Number of workers.
             at: Epoch and batch that this worker was told to continue at.
 
         Returns:
@@ -97,6 +124,9 @@ class EpochCounter:
             rows = self._rows
             # The oldest that this worker has not taken part in: a slow worker must not skip one.
             joined = (rows["order"] > 0) & (rows["consumer"] == consumer) & (rows["session"] == session)
+            # Sessions may look alike where the user seeds torch before each. What the parent settled before this
+            # process was born is another's.
+            joined &= (rows["n_workers"] == n_workers) & (rows["order"] > self._birth)
             joined &= (rows["taken"][:, word] & mask) == 0
             if at is not None:
                 joined &= rows["epoch"] == at[0]
@@ -106,6 +136,7 @@ class EpochCounter:
             else:
                 found = self._following(consumer) if at is None else at
                 row = self._add(consumer, 0 if session is None else session, *found)
+                row["n_workers"] = n_workers
                 row["taken"][:] = _ALL if session is None else np.uint64(0)
             row["taken"][word] |= mask
             return found if at is None else at

@@ -1,9 +1,12 @@
 """Ready-made loaders under the published names."""
 
 import dataclasses
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
@@ -12,7 +15,7 @@ from saev_torch.digest import StreamDigest
 from saev_torch.metadata import Metadata
 from saev_torch.state import Position, dump_state
 
-__all__ = ["OrderedDataLoader", "ShuffledDataLoader"]
+__all__ = ["CountedBatches", "OrderedDataLoader", "ShuffledDataLoader"]
 
 
 class _ActivationDataLoader(DataLoader[ActivationBatch]):
@@ -24,7 +27,9 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         refused = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset"} & kwargs.keys()
         if refused:
             raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
-        self._counting: _Counting | None = None
+        # The numbers stay when the user breaks off; the iterator, with its workers and threads, is the user's alone.
+        self._progress: _Progress | None = None
+        self._batches: weakref.ref[CountedBatches] | None = None
         super().__init__(dataset, batch_size=None, **kwargs)
 
     @property
@@ -57,6 +62,15 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         """Width of the activations."""
         return self.dataset.d_model
 
+    @property
+    def scale(self) -> float | None:
+        """What activations are multiplied with; None for nothing."""
+        return self.dataset.scale
+
+    def metrics(self) -> dict[str, float]:
+        """What this loader did since the last call, for a logger; see `Meter.read`."""
+        return self.dataset.metrics()
+
     # torch's own class sets these two to None and False, because the data set makes the batches.
     @property
     def batch_size(self) -> int:
@@ -76,33 +90,60 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
     def drop_last(self, value: Any) -> None:
         pass
 
+    # torch's own has nothing to say where the data set makes the batches. Trainers tell a sampler which epoch begins.
+    @property
+    def sampler(self) -> Iterable[Any]:
+        """Where a trainer announces the epoch: `sampler.set_epoch`."""
+        return _EpochListener(self)
+
+    @sampler.setter
+    def sampler(self, value: Any) -> None:
+        pass
+
     def __len__(self) -> int:
         """Batches that this rank yields in an epoch."""
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; see the data set."""
-        self._counting = None
+        digest = self.digest
         self.dataset.set_epoch(epoch)
+        self._progress = _Progress(self._settle(digest))
+        self._batches = None
+
+    def follow_epoch(self, epoch: int) -> None:
+        """Let an iteration that has begun, but has yielded nothing yet, be that of another epoch."""
+        # Lightning makes the iterator first, and then says which epoch it is for: after a resume not the one that it
+        # would be by itself.
+        batches = None if self._batches is None else self._batches()
+        if batches is None or batches.iterator is None or batches.progress.n_taken or batches.position.epoch == epoch:
+            return
+        self.shutdown()
+        self.dataset.set_epoch(epoch)
+        batches.progress.position = self._settle(batches.position.digest)
+        batches.iterator = super().__iter__()
+
+    def _settle(self, digest: StreamDigest) -> Position:
+        """Settle where the next iteration begins: the workers find it out for themselves, here it must be known too."""
+        return dataclasses.replace(self.dataset.begin_elsewhere(), digest=digest)
 
     def __iter__(self) -> Any:
-        # What the workers will find out for themselves is settled here, so that it is known here.
-        start = self.dataset.begin_elsewhere()
-        iterator = super().__iter__()
-        self._counting = counting = _Counting(iterator, start, self.dataset.world_size)
-        return counting
+        progress = _Progress(self._settle(self.digest))
+        batches = CountedBatches(super().__iter__(), progress, self.dataset.world_size)
+        self._progress, self._batches = progress, weakref.ref(batches)
+        return batches
 
     @property
     def digest(self) -> StreamDigest:
         """Digest of the batches that were taken from this loader, and before the state that was loaded."""
-        return self.dataset.digest if self._counting is None else self._counting.position.digest
+        return self.dataset.digest if self._progress is None else self._progress.position.digest
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: after the batches that were taken from it. After a whole epoch, at the next one."""
-        if self._counting is None:
+        if self._progress is None:
             return self.dataset.state_dict()
-        position = self._counting.position
-        if self._counting.finished:
+        position = self._progress.position
+        if self._progress.finished:
             position = dataclasses.replace(position, epoch=position.epoch + 1, batch=0)
         return dump_state(self.metadata, self.cfg, position)
 
@@ -116,14 +157,15 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
             StateError: It is no state, of a newer version, or of other data or another config.
         """
         self.dataset.load_state_dict(state)
-        self._counting = None
+        self._progress = None
 
     def shutdown(self) -> None:
         """Stop the running iteration with its workers and threads. The loader can be used again."""
-        iterator: Any = self._iterator if self._counting is None else self._counting.iterator
-        self._iterator = None
-        if self._counting is not None:
-            self._counting.iterator = None
+        batches = None if self._batches is None else self._batches()
+        iterator: Any = self._iterator if batches is None else batches.iterator
+        self._iterator = self._batches = None
+        if batches is not None:
+            batches.iterator = None
         if iterator is None:
             return
         if hasattr(iterator, "_shutdown_workers"):
@@ -132,17 +174,38 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
             iterator._dataset_fetcher.dataset_iter.close()
 
 
-class _Counting:
-    """Counts the batches that are taken from an iterator."""
+@dataclasses.dataclass
+class _Progress:
+    """How far an iteration has come.
 
-    def __init__(self, iterator: Any, position: Position, world_size: int) -> None:
+    Attributes:
+        position: Where the next batch stands in the sequence.
+        finished: Whether the iterator was exhausted.
+        n_taken: Batches that were taken.
+    """
+
+    position: Position
+    finished: bool = False
+    n_taken: int = 0
+
+
+class CountedBatches(Iterator[ActivationBatch]):
+    """Counts the batches that are taken from an iterator.
+
+    Attributes:
+        iterator: The iterator; None when it is over.
+        progress: The counts, which outlive it.
+    """
+
+    def __init__(self, iterator: Any, progress: _Progress, world_size: int) -> None:
         self.iterator = iterator
-        self.position = position
-        self.finished = False
+        self.progress = progress
         self._world_size = world_size
 
-    def __iter__(self) -> "_Counting":
-        return self
+    @property
+    def position(self) -> Position:
+        """Where the next batch stands in the sequence."""
+        return self.progress.position
 
     def __next__(self) -> ActivationBatch:
         if self.iterator is None:
@@ -151,12 +214,29 @@ class _Counting:
             batch: ActivationBatch = next(self.iterator)
         except StopIteration:
             # The iterator of persistent workers stays with the loader; any other ends its workers here.
-            self.finished, self.iterator = True, None
+            self.progress.finished, self.iterator = True, None
             raise
-        here = self.position
+        self.progress.n_taken += 1
+        here = self.progress.position
         digest = here.digest.including(here.epoch, here.batch + here.rank, batch.digest)
-        self.position = dataclasses.replace(here, batch=here.batch + self._world_size, digest=digest)
+        self.progress.position = dataclasses.replace(here, batch=here.batch + self._world_size, digest=digest)
         return batch
+
+
+class _EpochListener(Sampler[None]):
+    """Stands where a sampler would: trainers tell it the epoch, and torch asks it for indices."""
+
+    def __init__(self, loader: _ActivationDataLoader) -> None:
+        # The iterator keeps its sampler, so this must not keep the loader, which may keep the iterator.
+        self._loader = weakref.ref(loader)
+
+    def __iter__(self) -> Iterator[None]:
+        return itertools.repeat(None)
+
+    def set_epoch(self, epoch: int) -> None:
+        loader = self._loader()
+        if loader is not None:
+            loader.follow_epoch(epoch)
 
 
 class OrderedDataLoader(_ActivationDataLoader):

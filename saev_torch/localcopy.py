@@ -65,14 +65,10 @@ def local_copy(shards_dir: Path) -> Path:
         with open(copy.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not copy.exists():
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir()
                 _log.info("copying %s to %s", shards_dir, copy)
-                for name in names:
-                    _copy_file(shards_dir, name, part / name)
+                _copy(shards_dir, names, part)
                 part.rename(copy)
     except OSError as err:
-        shutil.rmtree(part, ignore_errors=True)
         if isinstance(err, ReadError | WriteError) or not err.errno:
             raise
         raise WriteError(
@@ -80,6 +76,19 @@ def local_copy(shards_dir: Path) -> Path:
             "free some, set TMPDIR to another file system, or set use_tmpdir=False."
         ) from err
     return copy
+
+
+def _copy(shards_dir: Path, names: list[str], part: Path) -> None:
+    """Copy files to a new directory, or none of them; the caller holds the lock, so that nobody else is at it."""
+    # What a process that was killed has left.
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        for name in names:
+            _copy_file(shards_dir, name, part / name)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _copy_file(shards_dir: Path, name: str, target: Path) -> None:

@@ -71,6 +71,16 @@ class Slot:
         self.pid = os.getpid()
         self._held = False
         self.fd = -1
+        try:
+            self._map_pages(nbytes, shared)
+        except (OSError, MemoryError) as err:
+            raise ReadError(
+                f"batch_size: expected {nbytes} bytes of memory for another batch, got: {err}; keep fewer batches, or "
+                "lower batch_size, buffer_size or the number of workers."
+            ) from err
+        self.address = int(self._memory.ctypes.data)
+
+    def _map_pages(self, nbytes: int, shared: bool) -> None:
         if shared:
             self.fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC)
             weakref.finalize(self, os.close, self.fd).atexit = False
@@ -85,7 +95,6 @@ class Slot:
                     pages.madvise(mmap.MADV_HUGEPAGE)
             self._owner = self._memory = np.frombuffer(pages, dtype=np.uint8)
             self._counts = np.zeros(2, dtype=np.int64)
-        self.address = int(self._memory.ctypes.data)
 
     @property
     def is_free(self) -> bool:

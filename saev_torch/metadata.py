@@ -141,8 +141,9 @@ class Metadata:
             if not shards_dir.is_dir():
                 raise
             raise ShardsNotFoundError(
-                f"{path}: does not exist. It is written last, so either writing {shards_dir} was not finished (delete "
-                "the directory and write it again), or this is not a shard directory (they are <shards_root>/<hash>)"
+                f"{path}: does not exist. It is written last, so either writing {shards_dir} was not finished (go on "
+                "with ShardWriter(..., resume=True), or delete the directory and write it again), or this is not a "
+                "shard directory (they are <shards_root>/<hash>)"
             ) from err
         try:
             return cls._from_json(obj)

@@ -37,6 +37,9 @@ def make_key(*parts: int) -> int:
     key = 0x9E3779B97F4A7C15
     for part in (len(parts), *parts):
         key = _mix(key ^ (part & _MASK))
+        if not 0 <= part <= _MASK:
+            # The bits that the mask leaves out: no two seeds share an order.
+            key = _mix(key ^ make_key(int(part < 0), abs(part) >> 64))
     return key
 
 

@@ -28,12 +28,15 @@ class Ranges:
         self._starts[low:high] = [min([start, *self._starts[low:high]])]
         self._stops[low:high] = [max([stop, *self._stops[low:high]])]
 
-    def gaps(self, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield what is missing from `0..stop`."""
-        at = 0
-        for start, end in zip(self._starts, self._stops, strict=True):
-            if at < start:
-                yield at, start
-            at = end
+    def gaps(self, stop: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield what is missing from `start..stop`."""
+        at = start
+        first = bisect.bisect_right(self._stops, start)
+        for low, high in zip(self._starts[first:], self._stops[first:], strict=True):
+            if low >= stop:
+                break
+            if at < low:
+                yield at, low
+            at = high
         if at < stop:
             yield at, stop

@@ -8,11 +8,8 @@ GIL, with arrays of arguments that numpy made: no Python per sample, and none pe
 import collections
 import ctypes
 import dataclasses
-import errno
 import itertools
-import logging
 import os
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +22,6 @@ from saev_torch.store import ShardStore
 __all__ = ["Extents", "announce_extents", "make_extents", "make_sample_extents", "read_cell_labels", "read_extents"]
 
 _Int64s = NDArray[np.int64]
-_log = logging.getLogger("saev_torch")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _preadv = _libc.preadv
@@ -36,8 +32,6 @@ _MAX_ROWS = 1024  # IOV_MAX of Linux
 _MAX_NBYTES = 2 << 20
 # Reading over a gap is cheaper than another call up to about this size.
 _MAX_GAP_NBYTES = 16 << 10
-_RETRIES_S = (0.02, 0.1, 0.5, 2.0)
-_TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOBUFS})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,10 +179,10 @@ def read_extents(store: ShardStore, extents: Extents, start: int, stop: int, not
             got = list(
                 map(_preadv, itertools.repeat(fd), extents.addresses[part], extents.counts[part], extents.offsets[part])
             )
-            if got != extents.nbytes[part]:
-                for i, n in zip(members, got, strict=True):
-                    if n != extents.nbytes[i]:
-                        _read_rest(store, fd, extents, i, max(0, n))
+        if got != extents.nbytes[part]:
+            for i, n in zip(members, got, strict=True):
+                if n != extents.nbytes[i]:
+                    _read_rest(store, extents, i, max(0, n))
 
 
 def announce_extents(store: ShardStore, extents: Extents, start: int, stop: int) -> None:
@@ -203,7 +197,7 @@ def announce_extents(store: ShardStore, extents: Extents, start: int, stop: int)
             )
 
 
-def _read_rest(store: ShardStore, fd: int, extents: Extents, i: int, done: int) -> None:
+def _read_rest(store: ShardStore, extents: Extents, i: int, done: int) -> None:
     """Finish an extent of which only `done` bytes were read, trying again where that may help."""
     shard, offset, nbytes = extents.shards[i], extents.offsets[i], extents.nbytes[i]
     first = (extents.addresses[i] - extents.vectors.ctypes.data) // 16
@@ -213,29 +207,21 @@ def _read_rest(store: ShardStore, fd: int, extents: Extents, i: int, done: int) 
         skipped, inside = divmod(done, int(vectors[0, 1]))
         rest = vectors[skipped:].copy()
         rest[0] += (inside, -inside)
-        n = _preadv(fd, rest.ctypes.data, len(rest), offset + done)
+        with store.opened(shard) as fd:
+            n = _preadv(fd, rest.ctypes.data, len(rest), offset + done)
+            code = ctypes.get_errno()
+            if n == 0:
+                raise ReadError(
+                    f"{store.path(shard)}: expected {nbytes} bytes at offset {offset}, got {done}: the file became "
+                    f"shorter while it was in use (now {os.fstat(fd).st_size} bytes); copy it again and start again."
+                )
         if n > 0:
             done += n
-            continue
-        if n == 0:
-            raise ReadError(
-                f"{store.path(shard)}: expected {nbytes} bytes at offset {offset}, got {done}: the file became shorter "
-                f"while it was in use (now {os.fstat(fd).st_size} bytes); copy it again and start again."
-            )
-        code = ctypes.get_errno()
-        if code in (errno.EINTR, errno.EAGAIN):
-            continue
-        if code not in _TRANSIENT or tries == len(_RETRIES_S):
+        elif store.retries.again(store.path(shard), offset, code, tries):
+            tries += 1
+            store.drop(shard)
+        else:
             raise ReadError(
                 f"{store.path(shard)}: reading {nbytes} bytes at offset {offset} failed after {tries + 1} tries: "
                 f"{os.strerror(code)}; check the file system."
             )
-        _log.warning(
-            "%s: reading at offset %d failed (%s), trying again in %s s",
-            store.path(shard),
-            offset,
-            os.strerror(code),
-            _RETRIES_S[tries],
-        )
-        time.sleep(_RETRIES_S[tries])
-        tries += 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from typing import Any
 
 from saev_torch.config import OrderedConfig, ShuffledConfig
@@ -26,6 +27,7 @@ class Position:
         digest: Digest of the batches that `rank` yielded.
         rank: Rank whose digest it is.
         world_size: Number of ranks then.
+        scale: What activations are multiplied with; None for nothing.
     """
 
     epoch: int
@@ -33,6 +35,7 @@ class Position:
     digest: StreamDigest = dataclasses.field(default_factory=StreamDigest)
     rank: int = 0
     world_size: int = 1
+    scale: float | None = None
 
 
 def _fingerprint(md: Metadata, cfg: OrderedConfig | ShuffledConfig) -> dict[str, Any]:
@@ -63,6 +66,7 @@ def dump_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, position: Posi
         "digest": str(position.digest),
         "rank": position.rank,
         "world_size": position.world_size,
+        "scale": position.scale,
     }
 
 
@@ -107,7 +111,19 @@ def load_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, state: Any) ->
         digest = StreamDigest.parse(state["digest"])
     except (ValueError, AttributeError, TypeError) as err:
         raise StateError(f"state: digest: expected 16 hex digits and a count, got {short(state['digest'])}.") from err
-    return Position(digest=digest, **counts)
+    return Position(digest=digest, scale=_load_scale(cfg, state.get("scale")), **counts)
+
+
+def _load_scale(cfg: OrderedConfig | ShuffledConfig, scale: Any) -> float | None:
+    wanted = isinstance(cfg, ShuffledConfig) and cfg.scale_norm
+    if scale is not None and not (isinstance(scale, float) and 0 < scale < math.inf):
+        raise StateError(f"state: scale: expected a number above 0, got {short(scale)}; it is damaged.")
+    if wanted != (scale is not None):
+        raise StateError(
+            f"state: scale: expected {'a number' if wanted else 'none'} with scale_norm={wanted}, got {scale}; use the "
+            "config that it was saved with, or start anew."
+        )
+    return scale
 
 
 def _same(a: object, b: object) -> bool:

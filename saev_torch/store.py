@@ -7,6 +7,7 @@ shards there are, and each is checked again when it is opened.
 import collections
 import contextlib
 import ctypes
+import errno
 import itertools
 import os
 import resource
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.errors import ConfigError, ReadError
+from saev_torch.errors import ConfigError, FormatError, ReadError
 from saev_torch.files import open_regular
 from saev_torch.metadata import Metadata
+from saev_torch.retries import Retries
 from saev_torch.shards import LABELS_NAME, ShardInfo, check_nbytes
 
 __all__ = ["ShardStore"]
@@ -55,6 +57,7 @@ class ShardStore:
         metadata: Its metadata.
         shards: Its table of shards.
         has_labels: Whether it has a labels.bin.
+        retries: What was tried again.
 
     Raises:
         ShardsNotFoundError: The directory or one of its files is missing.
@@ -68,9 +71,21 @@ class ShardStore:
         self.shards = ShardInfo.load(self.shards_dir)
         self.shards.validate(self.shards_dir)
         self.has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
+        self.identities = np.array([self._identity(i) for i in range(len(self.shards))], dtype=np.int64).reshape(-1, 2)
         self._forget()
 
+    def _identity(self, shard_idx: int) -> tuple[int, int]:
+        """What tells a file from another one of the same name and size: its inode, and when it was written."""
+        if not self.shards[shard_idx].n_examples:
+            return 0, 0
+        try:
+            stat = os.stat(self.path(shard_idx), follow_symlinks=False)
+        except OSError as err:
+            raise ReadError(f"{self.path(shard_idx)}: could not be looked at: {err.strerror}.") from err
+        return ctypes.c_int64(stat.st_ino).value, ctypes.c_int64(stat.st_mtime_ns).value
+
     def _forget(self) -> None:
+        self.retries = Retries()
         self._lock = threading.Lock()
         # Number of a shard -> [descriptor, users], least recently used first.
         self._open: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
@@ -78,7 +93,7 @@ class ShardStore:
         weakref.finalize(self, _close_all, self._open).atexit = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
+        return {k: v for k, v in self.__dict__.items() if not k.startswith("_") and k != "retries"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -89,6 +104,11 @@ class ShardStore:
         other = object.__new__(ShardStore)
         other.__setstate__(self.__getstate__())
         return other
+
+    @property
+    def labels_idx(self) -> int:
+        """What stands for labels.bin where the number of a shard is expected."""
+        return _LABELS
 
     def path(self, shard_idx: int) -> Path:
         """Path of a shard, for messages."""
@@ -106,13 +126,10 @@ class ShardStore:
             FormatError: It is no longer a regular file of the right size.
             ReadError: It cannot be opened.
         """
-        with self._lock:
-            entry = self._open.get(shard_idx)
-            if entry is None:
-                entry = self._open[shard_idx] = [self._open_checked(shard_idx), 0]
-                self._close_unused()
-            self._open.move_to_end(shard_idx)
-            entry[1] += 1
+        entry = self._take(shard_idx)
+        if entry is None:
+            # Not under the lock: opening may hang, and then `close` must not.
+            entry = self._add(shard_idx, self._open_again(shard_idx))
         try:
             yield entry[0]
         finally:
@@ -121,12 +138,61 @@ class ShardStore:
                 if self._open.get(shard_idx) is not entry and not entry[1]:
                     os.close(entry[0])
 
+    def _take(self, shard_idx: int) -> list[int] | None:
+        """Use the descriptor of a shard, if there is one."""
+        with self._lock:
+            entry = self._open.get(shard_idx)
+            if entry is not None:
+                self._open.move_to_end(shard_idx)
+                entry[1] += 1
+            return entry
+
+    def _add(self, shard_idx: int, fd: int) -> list[int]:
+        """Use the descriptor of a shard that was just opened, unless another thread was faster."""
+        with self._lock:
+            entry = self._open.setdefault(shard_idx, [fd, 0])
+            entry[1] += 1
+            if entry[0] != fd:
+                os.close(fd)
+            self._open.move_to_end(shard_idx)
+            self._close_unused(self._limit)
+            return entry
+
+    def drop(self, shard_idx: int) -> None:
+        """Forget the descriptor of a shard, so that it is opened anew: a network file system may have lost it."""
+        with self._lock:
+            entry = self._open.pop(shard_idx, None)
+            if entry is not None and not entry[1]:
+                os.close(entry[0])
+
+    def _open_again(self, shard_idx: int) -> int:
+        """Open a shard, several times if that may help."""
+        tries = 0
+        while True:
+            try:
+                return self._open_checked(shard_idx)
+            except ReadError as err:
+                code = err.__cause__.errno if isinstance(err.__cause__, OSError) else None
+                if code in (errno.EMFILE, errno.ENFILE):
+                    with self._lock:
+                        self._close_unused(0)
+                if not self.retries.again(self.path(shard_idx), None, code, tries):
+                    raise
+                tries += 1
+
     def _open_checked(self, shard_idx: int) -> int:
         fd = open_regular(self.shards_dir, self._name(shard_idx))
         try:
             if shard_idx != _LABELS:
-                nbytes = os.fstat(fd).st_size
-                check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, nbytes)
+                stat = os.fstat(fd)
+                check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, stat.st_size)
+                # One of the two alone proves nothing: `touch` changes the time, and some file systems number anew.
+                inode, written = self.identities[shard_idx].tolist()
+                if ctypes.c_int64(stat.st_ino).value != inode and ctypes.c_int64(stat.st_mtime_ns).value != written:
+                    raise FormatError(
+                        f"{self.path(shard_idx)}: expected the file that was checked, got another one: it was replaced "
+                        "while it was in use; start again, so that all of the directory is checked."
+                    )
                 # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         except BaseException:
@@ -134,8 +200,9 @@ class ShardStore:
             raise
         return fd
 
-    def _close_unused(self) -> None:
-        for shard_idx in [i for i, (_, users) in self._open.items() if not users][: len(self._open) - self._limit]:
+    def _close_unused(self, keep: int) -> None:
+        unused = [i for i, (_, users) in self._open.items() if not users]
+        for shard_idx in unused[: max(0, len(self._open) - keep)]:
             os.close(self._open.pop(shard_idx)[0])
 
     def read_labels(self, examples: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -177,25 +244,36 @@ class ShardStore:
         ends = np.cumsum(lengths)
         labels = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
         addresses = labels.ctypes.data + ends - lengths
+        wanted = lengths.tolist()
         with self.opened(_LABELS) as fd:
-            wanted = lengths.tolist()
             got = list(map(_pread, itertools.repeat(fd), addresses.tolist(), wanted, starts.tolist()))
-            if got != wanted:
-                for first, length, end in zip(starts.tolist(), wanted, ends.tolist(), strict=True):
-                    self._read_fully(fd, labels.data[end - length : end], first)
+        if got != wanted:
+            for first, length, end, n in zip(starts.tolist(), wanted, ends.tolist(), got, strict=True):
+                if n != length:
+                    self._read_fully(labels.data[end - length : end], first)
         return labels
 
-    def _read_fully(self, fd: int, buffer: memoryview, offset: int) -> None:
-        path, done = self.path(_LABELS), 0
+    def _read_fully(self, buffer: memoryview, offset: int) -> None:
+        path, done, tries = self.path(_LABELS), 0, 0
         while done < len(buffer):
             try:
-                n = os.preadv(fd, [buffer[done:]], offset + done)
+                with self.opened(_LABELS) as fd:
+                    n = os.preadv(fd, [buffer[done:]], offset + done)
+            except ReadError:
+                raise
             except OSError as err:
-                raise ReadError(f"{path}: reading {len(buffer)} bytes at {offset} failed: {err.strerror}") from err
+                if self.retries.again(path, offset, err.errno, tries):
+                    tries += 1
+                    self.drop(_LABELS)
+                    continue
+                raise ReadError(
+                    f"{path}: reading {len(buffer)} bytes at offset {offset} failed after {tries + 1} tries: "
+                    f"{err.strerror}; check the file system."
+                ) from err
             if n == 0:
                 raise ReadError(
-                    f"{path}: expected {len(buffer)} bytes at {offset}, got {done}: the file became shorter while it "
-                    "was in use; copy it again and start again."
+                    f"{path}: expected {len(buffer)} bytes at offset {offset}, got {done}: the file became shorter "
+                    "while it was in use; copy it again and start again."
                 )
             done += n
 

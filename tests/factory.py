@@ -158,3 +158,14 @@ def make_shards(root: Path, spec: Spec | None = None, **fields: Any) -> Path:
     if spec.labels:
         oracle_labels(spec).tofile(shards_dir / "labels.bin")
     return shards_dir
+
+
+def write_acts(shards_dir: Path, acts: npt.NDArray[np.float32]) -> None:
+    """Replace the activations of a directory by `[n_examples, n_layers, tokens_per_example, d_model]` others."""
+    start = 0
+    for shard in json.loads((shards_dir / "shards.json").read_text()):
+        path = shards_dir / shard["name"]
+        rows = np.fromfile(path, "<f4").reshape(-1, *acts.shape[1:])
+        rows[: shard["n_examples"]] = acts[start : start + shard["n_examples"]]
+        rows.tofile(path)
+        start += shard["n_examples"]

@@ -88,7 +88,8 @@ def metadata(**fields: object) -> Metadata:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """All files but the sidecar, which saev's writer does not leave."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "checksums.json"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
@@ -341,7 +342,7 @@ def test_announced_with_dump(tmp_path, make_shards):
     md = metadata()
     shards_dir = md.dump(tmp_path)
     with ShardWriter(tmp_path, md) as writer:
-        assert set(content(shards_dir)) == {".unfinished"}
+        assert set(content(shards_dir)) == {".unfinished", ".journal-0-11"}
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     md.dump(tmp_path)
     assert content(shards_dir) == content(make_shards())
@@ -371,21 +372,21 @@ def test_two_that_started_together(tmp_path, monkeypatch, finished):
     first, second = ShardWriter(tmp_path, md), ShardWriter(tmp_path, md)
     found_vacant = second._require_vacant
 
-    def first_overtakes(ours):
-        found_vacant(ours)
-        if not first._is_open and not ours:
+    def first_overtakes(*args):
+        found_vacant(*args)
+        if not first._is_open and not args:
             first.__enter__()
             first.write_batch(oracle(md), 0)
             if finished:
                 first.__exit__(None, None, None)
 
     monkeypatch.setattr(second, "_require_vacant", first_overtakes)
-    with pytest.raises(WriteError, match="got a finished one" if finished else "File exists"):
+    with pytest.raises(WriteError, match="got a finished one" if finished else "expected an empty directory"):
         second.__enter__()
     if not finished:
         first.__exit__(None, None, None)
     ShardInfo.load(first.shards_dir).validate(first.shards_dir)
-    assert len(os.listdir(first.shards_dir)) == 5
+    assert len(os.listdir(first.shards_dir)) == 6
 
 
 def test_older_protocols_are_not_written(tmp_path, make_shards):
@@ -449,8 +450,8 @@ def test_disk_full_for_a_moment(tmp_path, make_shards, monkeypatch, name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return call(*args)
 
-    monkeypatch.setattr(os, name, full_once)
     with ShardWriter(tmp_path, md) as writer:
+        monkeypatch.setattr(os, name, full_once)
         with pytest.raises(WriteError, match=r"acts000002\.bin: could not be written: No space left") as info:
             writer.write_batch(oracle(md), 0, oracle_labels(md))
         writer.write_batch(oracle(md), 0, oracle_labels(md))
@@ -458,14 +459,14 @@ def test_disk_full_for_a_moment(tmp_path, make_shards, monkeypatch, name):
     assert content(writer.shards_dir) == content(make_shards())
 
 
-CALLS = ("mkdir", "open", "ftruncate", "pwrite", "fsync", "rename", "replace", "unlink", "rmdir")
+CALLS = ("mkdir", "open", "ftruncate", "pwrite", "write", "fsync", "rename", "replace", "unlink", "rmdir")
 
 
 class KilledError(BaseException):
     """Not an Exception, so that nothing handles it."""
 
 
-def write_until(monkeypatch, root, md, n_calls, error):
+def write_until(monkeypatch, root, md, n_calls, error, resume=False):
     """Write all of `md`; from system call `n_calls` on, every one raises `error`. Return how many were made."""
     n_made = 0
 
@@ -483,7 +484,7 @@ def write_until(monkeypatch, root, md, n_calls, error):
         for name in CALLS:
             patch.setattr(os, name, counted(getattr(os, name)))
         try:
-            with ShardWriter(root, md) as writer:
+            with ShardWriter(root, md, resume) as writer:
                 writer.write_batch(oracle(md)[6:], 6, oracle_labels(md)[6:])
                 writer.write_batch(oracle(md)[:6], 0, oracle_labels(md)[:6])
         except (KilledError, WriteError):
@@ -491,27 +492,34 @@ def write_until(monkeypatch, root, md, n_calls, error):
     return None
 
 
+@pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("error", [KilledError(), OSError(errno.EIO, "Input/output error")], ids=["killed", "failed"])
 @pytest.mark.parametrize("fields", [{}, {"n_examples": 8}], ids=["rest", "multiple"])
-def test_stopped_at_every_system_call(tmp_path, monkeypatch, make_shards, error, fields):
-    """A writer that ends at any call leaves no directory that loads and is wrong, or that is incomplete."""
+def test_stopped_at_every_system_call(tmp_path, monkeypatch, make_shards, error, fields, resume):
+    """A writer that ends at any call leaves no directory that loads and is wrong, or that cannot be continued."""
     md = metadata(**fields)
     expected = content(make_shards(**fields))
-    for n_calls in range(200):
+    sidecar = None
+    for n_calls in range(300):
         root = tmp_path / str(n_calls)
-        is_stopped = write_until(monkeypatch, root, md, n_calls, error) is not None
+        is_stopped = write_until(monkeypatch, root, md, n_calls, error, resume) is not None
         try:
             assert Metadata.load(root / md.hash) == md
         except SaevTorchError:
             assert is_stopped
             if (root / md.hash).exists() and os.listdir(root / md.hash):
-                with pytest.raises(WriteError, match="delete the directory"):
+                with pytest.raises(WriteError, match=r"resume=True.* delete the directory"):
                     ShardWriter(root, md).__enter__()
-            continue
-        # From the moment it loads, all of it is there.
-        assert content(root / md.hash) == expected
+        else:
+            # From the moment it loads, all of it is there.
+            assert {name: raw for name, raw in content(root / md.hash).items() if name[0] != "."} == expected
         if not is_stopped:
             break
+        assert write_until(monkeypatch, root, md, 10**9, error, resume=True) is None
+        assert content(root / md.hash) == expected
+        raw = (root / md.hash / "checksums.json").read_bytes()
+        assert raw == (sidecar or raw)
+        sidecar = raw
     assert n_calls > 20
 
 
@@ -571,6 +579,6 @@ def test_data_is_on_disk_before_it_is_published(tmp_path, monkeypatch):
     with ShardWriter(tmp_path, md) as writer:
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     acts = [shard.name for shard in ShardInfo.load(writer.shards_dir)]
-    assert log == [*acts, "labels.bin", "shards.json", "metadata.json"]
+    assert log == [*acts, "labels.bin", "shards.json", "checksums.json", "metadata.json"]
     assert str(writer.shards_dir) in synced
     assert str(tmp_path) in synced

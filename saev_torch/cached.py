@@ -1,0 +1,142 @@
+"""Results about a shard directory that are kept for the next run, in a folder of the user's.
+
+A kept result is an npz file of plain arrays, named for what it is and a fingerprint of what it was made from. It is
+never unpickled. A file that is damaged, or that was made from something else, is made again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
+from saev_torch.files import write_atomic, writing
+from saev_torch.shards import LABELS_NAME
+from saev_torch.store import ShardStore
+
+__all__ = ["cache_dir", "fingerprint", "get_or_make", "load", "save"]
+
+_log = logging.getLogger("saev_torch")
+
+_Arrays = dict[str, NDArray[Any]]
+_FINGERPRINT = "fingerprint"
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for this package: `$XDG_CACHE_HOME/saev_torch`, else `~/.cache/saev_torch`.
+
+    See the XDG Base Directory Specification, which says that a relative path there is to be ignored.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "saev_torch"
+
+
+def fingerprint(store: ShardStore, what: str) -> str:
+    """Digest what a result depends on: the metadata, each file's size and time of change, and `what`."""
+    digest = hashlib.sha256(f"{store.metadata.hash}\0{what}".encode())
+    names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
+    for name in names:
+        stat = os.stat(store.shards_dir / name, follow_symlinks=False)
+        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def save(path: Path, made_from: str, arrays: _Arrays) -> None:
+    """Write arrays to a file, all of them or none.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    buffer = io.BytesIO()
+    np.savez(buffer, **{**arrays, _FINGERPRINT: np.array(made_from)})  # type: ignore[arg-type]
+    write_atomic(path, buffer.getvalue())
+
+
+def load(path: Path) -> tuple[str, _Arrays]:
+    """Read what `save` wrote: the fingerprint and the arrays.
+
+    Raises:
+        FormatError: It is another kind of file, or is damaged.
+        ShardsNotFoundError: There is no such file.
+    """
+    try:
+        # Opened here, because numpy leaves a file open that turns out to be no archive.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return str(arrays.pop(_FINGERPRINT)), arrays
+    except FileNotFoundError as err:
+        raise ShardsNotFoundError(f"{path}: expected a file that save() wrote, but there is none.") from err
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as err:
+        raise FormatError(f"{path}: expected npz of saev_torch, got something else ({err}); delete it.") from err
+
+
+def get_or_make(
+    shards_dir: Path, kind: str, made_from: str, cache: bool | Path, make: Callable[[], _Arrays]
+) -> tuple[Path, _Arrays]:
+    """Find a kept result, or make and keep it; of several processes that ask at once, one makes it.
+
+    Args:
+        shards_dir: What it is about; nothing is written there.
+        kind: Beginning of the file's name.
+        made_from: A fingerprint of what the result depends on.
+        cache: A folder; True for `cache_dir()`, False to make it in any case and keep nothing.
+        make: Makes the result.
+
+    Returns:
+        The file, and its arrays. A folder that cannot be written is logged, and else no error.
+
+    Raises:
+        ConfigError: The folder is inside the shard directory.
+    """
+    if cache is False:
+        return Path(os.devnull), make()
+    folder = cache_dir() if cache is True else Path(cache)
+    if folder.resolve().is_relative_to(Path(shards_dir).resolve()):
+        raise ConfigError(f"cache: expected a folder outside {shards_dir}, got {folder}; shards are never written to.")
+    path = folder / f"{kind}-{made_from}.npz"
+    found = _load_matching(path, made_from)
+    if found is not None:
+        return path, found
+    with _locked(path):
+        found = _load_matching(path, made_from)
+        if found is None:
+            found = make()
+            try:
+                save(path, made_from, found)
+            except WriteError as err:
+                _log.warning("%s; the result is not kept, and will be computed again.", err)
+    return path, found
+
+
+def _load_matching(path: Path, made_from: str) -> _Arrays | None:
+    try:
+        found, arrays = load(path)
+    except ShardsNotFoundError:
+        return None
+    except FormatError as err:
+        _log.warning("%s It is made again.", err)
+        return None
+    return arrays if found == made_from else None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that is being made; without one where the folder cannot have it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            with writing(path):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except WriteError as err:
+            _log.warning("%s; other processes may compute the same.", err)
+        yield

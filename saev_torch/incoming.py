@@ -1,0 +1,125 @@
+"""What callers hand to the writer, checked and as arrays that can be written as they are."""
+
+import operator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from saev_torch.errors import WriteError
+from saev_torch.files import short
+from saev_torch.metadata import Metadata
+
+__all__ = ["check_activations", "check_example_range", "check_finite", "check_labels", "check_start"]
+
+_FINITE_PIECE = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
+
+
+def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return activations as a contiguous little-endian array on the host.
+
+    Raises:
+        WriteError: No tensor or array, or of another dtype or shape.
+    """
+    if not isinstance(activations, torch.Tensor | np.ndarray):
+        raise WriteError(f"activations: expected a tensor or an array, got {type(activations).__name__}")
+    if activations.dtype not in (torch.float32, np.dtype(np.float32)):
+        raise WriteError(f"activations: expected float32, got {activations.dtype}; convert it, as with .float()")
+    shape = (md.n_layers, md.tokens_per_example, md.d_model)
+    if tuple(activations.shape[1:]) != shape:
+        raise WriteError(
+            f"activations: expected shape [batch, n_layers, tokens_per_example, d_model] = [batch, {shape[0]}, "
+            f"{shape[1]}, {shape[2]}], got {list(activations.shape)}"
+        )
+    if isinstance(activations, torch.Tensor):
+        activations = activations.detach().cpu().numpy()
+    return np.ascontiguousarray(activations, dtype="<f4")
+
+
+def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        acts: [batch, n_layers, tokens_per_example, d_model] float32, contiguous.
+        md: Metadata, to name the layer.
+        start: Example that the first of the batch is.
+
+    Raises:
+        WriteError: The first bad value, by example, layer, token and dimension.
+    """
+    flat = acts.reshape(-1)
+    for at in range(0, len(flat), _FINITE_PIECE):
+        is_finite = np.isfinite(flat[at : at + _FINITE_PIECE])
+        if not is_finite.all():
+            bad = at + int(np.argmin(is_finite))
+            e, layer_idx, token, dim = (int(i) for i in np.unravel_index(bad, acts.shape))
+            raise WriteError(
+                f"activations: expected finite values, got {flat[bad]} in example {start + e}, layer "
+                f"{md.layers[layer_idx]}, stored token {token}, dimension {dim}; mend the model, or write with "
+                "check_finite=False"
+            )
+
+
+def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch: int) -> npt.NDArray[np.uint8]:
+    """Return labels as a contiguous [batch, content_tokens_per_example] uint8 array.
+
+    Raises:
+        WriteError: Of another shape, no integers, or outside 0..255.
+    """
+    if isinstance(patch_labels, torch.Tensor):
+        patch_labels = patch_labels.detach().cpu()
+    try:
+        labels = np.asarray(patch_labels)
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise WriteError(f"patch_labels: expected an array of integers, got {short(patch_labels)}") from err
+    shape = (batch, md.content_tokens_per_example)
+    if labels.shape != shape:
+        raise WriteError(
+            f"patch_labels: expected shape [batch, content_tokens_per_example] = {list(shape)}, "
+            f"got {list(labels.shape)}"
+        )
+    if labels.dtype.kind not in "iu":
+        raise WriteError(f"patch_labels: expected integers in 0..255, got {labels.dtype}")
+    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
+        raise WriteError(f"patch_labels: expected integers in 0..255, got {labels.min()}..{labels.max()}")
+    return np.ascontiguousarray(labels, dtype=np.uint8)
+
+
+def check_start(start_idx: int, batch: int, bounds: tuple[int, int]) -> int:
+    """Return the first example of a batch as an int.
+
+    Args:
+        start_idx: What the caller gave.
+        batch: Examples in the batch.
+        bounds: Examples that this writer may write, the second excluded.
+
+    Raises:
+        WriteError: No integer, or the batch leaves the bounds.
+    """
+    try:
+        start = operator.index(start_idx)
+    except TypeError as err:
+        raise WriteError(f"start_idx: expected an integer, got {short(start_idx)}") from err
+    if start < bounds[0] or start + batch > bounds[1]:
+        raise WriteError(
+            f"start_idx: expected examples in {bounds[0]}..{bounds[1]} (end excluded), as announced, "
+            f"got {start}..{start + batch}"
+        )
+    return start
+
+
+def check_example_range(md: Metadata, example_range: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the examples that a writer is for; all of them by default.
+
+    Raises:
+        WriteError: Not two integers `0 <= start < stop <= n_examples`.
+    """
+    if example_range is None:
+        return 0, md.n_examples
+    try:
+        start, stop = (operator.index(x) for x in example_range)
+    except (TypeError, ValueError) as err:
+        raise WriteError(f"example_range: expected (start, stop), got {short(example_range)}") from err
+    if not 0 <= start < stop <= md.n_examples:
+        raise WriteError(f"example_range: expected 0 <= start < stop <= {md.n_examples}, got {start}..{stop}")
+    return start, stop

@@ -1,0 +1,204 @@
+"""What makes an unfinished directory safe to go on with: a claim, and journals of what is durably on disk.
+
+    .unfinished              there until all is published; its lock is held for moments, to claim and to publish
+    .journal-<start>-<stop>  one for each writer, by the examples that it is for; locked for as long as it lives
+
+A journal is lines `start stop has_labels checksums crc`: examples start..stop are on disk, and their checksums. A line
+is appended, and itself forced to disk, only after the data it speaks of was. What no line speaks of counts as not
+written. The locks are the kernel's, which a killed process cannot keep.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from saev_torch.errors import WriteError
+from saev_torch.files import open_regular
+
+__all__ = ["CLAIM_NAME", "Journal", "Record", "claimed", "is_alive", "journal_name", "journal_ranges", "read_records"]
+
+CLAIM_NAME = ".unfinished"
+_JOURNAL = re.compile(r"\.journal-(\d{1,19})-(\d{1,19})")
+
+# A worker that a DataLoader forks inherits the locks, and could hold them after its parent was killed.
+_held: set[int] = set()
+
+
+def _close_held() -> None:
+    for fd in _held:
+        os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_held)
+
+
+class Record(NamedTuple):
+    """Examples that are durably on disk.
+
+    Attributes:
+        start: The first.
+        stop: The one behind the last.
+        has_labels: Whether labels were written with them.
+        checksums: Their checksums, as `checksums.block_checksums` packs them.
+    """
+
+    start: int
+    stop: int
+    has_labels: bool
+    checksums: bytes
+
+    def _to_line(self) -> bytes:
+        text = f"{self.start} {self.stop} {int(self.has_labels)} {self.checksums.hex()}"
+        return f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
+
+    @classmethod
+    def _from_line(cls, line: bytes) -> "Record | None":
+        text, _, crc = line.rpartition(b" ")
+        fields = text.split(b" ")
+        if len(fields) != 4 or crc != b"%08x\n" % zlib.crc32(text):
+            return None
+        return cls(int(fields[0]), int(fields[1]), fields[2] == b"1", bytes.fromhex(fields[3].decode()))
+
+
+@contextlib.contextmanager
+def claimed(shards_dir: Path, content: bytes) -> Iterator[bool]:
+    """Hold the claim of a directory: one process at a time.
+
+    Args:
+        shards_dir: The directory, which exists.
+        content: What the claim holds, so that it says what is being written here.
+
+    Yields:
+        Whether the claim is new, so that nobody wrote here before. A new one is removed after an exception.
+
+    Raises:
+        WriteError: There is a claim of another data set, or a file that is none.
+    """
+    path = shards_dir / CLAIM_NAME
+    while True:
+        flags, is_new = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, True
+        try:
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            is_new = False
+            try:
+                fd = os.open(path, flags)
+            except FileNotFoundError:
+                continue
+        _held.add(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            # Whoever published while we waited has removed the file that we hold.
+            if not _is_same(path, fd):
+                continue
+            found = os.pread(fd, len(content) + 1, 0)
+            if content.startswith(found) and found != content:
+                os.pwrite(fd, content, 0)
+            elif found != content:
+                raise WriteError(
+                    f"{shards_dir}: expected an empty directory, got ['{CLAIM_NAME}'] of another data set; "
+                    "if no other process is writing there, delete the directory"
+                )
+            yield is_new
+            return
+        except BaseException:
+            if is_new and _is_same(path, fd):
+                path.unlink()
+            raise
+        finally:
+            _held.discard(fd)
+            os.close(fd)
+
+
+def _is_same(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def journal_name(start: int, stop: int) -> str:
+    """Name of the journal of the writer of these examples."""
+    return f".journal-{start}-{stop}"
+
+
+def journal_ranges(names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Pick the names of journals, with the examples that each is for."""
+    found = {name: _JOURNAL.fullmatch(name) for name in sorted(names)}
+    return {name: (int(match[1]), int(match[2])) for name, match in found.items() if match}
+
+
+def read_records(shards_dir: Path, name: str) -> Iterator[Record]:
+    """Yield the records of a journal, up to the first line that is torn.
+
+    Raises:
+        OSError: The file could not be read.
+    """
+    with os.fdopen(open_regular(shards_dir, name), "rb") as file:
+        for line in file:
+            record = Record._from_line(line)
+            if record is None:
+                return
+            yield record
+
+
+class Journal:
+    """The journal of one writer, which must hold the claim while it makes or closes one.
+
+    Args:
+        shards_dir: The directory.
+        start: First example that the writer is for.
+        stop: The one behind the last.
+
+    Attributes:
+        name: Its file name.
+
+    Raises:
+        BlockingIOError: A living writer has it.
+        OSError: The system refused.
+    """
+
+    def __init__(self, shards_dir: Path, start: int, stop: int) -> None:
+        self.name = journal_name(start, stop)
+        self._fd = os.open(shards_dir / self.name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        _held.add(self._fd)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # What a kill left of a line would swallow the next one.
+            n_bytes = sum(len(record._to_line()) for record in read_records(shards_dir, self.name))
+            os.ftruncate(self._fd, n_bytes)
+            os.lseek(self._fd, n_bytes, os.SEEK_SET)
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Append records of data that is on disk already, and return when they are, too."""
+        view = memoryview(b"".join(record._to_line() for record in records))
+        while view:
+            view = view[os.write(self._fd, view) :]
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Let go of it; the file stays."""
+        if self._fd in _held:
+            _held.discard(self._fd)
+            os.close(self._fd)
+
+
+def is_alive(shards_dir: Path, name: str) -> bool:
+    """Whether a living writer holds a journal."""
+    fd = os.open(shards_dir / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False

@@ -1,0 +1,225 @@
+"""Lightning, an extra: a data module that resumes exactly, and a callback with which a plain `DataLoader` does.
+
+Lightning restores its own counts of epochs and batches from a checkpoint, but it hands the state of a loader back only
+in some cases: not at the end of an epoch, and not where `estimated_stepping_batches` asked for the loader early. It also
+begins to iterate before it knows where. So the data module takes its state back itself, and begins with the first batch.
+"""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from saev_torch.batch import ActivationBatch
+from saev_torch.config import OrderedConfig, ShuffledConfig
+from saev_torch.datasets import OrderedActivations, ShuffledActivations
+from saev_torch.digest import StreamDigest
+from saev_torch.loaders import CountedBatches, OrderedDataLoader, ShuffledDataLoader
+from saev_torch.state import Position, dump_state, load_state
+
+__all__ = ["ActivationsCheckpoint", "ActivationsDataModule"]
+
+_KEY = "saev_torch"
+_N_TRAINED = "n_trained"
+_IS_OVER = "is_over"
+
+
+def _n_trained(trainer: Trainer) -> int:
+    """Batches that this rank has trained on, in all epochs."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+
+def _is_over(trainer: Trainer) -> bool:
+    """Whether the last batch that was trained on is the last of Lightning's epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    # The flag is up as soon as the batch is fetched.
+    return bool(progress.is_last_batch) and progress.current.processed == progress.current.ready
+
+
+class _TrainLoader(ShuffledDataLoader):
+    """A `ShuffledDataLoader` that stands behind the batches which the trainer has trained on."""
+
+    def __init__(self, cfg: ShuffledConfig, module: LightningDataModule, **kwargs: Any) -> None:
+        super().__init__(cfg, **kwargs)
+        self._module = module
+        # Places in the sequence, each with the number of batches that were trained on when it is reached.
+        self._places: list[tuple[int, Position]] = []
+        # Whether the next iteration is the one after the latest place, not the rest of that one.
+        self._next_is_new = False
+
+    def _find_place(self, trainer: Trainer) -> Position | None:
+        wanted = _n_trained(trainer)
+        return next((place for n, place in self._places if n == wanted), None)
+
+    def __iter__(self) -> Any:
+        return _Iteration(self)
+
+    def begin(self) -> CountedBatches:
+        """Begin to iterate: in a trainer where it stands, else as any loader does."""
+        trainer = self._module.trainer
+        if trainer is None or not trainer.training:
+            self._places = []
+            return self._begin()
+        place = self._find_place(trainer)
+        if place is None:
+            # No state that belongs to these counts: nothing better is known than the counts.
+            epoch = trainer.fit_loop.epoch_progress.current.processed
+            n_batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            state = self.dataset.state_dict(n_batches=n_batches, epoch=epoch)
+        elif self._next_is_new or self.dataset.is_over(place.batch):
+            state = {**dump_state(self.metadata, self.cfg, place), "epoch": place.epoch + 1, "batch": 0}
+        else:
+            state = dump_state(self.metadata, self.cfg, place)
+        super().load_state_dict(state)
+        batches = self._begin()
+        self._places = [(_n_trained(trainer), batches.position)]
+        self._next_is_new = True
+        return batches
+
+    def _begin(self) -> CountedBatches:
+        batches: CountedBatches = super().__iter__()
+        return batches
+
+    def note(self, place: Position) -> None:
+        """Note the place behind the batch that was fetched last; it counts once that is trained on."""
+        if self._places and (trainer := self._module.trainer) is not None:
+            self._places.append((self._places[-1][0] + 1, place))
+            wanted = _n_trained(trainer)
+            self._places = [(n, place) for n, place in self._places if n >= wanted]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last batch that was trained on."""
+        trainer = self._module.trainer
+        place = None if trainer is None else self._find_place(trainer)
+        if trainer is None or place is None:
+            return super().state_dict()
+        state = dump_state(self.metadata, self.cfg, place)
+        return {**state, _N_TRAINED: _n_trained(trainer), _IS_OVER: _is_over(trainer)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; it holds if the trainer then turns out to have trained on as many batches."""
+        super().load_state_dict(state)
+        self._places = [(state.get(_N_TRAINED, -1), load_state(self.metadata, self.cfg, state))]
+        self._next_is_new = state.get(_IS_OVER, False)
+
+
+class _Iteration:
+    """Begins with the first batch, because only then the trainer's counts are those of the checkpoint."""
+
+    def __init__(self, loader: _TrainLoader) -> None:
+        self._loader = loader
+        self._batches: CountedBatches | None = None
+
+    def __iter__(self) -> "_Iteration":
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        if self._batches is None:
+            self._batches = self._loader.begin()
+        batch = next(self._batches)
+        self._loader.note(self._batches.position)
+        return batch
+
+
+class ActivationsDataModule(LightningDataModule):
+    """Shuffled batches to train on, and others to validate on.
+
+    A checkpoint continues with the batch after the last one that was trained on, with any number of workers. The number
+    of ranks may change between epochs; if it changes within one, the data still continue exactly, but Lightning ends
+    that epoch by its own count of batches.
+
+    Args:
+        train_cfg: What to train on.
+        val_cfg: What to validate on; None for no validation.
+        **loader_kwargs: Arguments of `torch.utils.data.DataLoader`, for instance `num_workers`.
+    """
+
+    def __init__(
+        self, train_cfg: ShuffledConfig, val_cfg: OrderedConfig | ShuffledConfig | None = None, **loader_kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.train_cfg = train_cfg
+        self.val_cfg = val_cfg
+        self._loader_kwargs = loader_kwargs
+        self._train: _TrainLoader | None = None
+        self._val: OrderedDataLoader | ShuffledDataLoader | None = None
+        self._state: dict[str, Any] | None = None
+        if val_cfg is not None:
+            # Lightning takes the method for a promise of data to validate on, so without them there must be none.
+            self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
+
+    def train_dataloader(self) -> ShuffledDataLoader:
+        """The loader of the batches to train on, the same one at each call."""
+        if self._train is None:
+            self._train = _TrainLoader(self.train_cfg, self, **self._loader_kwargs)
+            if self._state is not None:
+                self._train.load_state_dict(self._state)
+        return self._train
+
+    def _val_dataloader(self) -> OrderedDataLoader | ShuffledDataLoader:
+        if self._val is None:
+            if isinstance(self.val_cfg, ShuffledConfig):
+                self._val = ShuffledDataLoader(self.val_cfg, **self._loader_kwargs)
+            else:
+                self._val = OrderedDataLoader(self.val_cfg or OrderedConfig(), **self._loader_kwargs)
+        return self._val
+
+    @property
+    def digest(self) -> StreamDigest:
+        """Digest of the batches that were fetched to train on; on rank 0 also of those before a checkpoint."""
+        return self.train_dataloader().digest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the data to train on stand, for a checkpoint."""
+        return self.train_dataloader().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where a checkpoint was saved.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            StateError: It is no state, of a newer version, or of other data or another config.
+        """
+        self._state = state_dict
+        if self._train is not None:
+            self._train.load_state_dict(state_dict)
+
+    def teardown(self, stage: str) -> None:
+        """Stop workers and threads."""
+        for loader in (self._train, self._val):
+            if loader is not None:
+                loader.shutdown()
+
+
+class ActivationsCheckpoint(Callback):
+    """Keeps in Lightning's checkpoints where a data set stands, for a plain `DataLoader` on it.
+
+    Args:
+        dataset: The data set to train on, the one that the loader has.
+    """
+
+    def __init__(self, dataset: OrderedActivations | ShuffledActivations) -> None:
+        self.dataset = dataset
+        self._n_batches = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count: the loader is iterated anew."""
+        self._n_batches = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Count a batch."""
+        self._n_batches += 1
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the place behind the last batch that was trained on; after the last of an epoch, the next epoch."""
+        state = self.dataset.state_dict(n_batches=self._n_batches)
+        if _is_over(trainer):
+            state = self.dataset.state_dict(n_batches=0, epoch=state["epoch"] + 1)
+        checkpoint[_KEY] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the loader continue at the place that was saved."""
+        self._n_batches = 0
+        if _KEY in checkpoint:
+            self.dataset.load_state_dict(checkpoint[_KEY])

@@ -1,0 +1,74 @@
+"""Plans of any kind, drawn at random, and a reader that carries out steps on paper."""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from saev_torch.blocks import expand_runs
+from saev_torch.plan import OrderedPlan, ShufflePlan
+from saev_torch.schedule import Share, make_steps
+
+Plan = OrderedPlan | ShufflePlan
+
+
+@st.composite
+def shuffle_plans(draw: st.DrawFn) -> ShufflePlan:
+    batch_size = draw(st.sampled_from([1, 2, 3, 7, 16, 64, 100]))
+    n_samples = draw(st.integers(0, min(3000, 120 * batch_size)))
+    return ShufflePlan.make(
+        n_samples=n_samples,
+        batch_size=batch_size,
+        buffer_size=draw(st.sampled_from([1, 2, 3, 8, 10, 16, 64, 65])),
+        n_lanes=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12])),
+        block_size=draw(st.sampled_from([None, None, 1, 2, 5, 16, 1000])),
+        seed=draw(st.integers(0, 5)),
+        epoch=draw(st.integers(0, 3)),
+    )
+
+
+@st.composite
+def any_plans(draw: st.DrawFn) -> Plan:
+    if draw(st.integers(0, 3)):
+        return draw(shuffle_plans())
+    return OrderedPlan(n_samples=draw(st.integers(0, 300)), batch_size=draw(st.sampled_from([1, 3, 16, 1000])))
+
+
+@st.composite
+def shares(draw: st.DrawFn, plan: Plan) -> list[Share]:
+    """The shares of all readers of a job, from any batch on, padded to as many batches for each rank."""
+    n_ranks, n_workers = draw(st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 2), (3, 1), (8, 1), (4, 2), (2, 5)]))
+    start = draw(st.just(0) | st.integers(0, plan.n_batches))
+    stop = start + -(-(plan.n_batches - start) // n_ranks) * n_ranks
+    stride = n_ranks * n_workers
+    return [
+        Share(start + rank + n_ranks * worker, stride, stop) for rank in range(n_ranks) for worker in range(n_workers)
+    ]
+
+
+def carry_out(plan: Plan, share: Share) -> tuple[dict[int, np.ndarray], list[int], int]:
+    """Carry out the steps of a reader.
+
+    Returns:
+        The samples of each batch row by row, the batches in the order they were handed out in, and how many were open
+        at most.
+    """
+    filled: dict[int, np.ndarray] = {}
+    order: list[int] = []
+    n_open = 0
+    for step in make_steps(plan, share):
+        for load in step.loads:
+            chunk = load.chunk
+            samples = expand_runs(chunk.starts, chunk.lengths)
+            assert len(samples) == len(chunk.dealt) == len(chunk.rows) == chunk.bounds[-1]
+            assert len(chunk.bounds) == len(chunk.slots) + 1
+            for batch, d in load.targets:
+                size = plan.size(batch % plan.n_batches)
+                rows = filled.setdefault(batch, np.full(size, -1, dtype=np.int64))
+                part = slice(chunk.bounds[d], chunk.bounds[d + 1])
+                assert (rows[chunk.rows[part]] == -1).all(), "a row filled twice"
+                rows[chunk.rows[part]] = samples[chunk.dealt[part]]
+        n_open = max(n_open, len(filled) - len(order))
+        for batch, size in zip(step.batches, step.sizes, strict=True):
+            assert len(filled[batch]) == size
+            assert (filled[batch] >= 0).all(), "handed out before it was full"
+            order.append(batch)
+    return filled, order, n_open

@@ -1,0 +1,247 @@
+import copy
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+
+import contracts
+import pytest
+import torch
+from factory import Spec
+from torch.utils.data import DataLoader
+
+from saev_torch import ShuffledActivations, ShuffledConfig
+from saev_torch.epochs import EpochCounter
+
+pytestmark = pytest.mark.filterwarnings(contracts.MANY_WORKERS)
+
+ME, OTHER = 1, 2
+
+
+def begin(counter, session=None, worker=0, consumer=ME):
+    return counter.begin(consumer, session, worker)
+
+
+def test_without_workers():
+    counter = EpochCounter()
+    assert counter.next(ME) == (0, 0)
+    assert [begin(counter) for _ in range(100)] == [(e, 0) for e in range(100)]
+    assert counter.next(ME) == (100, 0)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_workers_of_a_session_agree(order):
+    counter = EpochCounter()
+    for epoch in range(3):
+        session = 1000 + epoch
+        assert {begin(counter, session, worker) for worker in order} == {(epoch, 0)}
+
+
+def test_persistent_workers_count_on():
+    """Their session stays the same, so each takes part in an iteration once."""
+    counter = EpochCounter()
+    for epoch in range(50):
+        assert {begin(counter, 7, worker) for worker in range(4)} == {(epoch, 0)}
+
+
+def test_a_slow_worker_joins_the_oldest():
+    counter = EpochCounter()
+    assert [begin(counter, 7, 0) for _ in range(3)] == [(0, 0), (1, 0), (2, 0)]
+    assert [begin(counter, 7, 1) for _ in range(4)] == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert begin(counter, 7, 0) == (3, 0)
+
+
+def test_many_workers():
+    counter = EpochCounter()
+    for epoch in range(2):
+        assert {begin(counter, epoch, worker) for worker in range(200)} == {(epoch, 0)}
+
+
+def test_choosing():
+    counter = EpochCounter()
+    begin(counter)
+    counter.set(ME, 9, 40)
+    assert counter.next(ME) == (9, 40)
+    assert [begin(counter) for _ in range(2)] == [(9, 40), (10, 0)]
+    counter.set(ME, 3, 0)
+    counter.set(ME, 0, 5)
+    assert {begin(counter, 7, worker) for worker in (1, 0)} == {(0, 5)}
+    assert {begin(counter, 7, worker) for worker in (0, 1)} == {(1, 0)}
+
+
+def test_choosing_before_a_slow_worker_has_begun():
+    """Epoch 0 was broken off early: worker 1 must take part in it all the same, and not take epoch 5 for it."""
+    counter = EpochCounter()
+    assert begin(counter, 7, 0) == (0, 0)
+    counter.set(ME, 5, 0)
+    assert begin(counter, 7, 1) == (0, 0)
+    assert {begin(counter, 7, worker) for worker in (1, 0)} == {(5, 0)}
+    assert {begin(counter, 7, worker) for worker in (0, 1)} == {(6, 0)}
+
+
+def test_consumers_count_for_themselves():
+    """As ranks do that were forked with one data set."""
+    counter = EpochCounter()
+    for epoch in range(40):
+        assert begin(counter, consumer=ME) == (epoch, 0)
+        assert {begin(counter, 7, worker, consumer=OTHER) for worker in range(2)} == {(epoch, 0)}
+    counter.set(ME, 3, 0)
+    assert counter.next(OTHER) == (40, 0)
+
+
+def test_a_busy_consumer_does_not_make_others_forget():
+    counter = EpochCounter()
+    assert begin(counter, consumer=OTHER) == (0, 0)
+    for _ in range(100):
+        begin(counter, consumer=ME)
+    assert begin(counter, consumer=OTHER) == (1, 0)
+
+
+def test_an_epoch_chosen_before_a_process_holds_for_it():
+    counter = EpochCounter()
+    counter.set(ME, 4, 0)
+    assert begin(counter, consumer=OTHER) == (4, 0)
+    assert begin(counter, consumer=ME) == (4, 0)
+    assert begin(counter, consumer=OTHER) == (5, 0)
+
+
+# Processes
+
+
+def take_part(counter, session, worker, n, found):
+    found.put((worker, [counter.begin(ME, session, worker)[0] for _ in range(n)]))
+
+
+def test_processes_at_once():
+    counter = EpochCounter()
+    fork = multiprocessing.get_context("fork")
+    found = fork.SimpleQueue()
+    workers = [fork.Process(target=take_part, args=(counter, 7, worker, 20, found)) for worker in range(6)]
+    for worker in workers:
+        worker.start()
+    results = dict(found.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+        worker.close()
+    found.close()
+    assert results == {worker: list(range(20)) for worker in range(6)}
+    assert counter.next(ME) == (20, 0)
+
+
+def test_threads_at_once():
+    counter = EpochCounter()
+    found = []
+    threads = [threading.Thread(target=lambda: found.extend(begin(counter)[0] for _ in range(100))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(400))
+
+
+def hold_and_die(counter):
+    with counter._locked():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_leaves_no_lock():
+    counter = EpochCounter()
+    child = multiprocessing.get_context("fork").Process(target=hold_and_die, args=(counter,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    child.close()
+    assert begin(counter) == (0, 0)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_share_it(method):
+    counter = EpochCounter()
+    begin(counter)
+    context = multiprocessing.get_context(method)
+    child = context.Process(target=begin, args=(counter,))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    child.close()
+    assert begin(counter) == (2, 0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda counter: pickle.loads(pickle.dumps(counter))])
+def test_copies_count_on_for_themselves(copied):
+    counter = EpochCounter()
+    for _ in range(3):
+        begin(counter)
+    other = copied(counter)
+    assert [begin(other) for _ in range(2)] == [(3, 0), (4, 0)]
+    assert begin(counter) == (3, 0)
+
+
+def test_it_pickles_small():
+    assert len(pickle.dumps(EpochCounter())) < 8000
+
+
+# With data sets
+
+
+@pytest.fixture
+def cfg(make_shards):
+    return ShuffledConfig(shards=make_shards(Spec(n_examples=30)), layer=3, batch_size=16, buffer_size=4)
+
+
+@pytest.fixture
+def epochs(cfg):
+    data_set = ShuffledActivations(cfg)
+    return [list(data_set) for _ in range(8)]
+
+
+def test_other_number_of_workers_with_the_same_session(cfg, epochs):
+    """The base seed, by which workers know each other, is that of an earlier iteration with fewer or more of them."""
+    data_set = ShuffledActivations(cfg)
+    for epoch, n_workers in enumerate([1, 2, 4, 0, 3, 1, 4]):
+        torch.manual_seed(0)
+        contracts.assert_same(list(DataLoader(data_set, num_workers=n_workers)), epochs[epoch])
+
+
+class SlowToBegin(ShuffledActivations):
+    """Worker 1 begins when worker 0 has yielded already, as it may where processes start slowly."""
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        if info is not None and info.id == 1:
+            self.go_on.wait(20)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("chosen", [None, 0, 5])
+def test_breaking_off_before_a_worker_has_begun(cfg, epochs, persistent, chosen, seeded):
+    data_set = SlowToBegin(cfg)
+    data_set.go_on = multiprocessing.get_context("fork").Event()
+    loader = DataLoader(data_set, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork")
+    if seeded:
+        torch.manual_seed(0)
+    iterator = iter(loader)
+    contracts.assert_same([next(iterator)], epochs[0][:1])
+    if chosen is not None:
+        data_set.set_epoch(chosen)
+    data_set.go_on.set()
+    del iterator
+    first = 1 if chosen is None else chosen
+    for epoch in (first, first + 1):
+        if seeded:
+            torch.manual_seed(0)
+        contracts.assert_same(list(loader), epochs[epoch])
+
+
+def test_copies_of_a_data_set(cfg, epochs):
+    data_set = ShuffledActivations(cfg)
+    contracts.assert_same(list(data_set), epochs[0])
+    for other in (copy.deepcopy(data_set), pickle.loads(pickle.dumps(data_set))):
+        contracts.assert_same(list(other), epochs[1])
+        contracts.assert_same(list(other), epochs[2])
+    contracts.assert_same(list(data_set), epochs[1])
+    assert len(pickle.dumps(data_set)) < 20_000

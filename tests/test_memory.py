@@ -1,0 +1,323 @@
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import contracts
+import numpy as np
+import pytest
+import torch
+from conftest import Resources
+from factory import Spec
+from torch.utils.data import DataLoader
+
+from saev_torch import ReadError, ShuffledActivations, ShuffledConfig, memory
+from saev_torch.memory import Slot, SlotPool, attach, can_share
+
+ROOT = Path(__file__).parent.parent
+NBYTES = 1 << 16
+
+# All that a user may make of a batch and keep; each takes the array of a lease.
+VIEWS = {
+    "the array": lambda array: array,
+    "a slice": lambda array: array[5:7],
+    "a slice of a slice": lambda array: array[10:][::2][:3],
+    "another dtype": lambda array: array.view(np.float32).reshape(-1, 4),
+    "a memoryview": lambda array: memoryview(array)[3:5],
+    "a tensor": torch.from_numpy,
+    "a slice of a tensor": lambda array: torch.from_numpy(array)[3:5],
+    "a transposed tensor": lambda array: torch.from_numpy(array.view(np.float32)).view(-1, 4).t(),
+    "a detached tensor": lambda array: torch.from_numpy(array).detach(),
+    "an array of a tensor": lambda array: torch.from_numpy(array)[2:].numpy(),
+    "a tensor's storage": lambda array: torch.from_numpy(array).untyped_storage(),
+    "a graph": lambda array: torch.from_numpy(array.view(np.float32)).nan_to_num_().requires_grad_().square().sum(),
+    "dlpack": lambda array: torch.from_dlpack(torch.from_numpy(array)),
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_sent():
+    """A process that sends slots, as this one plays at here, drops those that came back when it wants another one."""
+    yield
+    memory._forget_returned()
+
+
+def memfds():
+    return sum("memfd:saev_torch" in name for name in Resources.now().held.values())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_slot_is_free_when_its_last_view_is_gone(view, shared):
+    pool = SlotPool(NBYTES, shared)
+    slot = pool.acquire(4)
+    array = slot.lease().array()
+    array[:] = 7
+    kept = VIEWS[view](array)
+    assert not slot.is_free
+    del array
+    assert not slot.is_free
+    other = pool.acquire(4)
+    assert other is not slot
+    del kept
+    assert slot.is_free
+    assert pool.acquire(4) is slot
+
+
+def test_a_slot_that_is_filled_is_not_free():
+    pool = SlotPool(NBYTES, shared=False)
+    slot = pool.acquire(4)
+    assert not slot.is_free
+    assert pool.acquire(4) is not slot
+    slot.release()
+    assert pool.acquire(4) is slot
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_user_who_keeps_everything_gets_new_memory(shared):
+    pool = SlotPool(NBYTES, shared)
+    arrays = [pool.acquire(keep=2).lease().array() for _ in range(20)]
+    for i, array in enumerate(arrays):
+        array[:] = i
+    assert [np.unique(array).tolist() for array in arrays] == [[i] for i in range(20)]
+    assert len(pool._slots) == 20
+    # Free ones are given back, but for those that are worth keeping.
+    arrays.clear()
+    pool.acquire(keep=2)
+    assert len(pool._slots) == 2
+    assert memfds() <= 2 * 3 * shared
+
+
+def test_memory_is_zero_or_more():
+    assert SlotPool(0, shared=False).acquire(1).lease().array().nbytes >= 0
+    assert can_share()
+
+
+def test_memory_that_there_is_not():
+    with pytest.raises(ReadError, match=f"batch_size: expected {1 << 60} bytes of memory for another batch, got"):
+        Slot(1 << 60, shared=False)
+
+
+# Memory that goes to another process. `attach` works within one process, too.
+
+
+def test_a_sent_slot_is_free_when_the_receiver_lets_go():
+    slot = Slot(NBYTES, shared=True)
+    lease = slot.lease()
+    lease.array()[:] = 9
+    name = slot.send()
+    del lease
+    assert not slot.is_free  # on its way
+    received = attach(*name).array()
+    assert received.min() == received.max() == 9
+    assert not slot.is_free
+    view = torch.from_numpy(received)[3:]
+    del received
+    assert not slot.is_free
+    del view
+    assert slot.is_free
+
+
+def test_a_slot_that_is_sent_twice_is_free_when_both_let_go():
+    slot = Slot(NBYTES, shared=True)
+    names = [slot.send(), slot.send()]
+    one, other = (attach(*name).array() for name in names)
+    one[0] = 5
+    assert other[0] == 5
+    del one
+    assert not slot.is_free
+    del other
+    assert slot.is_free
+
+
+def test_a_slot_on_its_way_stays_open():
+    """Even if nothing in this process refers to it any more."""
+    name = Slot(NBYTES, shared=True).send()
+    gc.collect()
+    received = attach(*name).array()
+    received[:] = 1
+    del received
+    # What has been returned is forgotten as soon as another slot is wanted.
+    SlotPool(NBYTES, shared=False).acquire(1)
+    assert memfds() == 0
+
+
+def test_a_worker_that_is_gone():
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join()
+    with pytest.raises(ReadError, match=f"worker process {child.pid}: .* the process is gone"):
+        attach(child.pid, 0, 3, NBYTES)
+    child.close()
+
+
+def test_a_name_of_something_else(tmp_path):
+    """Another process may have the number by now: what is found must at least be of the right size."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    with pytest.raises(ReadError, match="the process is gone"):
+        attach(os.getpid(), 0, fd, NBYTES)
+    os.close(fd)
+
+
+def test_a_child_has_no_say():
+    """A forked process drops its copies of leases; what its parent holds is still held."""
+    slot = Slot(NBYTES, shared=True)
+    array = slot.lease().array()
+
+    def drop():
+        nonlocal array
+        array = None
+        gc.collect()
+
+    child = multiprocessing.get_context("fork").Process(target=drop)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert not slot.is_free
+    name = slot.send()
+    del array
+    received = attach(*name).array()
+
+    def drop_received():
+        nonlocal received
+        received = None
+        gc.collect()
+
+    child = multiprocessing.get_context("fork").Process(target=drop_received)
+    child.start()
+    child.join()
+    assert not slot.is_free
+    del received
+    assert slot.is_free
+
+
+# Whole epochs
+
+
+def config(make_shards, **fields):
+    spec = Spec(n_examples=200, content_tokens=30, layers=(3,), d_model=16, examples_per_shard=37)
+    return ShuffledConfig(**{"shards": make_shards(spec), "layer": 3, "batch_size": 64, "buffer_size": 8, **fields})
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_kept_batches_stay_as_they_were(make_shards, n_workers):
+    """All of them, to the end of the epoch and beyond the end of the workers."""
+    cfg = config(make_shards)
+    loader = DataLoader(ShuffledActivations(cfg), num_workers=n_workers)
+    batches, digests = [], []
+    for batch in loader:
+        batches.append(batch)
+        digests.append(contracts.digest([batch]))
+    del loader, batch
+    gc.collect()
+    assert len(batches) == 94
+    assert [contracts.digest([batch]) for batch in batches] == digests
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_kept_pieces_stay_as_they_were(make_shards, n_workers):
+    """A tensor of a batch, a slice of one, an array: each alone keeps its memory, while others are reused."""
+    takes = [
+        lambda batch: batch["act"][3:5],
+        lambda batch: batch["act"][:, 0],
+        lambda batch: batch["example_idx"],
+        lambda batch: batch["act"].numpy()[7],
+        lambda batch: batch["token_idx"][10:11],
+    ]
+    kept = []
+    for i, batch in enumerate(DataLoader(ShuffledActivations(config(make_shards)), num_workers=n_workers)):
+        piece = takes[i % 5](batch)
+        if i % 7 < 3:
+            kept.append((piece, np.asarray(piece).copy()))
+        del batch, piece
+    assert len(kept) > 30
+    assert all(np.array_equal(np.asarray(piece), then) for piece, then in kept)
+
+
+@pytest.mark.parametrize("n_workers", [0, 1, 2])
+def test_memory_is_reused(make_shards, n_workers):
+    """A consumer that keeps one batch at a time sees few different places, over three epochs."""
+    loader = DataLoader(
+        ShuffledActivations(config(make_shards)), num_workers=n_workers, persistent_workers=n_workers > 0
+    )
+    places = [{batch["act"].data_ptr() for batch in loader} for _ in range(3)]
+    assert max(len(epoch) for epoch in places) < 40
+    # The third epoch finds no place that the first two have not had, give or take the order of things.
+    assert len(places[2] - places[1] - places[0]) < 10
+
+
+def test_changing_a_batch_changes_no_other(make_shards):
+    """A batch is the user's: writing into it is seen in none that comes after."""
+    cfg = config(make_shards)
+    wanted = [contracts.digest([batch]) for batch in ShuffledActivations(cfg)]
+    for n_workers in (0, 2):
+        got = []
+        for batch in DataLoader(ShuffledActivations(cfg), num_workers=n_workers):
+            got.append(contracts.digest([batch]))
+            for tensor in batch.values():
+                tensor.zero_()
+        assert got == wanted
+
+
+def test_a_killed_worker_leaves_what_was_received(make_shards):
+    loader = iter(DataLoader(ShuffledActivations(config(make_shards)), num_workers=1))
+    batch = next(loader)
+    before = contracts.digest([batch])
+    os.kill(loader._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+        for _ in loader:
+            pass
+    del loader
+    gc.collect()
+    assert contracts.digest([batch]) == before
+
+
+ORPHANS = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+from saev_torch import ShuffledActivations, ShuffledConfig
+loader = iter(DataLoader(ShuffledActivations(ShuffledConfig(shards=sys.argv[1], layer=3, batch_size=8)), num_workers=2))
+batch = next(loader)
+print(*(worker.pid for worker in loader._workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_workers_end_when_their_parent_is_killed(make_shards):
+    """They and the memory that they share: a memfd goes with the last process that maps it."""
+    shards = config(make_shards).shards
+    done = subprocess.run(
+        [sys.executable, "-c", ORPHANS, str(shards)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 30
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers still there"
+        time.sleep(0.1)
+
+
+def test_nothing_is_mapped_after_the_workers(make_shards):
+    cfg = config(make_shards)
+    for _ in range(2):
+        for _batch in DataLoader(ShuffledActivations(cfg), num_workers=2):
+            pass
+        del _batch
+    gc.collect()
+    assert memory._mapped == {}

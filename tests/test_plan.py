@@ -1,0 +1,138 @@
+import dataclasses
+import hashlib
+import itertools
+
+import numpy as np
+import plans
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saev_torch.blocks import choose_block_size, expand_runs
+from saev_torch.plan import OrderedPlan, ShufflePlan
+
+many = settings(deadline=None, max_examples=200)
+
+
+def order(plan: plans.Plan) -> np.ndarray:
+    return np.concatenate([plan.locate(batch) for batch in range(plan.n_batches)] or [np.zeros(0, dtype=np.int64)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "golden"),
+    [
+        ((100, 7, 3, 8, None, 17, 0), ""),
+        ((3000, 16, 64, 8, None, 17, 0), ""),
+        ((3000, 16, 64, 8, None, 17, 1), ""),
+        ((50_000, 100, 16, 4, 5, 0, 2), ""),
+    ],
+)
+def test_golden_orders(fields, golden):
+    """A change would silently turn every resumed run into another one: it needs a new version of the state."""
+    whole = order(ShufflePlan.make(*fields)).astype("<i8").tobytes()
+    assert hashlib.sha256(whole).hexdigest()[:16] == golden
+
+
+@many
+@given(plans.any_plans())
+def test_every_sample_once(plan):
+    sizes = [len(plan.locate(batch)) for batch in range(plan.n_batches)]
+    assert sizes == [plan.size(batch) for batch in range(plan.n_batches)]
+    assert sizes[:-1] == [plan.batch_size] * (len(sizes) - 1)
+    assert np.array_equal(np.sort(order(plan)), np.arange(plan.n_samples))
+
+
+@many
+@given(plans.any_plans(), st.data())
+def test_find_is_the_inverse(plan, data):
+    if plan.n_samples:
+        sample = data.draw(st.integers(0, plan.n_samples - 1))
+        batch, row = plan.find(sample)
+        assert plan.locate(batch)[row] == sample
+
+
+@many
+@given(plans.shuffle_plans())
+def test_lanes_and_depths_fit_the_buffer(plan):
+    assert plan.max_lanes % plan.n_lanes == 0
+    depths = [plan.depth(lane) for lane in range(plan.n_lanes)]
+    assert all(1 <= depth <= max(1, plan.n_slots(lane)) for lane, depth in enumerate(depths))
+    assert sum(depths) <= max(plan.buffer_size, 1)
+    assert sum(plan.n_slots(lane) for lane in range(plan.n_lanes)) == plan.n_batches
+
+
+@many
+@given(plans.shuffle_plans(), st.data())
+def test_chunks_deal_evenly(plan, data):
+    lane = data.draw(st.integers(0, plan.n_lanes - 1))
+    if not plan.n_slots(lane):
+        return
+    chunk = plan.chunk(lane, data.draw(st.integers(0, plan.n_slots(lane) - 1)))
+    assert np.array_equal(np.sort(chunk.dealt), np.arange(len(chunk.dealt)))
+    assert (chunk.lengths > 0).all()
+    assert len(chunk.slots) == plan.depth(lane) == len(set(chunk.slots))
+    for slot, n in zip(chunk.slots, np.diff(chunk.bounds), strict=True):
+        assert abs(n - plan.size(slot * plan.n_lanes + lane) / plan.depth(lane)) < 1
+
+
+def test_the_order_is_a_function_of_the_fields():
+    """Batches are the same whether or not those before them were worked out."""
+    plan = ShufflePlan.make(5000, 16, 64, 8, None, 17, 0)
+    wanted = [plan.locate(batch).tolist() for batch in range(plan.n_batches)]
+    for batch in (200, 5, 5, plan.n_batches - 1, 0):
+        fresh = dataclasses.replace(plan)
+        assert fresh.locate(batch).tolist() == wanted[batch]
+
+
+@pytest.mark.parametrize("name", ["seed", "epoch"])
+def test_seeds_and_epochs_matter(name):
+    plan = ShufflePlan.make(5000, 16, 64, 8, None, 17, 0)
+    drawn = [order(dataclasses.replace(plan, **{name: value})) for value in range(4)]
+    for one, other in itertools.combinations(drawn, 2):
+        assert (one == other).sum() <= 10
+
+
+def test_data_that_fit_the_buffer_are_mixed_whole():
+    """Every sample may come in every batch: over many seeds all do, about equally often."""
+    n_samples, batch_size, n_seeds = 40, 8, 500
+    counts = np.zeros((n_samples, n_samples // batch_size))
+    for seed in range(n_seeds):
+        plan = ShufflePlan.make(n_samples, batch_size, 64, 8, None, seed, 0)
+        for batch in range(plan.n_batches):
+            counts[plan.locate(batch), batch] += 1
+    # 100 are expected, with a standard deviation of 9.
+    assert counts.min() > 60
+    assert counts.max() < 140
+
+
+def test_rows_of_a_batch_are_in_no_order():
+    plan = ShufflePlan.make(200_000, 1000, 64, 8, None, 17, 0)
+    for batch in (0, 57, 199):
+        samples = plan.locate(batch)
+        assert abs(np.corrcoef(samples, np.arange(1000))[0, 1]) < 0.15
+        assert (np.diff(samples) == 1).sum() < 30
+        # Every part of a batch is a sample of the whole of it.
+        for part in np.split(samples, 4):
+            assert abs(part.mean() - samples.mean()) < 4 * samples.std() / np.sqrt(250)
+
+
+@many
+@given(st.integers(1, 50_000), st.integers(1, 70))
+def test_block_sizes_keep_the_mixing(batch_size, depth):
+    size = choose_block_size(batch_size, depth)
+    assert 1 <= size <= max(1, batch_size // 64)
+    # The share of distinct blocks in a batch is what the size was chosen for.
+    assert size == 1 or (depth / size) * (1 - (1 - 1 / depth) ** size) > 0.34
+
+
+@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 5)), max_size=20))
+def test_expand_runs(runs):
+    starts, lengths = (np.array([run[i] for run in runs], dtype=np.int64) for i in (0, 1))
+    assert expand_runs(starts, lengths).tolist() == [x for s, n in runs for x in range(s, s + n)]
+
+
+def test_ordered_batches_are_slices():
+    plan = OrderedPlan(10, 4)
+    assert [plan.locate(i).tolist() for i in range(plan.n_batches)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [plan.find(i) for i in (0, 5, 9)] == [(0, 0), (1, 1), (2, 1)]
+    assert OrderedPlan(0, 4).n_batches == 0
