@@ -22,10 +22,11 @@ from saev_torch.metadata import Metadata, PixelAgg
 from saev_torch.planner import Prediction, find_best, find_smallest, predict
 from saev_torch.quality import batch_metrics
 from saev_torch.recorder import record, token_windows
+from saev_torch.repacking import repack
 from saev_torch.selection import Index, IndexMap
 from saev_torch.shards import Shard, ShardInfo
 from saev_torch.statistics import Statistics, compute_statistics
-from saev_torch.verify import Fault, VerifyReport, verify
+from saev_torch.verifying import Fault, VerifyReport, verify
 from saev_torch.writer import ShardWriter
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "pixel_to_token_labels",
     "predict",
     "record",
+    "repack",
     "token_windows",
     "verify",
 ]

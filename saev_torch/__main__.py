@@ -36,6 +36,16 @@ COMMANDS = {
     "demo": Command(
         "saev_torch.demo", "record a real model, train a sparse autoencoder on it, draw what it found", extra="demo"
     ),
+    "inspect": Command(
+        "saev_torch.inspecting", "say what is in a shard directory, with a picture if wanted", extra="demo"
+    ),
+    "plan": Command(
+        "saev_torch.plan_command", "predict how well a configuration mixes, reads and fits in memory", extra="plot"
+    ),
+    "repack": Command(
+        "saev_torch.repacking", "write a shard directory again: fewer layers, other files, some examples"
+    ),
+    "verify": Command("saev_torch.verifying", "check sizes, checksums and values of a shard directory"),
 }
 
 # What an extra cannot install, as it must come without the packages it declares.
@@ -49,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command and its arguments; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0, 2 where something was refused with a line on stderr, 130 after Ctrl-C.
+        The exit code: 0, 1 where `verify` found faults, 2 where something was refused with a line on stderr, 130 after
+        Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = argv[0] if argv else ""

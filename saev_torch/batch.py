@@ -121,11 +121,25 @@ def _receive(name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest
     return batch
 
 
+def _is_untouched(batch: ActivationBatch, slot: Slot) -> bool:
+    """Whether the tensors are those that were made in the slot; a wrapper of the data set may have put in others."""
+    if list(batch) != [field[0] for field in batch._fields]:
+        return False
+    # The same tensor may have been changed in place to show other memory, or the same in another way.
+    return all(
+        now is then
+        and now.data_ptr() == slot.address + offset
+        and tuple(now.shape) == shape
+        and now.is_contiguous()
+        and not now.requires_grad
+        for now, then, (_, _, offset, shape) in zip(batch.values(), batch._tensors, batch._fields, strict=True)
+    )
+
+
 def _send(batch: ActivationBatch) -> tuple[Any, ...]:
     """Reduce a batch for another process: as the name of its memory, if the tensors are still those of its slot."""
-    slot, keys = batch._slot, [field[0] for field in batch._fields]
-    untouched = list(batch) == keys and all(a is b for a, b in zip(batch.values(), batch._tensors, strict=True))
-    if slot is None or not untouched or not slot.is_own:
+    slot = batch._slot
+    if slot is None or not slot.is_own or not _is_untouched(batch, slot):
         return batch.__reduce__()
     return _receive, (slot.send(), batch._fields, batch._digest)
 

@@ -23,7 +23,7 @@ from saev_torch.files import write_atomic, writing
 from saev_torch.shards import LABELS_NAME
 from saev_torch.store import ShardStore
 
-__all__ = ["cache_dir", "fingerprint", "get_or_make", "load", "save"]
+__all__ = ["cache_dir", "get_or_make", "load_arrays", "make_fingerprint", "save_arrays"]
 
 _log = logging.getLogger("saev_torch")
 
@@ -40,7 +40,7 @@ def cache_dir() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "saev_torch"
 
 
-def fingerprint(store: ShardStore, what: str) -> str:
+def make_fingerprint(store: ShardStore, what: str) -> str:
     """Digest what a result depends on: the metadata, each file's size and time of change, and `what`."""
     digest = hashlib.sha256(f"{store.metadata.hash}\0{what}".encode())
     names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
@@ -50,7 +50,7 @@ def fingerprint(store: ShardStore, what: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def save(path: Path, made_from: str, arrays: _Arrays) -> None:
+def save_arrays(path: Path, made_from: str, arrays: _Arrays) -> None:
     """Write arrays to a file, all of them or none.
 
     Raises:
@@ -61,8 +61,8 @@ def save(path: Path, made_from: str, arrays: _Arrays) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def load(path: Path) -> tuple[str, _Arrays]:
-    """Read what `save` wrote: the fingerprint and the arrays.
+def load_arrays(path: Path) -> tuple[str, _Arrays]:
+    """Read what `save_arrays` wrote: the fingerprint and the arrays.
 
     Raises:
         FormatError: It is another kind of file, or is damaged.
@@ -74,7 +74,7 @@ def load(path: Path) -> tuple[str, _Arrays]:
             arrays = {name: file[name] for name in file.files}
         return str(arrays.pop(_FINGERPRINT)), arrays
     except FileNotFoundError as err:
-        raise ShardsNotFoundError(f"{path}: expected a file that save() wrote, but there is none.") from err
+        raise ShardsNotFoundError(f"{path}: expected a file that save_arrays() wrote, but there is none.") from err
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as err:
         raise FormatError(f"{path}: expected npz of saev_torch, got something else ({err}); delete it.") from err
 
@@ -111,7 +111,7 @@ def get_or_make(
         if found is None:
             found = make()
             try:
-                save(path, made_from, found)
+                save_arrays(path, made_from, found)
             except WriteError as err:
                 _log.warning("%s; the result is not kept, and will be computed again.", err)
     return path, found
@@ -119,7 +119,7 @@ def get_or_make(
 
 def _load_matching(path: Path, made_from: str) -> _Arrays | None:
     try:
-        found, arrays = load(path)
+        found, arrays = load_arrays(path)
     except ShardsNotFoundError:
         return None
     except FormatError as err:

@@ -1,9 +1,11 @@
 """The three data sets, as plain `torch` data sets."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
+import operator
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -363,19 +365,20 @@ class _Activations(IterableDataset[ActivationBatch]):
         if position.rank == 0:
             self._advise(plan, share)
         watch = _Watch(self.cfg, position, share, self._board)
-        engine = Engine(
-            store=store,
-            selection=selection,
-            plan=plan,
-            steps=make_steps(plan, share),
-            pool=_make_pool(slot_nbytes(self.batch_size, self.d_model * 4 * selection.n_parts)),
-            max_open=count_open_slots(plan, share, self.cfg.buffer_size),
-            timeout_s=self.cfg.batch_timeout_s,
-            **self._engine_options(plan, share),
-        )
+        with self._naming(position, share):
+            engine = Engine(
+                store=store,
+                selection=selection,
+                plan=plan,
+                steps=make_steps(plan, share),
+                pool=_make_pool(slot_nbytes(self.batch_size, self.d_model * 4 * selection.n_parts)),
+                max_open=count_open_slots(plan, share, self.cfg.buffer_size),
+                timeout_s=self.cfg.batch_timeout_s,
+                **self._engine_options(plan, share),
+            )
         batch_idx = share.first
         try:
-            while (opened := self._next_batch(engine, position, share, batch_idx)) is not None:
+            while (opened := self._next_batch(engine, position, share)) is not None:
                 watch.count(opened.size, engine.waits, engine.fill)
                 batch = make_batch(opened, selection, self.batch_size)
                 if position.scale is not None:
@@ -395,16 +398,21 @@ class _Activations(IterableDataset[ActivationBatch]):
             watch.stop()
             engine.close()
 
-    def _next_batch(self, engine: Engine, position: Position, share: Share, batch_idx: int) -> OpenBatch | None:
-        """The next batch of an engine; an error says which of many readers on many machines met it."""
-        try:
+    def _next_batch(self, engine: Engine, position: Position, share: Share) -> OpenBatch | None:
+        with self._naming(position, share):
             return engine.next_batch()
+
+    @contextlib.contextmanager
+    def _naming(self, position: Position, share: Share) -> Iterator[None]:
+        """Let errors say which of many readers on many machines met them."""
+        try:
+            yield
         except SaevTorchError as err:
             info = get_worker_info()
             worker = "" if info is None else f"worker {info.id} of {info.num_workers}, "
             raise type(err)(
                 f"{err} [rank {position.rank} of {position.world_size}, {worker}process {os.getpid()}, "
-                f"epoch {position.epoch}, batch {batch_idx} of {share.stop}]"
+                f"epoch {position.epoch}, after batch {position.batch} of {share.stop}]"
             ) from err
 
     def _advise(self, plan: OrderedPlan | ShufflePlan, share: Share) -> None:
@@ -617,7 +625,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         return self._selection.n_samples
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample: dict[str, Any] = self._read(np.array([i], dtype=np.int64))[0]
+        sample: dict[str, Any] = self._read(np.array([operator.index(i)], dtype=np.int64))[0]
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
@@ -631,9 +639,13 @@ class IndexedDataset(Dataset[dict[str, Any]]):
 
         Raises:
             IndexError: A number is negative or not below `len(self)`.
+            TypeError: A number is no integer.
             ReadError: Reading failed.
         """
-        return self._read(np.asarray(indices, dtype=np.int64))
+        numbers = np.asarray(indices)
+        if numbers.dtype.kind not in "iu" and len(numbers):
+            raise TypeError(f"indices: expected integers, got {numbers.dtype}; number samples from 0.")
+        return self._read(numbers.astype(np.int64))
 
     def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Samples:
         n, store, selection = len(samples), self._store, self._selection

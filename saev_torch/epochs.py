@@ -186,7 +186,13 @@ class EpochCounter:
         return mine[np.argmax(mine["order"])] if len(mine) else None
 
     def _add(self, consumer: int, session: int, epoch: int, start: int) -> Any:
-        place = int(np.argmin(self._rows["order"]))
+        # The oldest, but no process's latest: that is all it knows of its epoch.
+        _, consumers = np.unique(self._rows["consumer"], return_inverse=True)
+        latest = np.zeros(consumers.max() + 1, dtype=np.int64)
+        np.maximum.at(latest, consumers, self._rows["order"])
+        order = self._rows["order"]
+        in_use = (order > 0) & (order == latest[consumers])
+        place = int(np.argmin(np.where(in_use & ~in_use.all(), order.max() + 1, order)))
         row = self._rows[place]
         row["order"] = self._rows["order"].max() + 1
         row["consumer"], row["session"], row["epoch"], row["start"] = consumer, session, epoch, start

@@ -12,10 +12,14 @@ from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.datasets import OrderedActivations, ShuffledActivations
 from saev_torch.digest import StreamDigest
+from saev_torch.errors import SaevTorchError
 from saev_torch.metadata import Metadata
 from saev_torch.state import Position, dump_state
 
 __all__ = ["CountedBatches", "OrderedDataLoader", "ShuffledDataLoader"]
+
+_START_S = 60.0
+_MAX_TIMEOUT_S = 1e6
 
 
 class _ActivationDataLoader(DataLoader[ActivationBatch]):
@@ -28,6 +32,9 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         if refused:
             raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
         # The numbers stay when the user breaks off; the iterator, with its workers and threads, is the user's alone.
+        if kwargs.get("num_workers"):
+            # A worker reports a stalled read by itself; one that was stopped says nothing.
+            kwargs.setdefault("timeout", min(dataset.cfg.batch_timeout_s + _START_S, _MAX_TIMEOUT_S))
         self._progress: _Progress | None = None
         self._batches: weakref.ref[CountedBatches] | None = None
         super().__init__(dataset, batch_size=None, **kwargs)
@@ -128,6 +135,9 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         return dataclasses.replace(self.dataset.begin_elsewhere(), digest=digest)
 
     def __iter__(self) -> Any:
+        if getattr(self._iterator, "_shutdown", False):
+            # Persistent workers that have failed.
+            self._iterator = None
         progress = _Progress(self._settle(self.digest))
         batches = CountedBatches(super().__iter__(), progress, self.dataset.world_size)
         self._progress, self._batches = progress, weakref.ref(batches)
@@ -166,12 +176,21 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         self._iterator = self._batches = None
         if batches is not None:
             batches.iterator = None
-        if iterator is None:
-            return
-        if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-        else:
-            iterator._dataset_fetcher.dataset_iter.close()
+        if iterator is not None:
+            _end(iterator)
+
+
+def _end(iterator: Any) -> None:
+    """End an iterator of torch, with its workers or threads."""
+    if not hasattr(iterator, "_shutdown_workers"):
+        iterator._dataset_fetcher.dataset_iter.close()
+        return
+    iterator._shutdown_workers()
+    for worker in iterator._workers:
+        if worker.is_alive():
+            # One that was stopped does not see torch's SIGTERM, and would be waited for when this process exits.
+            worker.kill()
+            worker.join()
 
 
 @dataclasses.dataclass
@@ -201,24 +220,37 @@ class CountedBatches(Iterator[ActivationBatch]):
         self.iterator = iterator
         self.progress = progress
         self._world_size = world_size
+        self._failure: Exception | None = None
 
     @property
     def position(self) -> Position:
         """Where the next batch stands in the sequence."""
         return self.progress.position
 
-    def __next__(self) -> ActivationBatch:
+    def __next__(self) -> Any:
+        if self._failure is not None:
+            raise self._failure
         if self.iterator is None:
             raise StopIteration
         try:
-            batch: ActivationBatch = next(self.iterator)
+            batch: Any = next(self.iterator)
         except StopIteration:
             # The iterator of persistent workers stays with the loader; any other ends its workers here.
             self.progress.finished, self.iterator = True, None
             raise
+        except Exception as err:
+            # What other workers have ready must not follow, as if nothing were missing. And torch's iterator would live
+            # on in the traceback, until the garbage collector ends it in the wrong order, in 5 s for each worker.
+            self._failure = type(err)(str(err)) if isinstance(err, SaevTorchError) else RuntimeError(str(err))
+            iterator, self.iterator = self.iterator, None
+            _end(iterator)
+            raise
         self.progress.n_taken += 1
         here = self.progress.position
-        digest = here.digest.including(here.epoch, here.batch + here.rank, batch.digest)
+        digest = here.digest
+        # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
+        if isinstance(batch, ActivationBatch):
+            digest = digest.including(here.epoch, here.batch + here.rank, batch.digest)
         self.progress.position = dataclasses.replace(here, batch=here.batch + self._world_size, digest=digest)
         return batch
 

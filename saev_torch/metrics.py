@@ -28,10 +28,10 @@ class Meter:
 
         Returns:
             `loader/samples_per_s` and `loader/bytes_per_s` (of activations), as the readers finish batches;
-            `loader/buffer_fill`, the share of the batches that may be open that are; `loader/wait_disk`,
-            `loader/wait_plan` and `loader/wait_consumer`, the share of the readers' time in which a batch was awaited
-            from the disk or from planning, or nothing was left to read until the consumer took one;
-            `loader/n_readers`, the readers at work.
+            `loader/read_mb`, all megabytes so far, and `loader/read_mb_s`, as `saev` has them; `loader/buffer_fill`,
+            the share of the batches that may be open that are; `loader/wait_disk`, `loader/wait_plan` and
+            `loader/wait_consumer`, the share of the readers' time in which a batch was awaited from the disk or from
+            planning, or nothing was left to read until the consumer took one; `loader/n_readers`, those at work.
         """
         now, sums = time.monotonic(), self._board.sums(rank)
         then, before = self._last or (min(now, sums["began"]), dict.fromkeys(sums, 0.0))
@@ -41,6 +41,8 @@ class Meter:
         found = {
             "loader/samples_per_s": (sums["n_samples"] - before["n_samples"]) / spent,
             "loader/bytes_per_s": (sums["nbytes"] - before["nbytes"]) / spent,
+            "loader/read_mb": sums["nbytes"] / 1e6,
+            "loader/read_mb_s": (sums["nbytes"] - before["nbytes"]) / spent / 1e6,
             "loader/buffer_fill": sums["fill"],
             "loader/n_readers": sums["n_active"],
         }

@@ -16,7 +16,7 @@ __all__ = ["Moments", "NormHistogram", "Piece", "Scratch", "measure"]
 _Floats = NDArray[np.float64]
 
 # Small enough that BLAS starts no threads of its own, large enough that threads seldom ask for the interpreter lock.
-_BLOCK_VALUES = 96 << 10
+_BLOCK_VALUES = 128 << 10
 # Squares lose about log10 of this many digits of a variance: 2 of 16.
 _MAX_MEAN_OVER_STD_SQUARED = 100.0
 _HISTOGRAM_SHIFT = 13

@@ -130,12 +130,13 @@ def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> f
 def _missed_by_chunk(overlap: NDArray[np.int64], size: int, depth: int) -> NDArray[np.float64]:
     """Probability that `size / depth` of a chunk's samples, drawn without replacement, are none of `overlap`."""
     if depth == 1:
-        return (overlap == 0).astype(np.float64)
+        return np.asarray(overlap == 0, dtype=np.float64)
     longest = int(overlap.max(initial=0))
     k = np.arange(longest)
     factors = np.maximum(0.0, size - size / depth - k) / np.maximum(1, size - k)
     table: NDArray[np.float64] = np.concatenate(([1.0], np.cumprod(factors)))
-    return table[overlap]
+    missed: NDArray[np.float64] = table[overlap]
+    return missed
 
 
 def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> tuple[float, float]:

@@ -81,7 +81,8 @@ def batch_metrics(batch: Mapping[str, torch.Tensor], metadata: Metadata) -> dict
 def _describe(name: str, numbers: NDArray[np.int64], n_kinds: int, per_kind: int) -> dict[str, float]:
     n = len(numbers)
     counts = _count(numbers)
-    entropy = math.log(n) - float(counts @ np.log(counts)) / n
+    # A sum and no product of vectors, for which BLAS would wake its threads.
+    entropy = max(0.0, math.log(n) - float((counts * np.log(counts)).sum()) / n)
     uniform_entropy = expected_entropy(n_kinds, per_kind, n)
     return {
         f"loader/{name}_entropy": entropy,

@@ -180,9 +180,11 @@ def read_extents(store: ShardStore, extents: Extents, start: int, stop: int, not
                 map(_preadv, itertools.repeat(fd), extents.addresses[part], extents.counts[part], extents.offsets[part])
             )
         if got != extents.nbytes[part]:
+            # The last error of this thread: the one of the reads that failed, or of one of them.
+            code = ctypes.get_errno()
             for i, n in zip(members, got, strict=True):
                 if n != extents.nbytes[i]:
-                    _read_rest(store, extents, i, max(0, n))
+                    _read_rest(store, extents, i, n, code)
 
 
 def announce_extents(store: ShardStore, extents: Extents, start: int, stop: int) -> None:
@@ -197,31 +199,34 @@ def announce_extents(store: ShardStore, extents: Extents, start: int, stop: int)
             )
 
 
-def _read_rest(store: ShardStore, extents: Extents, i: int, done: int) -> None:
-    """Finish an extent of which only `done` bytes were read, trying again where that may help."""
+def _read_rest(store: ShardStore, extents: Extents, i: int, n: int, code: int) -> None:
+    """Finish an extent whose first read returned `n` and not all bytes, trying again where that may help."""
     shard, offset, nbytes = extents.shards[i], extents.offsets[i], extents.nbytes[i]
+    path = store.path(shard)
     first = (extents.addresses[i] - extents.vectors.ctypes.data) // 16
     vectors = extents.vectors[first : first + extents.counts[i]]
-    tries = 0
-    while done < nbytes:
+    done = tries = 0
+    while True:
+        if n > 0:
+            done += n
+        elif n == 0:
+            raise ReadError(
+                f"{path}: expected {nbytes} bytes at offset {offset}, got {done}: the file became shorter while it was "
+                "in use; copy it again and start again."
+            )
+        elif store.retries.again(path, offset, code, tries):
+            tries += 1
+            store.drop(shard)
+        else:
+            raise ReadError(
+                f"{path}: reading {nbytes} bytes at offset {offset} failed after {tries + 1} tries: "
+                f"{os.strerror(code)}; check the file system."
+            )
+        if done == nbytes:
+            return
         skipped, inside = divmod(done, int(vectors[0, 1]))
         rest = vectors[skipped:].copy()
         rest[0] += (inside, -inside)
         with store.opened(shard) as fd:
             n = _preadv(fd, rest.ctypes.data, len(rest), offset + done)
             code = ctypes.get_errno()
-            if n == 0:
-                raise ReadError(
-                    f"{store.path(shard)}: expected {nbytes} bytes at offset {offset}, got {done}: the file became "
-                    f"shorter while it was in use (now {os.fstat(fd).st_size} bytes); copy it again and start again."
-                )
-        if n > 0:
-            done += n
-        elif store.retries.again(store.path(shard), offset, code, tries):
-            tries += 1
-            store.drop(shard)
-        else:
-            raise ReadError(
-                f"{store.path(shard)}: reading {nbytes} bytes at offset {offset} failed after {tries + 1} tries: "
-                f"{os.strerror(code)}; check the file system."
-            )

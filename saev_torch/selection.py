@@ -9,6 +9,7 @@ grid has one layer; with `layer="all"` it has all of them.
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -274,6 +275,7 @@ class IndexMap:
         Raises:
             IndexError: `i` is negative or not below `len(self)`.
         """
+        i = operator.index(i)
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} is out of range: this selection has {len(self)} samples, from 0.")
         selection = self._selection

@@ -248,34 +248,37 @@ class ShardStore:
         with self.opened(_LABELS) as fd:
             got = list(map(_pread, itertools.repeat(fd), addresses.tolist(), wanted, starts.tolist()))
         if got != wanted:
+            code = ctypes.get_errno()
             for first, length, end, n in zip(starts.tolist(), wanted, ends.tolist(), got, strict=True):
                 if n != length:
-                    self._read_fully(labels.data[end - length : end], first)
+                    self._read_rest(labels[end - length : end], first, n, code)
         return labels
 
-    def _read_fully(self, buffer: memoryview, offset: int) -> None:
-        path, done, tries = self.path(_LABELS), 0, 0
-        while done < len(buffer):
-            try:
-                with self.opened(_LABELS) as fd:
-                    n = os.preadv(fd, [buffer[done:]], offset + done)
-            except ReadError:
-                raise
-            except OSError as err:
-                if self.retries.again(path, offset, err.errno, tries):
-                    tries += 1
-                    self.drop(_LABELS)
-                    continue
+    def _read_rest(self, labels: NDArray[np.uint8], offset: int, n: int, code: int) -> None:
+        """Finish a run whose first read returned `n`, trying again where that may help."""
+        path, nbytes = self.path(_LABELS), len(labels)
+        done = tries = 0
+        while True:
+            if n > 0:
+                done += n
+            elif n == 0:
                 raise ReadError(
-                    f"{path}: reading {len(buffer)} bytes at offset {offset} failed after {tries + 1} tries: "
-                    f"{err.strerror}; check the file system."
-                ) from err
-            if n == 0:
-                raise ReadError(
-                    f"{path}: expected {len(buffer)} bytes at offset {offset}, got {done}: the file became shorter "
-                    "while it was in use; copy it again and start again."
+                    f"{path}: expected {nbytes} bytes at offset {offset}, got {done}: the file became shorter while it "
+                    "was in use; copy it again and start again."
                 )
-            done += n
+            elif self.retries.again(path, offset, code, tries):
+                tries += 1
+                self.drop(_LABELS)
+            else:
+                raise ReadError(
+                    f"{path}: reading {nbytes} bytes at offset {offset} failed after {tries + 1} tries: "
+                    f"{os.strerror(code)}; check the file system."
+                )
+            if done == nbytes:
+                return
+            with self.opened(_LABELS) as fd:
+                n = _pread(fd, labels.ctypes.data + done, nbytes - done, offset + done)
+                code = ctypes.get_errno()
 
     def close(self) -> None:
         """Close all descriptors that no thread is reading from; those follow when their read returns."""

@@ -18,7 +18,7 @@ __all__ = ["Pass"]
 _Int64s = NDArray[np.int64]
 
 # What is read at once and measured while it is still in the cache of the core that read it.
-_READ_NBYTES = 1 << 20
+_READ_NBYTES = 2 << 20
 # What one thread plans at once, so that planning is a small part of the work.
 _TASK_NBYTES = 8 << 20
 

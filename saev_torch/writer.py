@@ -206,6 +206,17 @@ class ShardWriter:
         if self._n_pending >= _SYNC_NBYTES or time.monotonic() - self._checkpointed_at >= _SYNC_S:
             self._start_checkpoint()
 
+    def checkpoint(self) -> None:
+        """Force to disk what was written, so that a resumed writer need not write it again; may take seconds.
+
+        Raises:
+            WriteError: The writer is not open, or the system refused.
+        """
+        if not self._is_open:
+            raise WriteError(f"{self.shards_dir}: expected an open writer; use `with ShardWriter(...) as writer:`")
+        self._join_checkpoint()
+        self._sync(*self._take_pending())
+
     def _write(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> Record:
         # The checksums are computed while the kernel copies: both let go of Python's lock.
         checksums: Future[bytes] | None = None

@@ -17,8 +17,8 @@ import pytest
 # How long after a test what it used may take to go away: worker processes end a moment after their loader.
 GRACE_S = 3.0
 
-# Pools that multiprocessing keeps for the life of the process, in which they are few and never grow much.
-_POOLS = ("/pym-",)
+# What multiprocessing (pools) and matplotlib (fonts) keep for the life of the process, in which they are few.
+_POOLS = ("/pym-", "/mpl-data/fonts/")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ class Resources:
     def leaks_now(self, grace_s: float) -> list[str]:
         """Name what is held now and was not then, after it had `grace_s` seconds to go away."""
         deadline = time.monotonic() + grace_s
-        while leaks := self._since(Resources.now()):
+        while leaks := self.since(Resources.now()):
             if time.monotonic() > deadline:
                 break
             # Only where something seems to be left: a full collection with torch loaded takes 0.1 s.
@@ -80,7 +80,7 @@ class Resources:
             time.sleep(0.02)
         return leaks
 
-    def _since(self, after: "Resources") -> list[str]:
+    def since(self, after: "Resources") -> list[str]:
         return sorted(f"{kind}: {name}" for (kind, key), name in after.held.items() if (kind, key) not in self.held)
 
 

@@ -5,16 +5,19 @@ Run as a script it prints the digests of three epochs, so that a test can compar
     python contracts.py '{"shards": "...", "workers": 2}'
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import factory
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -187,6 +190,24 @@ WAYS: dict[str, Callable[..., Any]] = {
     "batch_size=None": lambda cfg, **options: DataLoader(make_data_set(cfg), batch_size=None, **options),
     "ready-made": make_ready,
 }
+
+
+def check_fails(
+    loader: Any, error: type[Exception], message: str, within_s: float = 20.0, each: Callable[[Any], None] = id
+) -> Exception:
+    """Check that iterating fails with an error that names what it should, in the parent, soon; return the error."""
+    iterator = iter(loader)
+    began = time.monotonic()
+    try:
+        with pytest.raises(error, match=message) as caught:
+            collections.deque(map(each, iterator), maxlen=0)
+    finally:
+        # The traceback keeps the iterator; its workers would be missed as a leak, or ended slowly by the collector.
+        workers = getattr(iterator, "iterator", iterator)
+        if hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
+    assert time.monotonic() - began < within_s
+    return caught.value
 
 
 # Random geometries

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ def server(tmp_path_factory):
     env |= {"LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", here / "faults.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
-        text=True,
+        bufsize=0,
     )  # fmt: skip
     yield process
     process.stdin.close()
@@ -89,23 +90,37 @@ def wait_for_end(sid, seconds):
     return alive
 
 
+def answer(server, seconds):
+    """The next line of the server, without a buffer; None if there is none in time."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not select.select([server.stdout], [], [], seconds)[0]:
+            return None
+        line += os.read(server.stdout.fileno(), 1)
+    return line
+
+
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
 def test_fault(fault, server, pristine, references, tmp_path):
     shards = tmp_path / "shards" / pristine[fault.spec].name
     shutil.copytree(pristine[fault.spec], shards)
     out = tmp_path / "out"
     out.mkdir()
-    server.stdin.write(json.dumps({"case": fault.name, "shards": str(shards), "out": str(out)}) + "\n")
-    server.stdin.flush()
-    pid = int(server.stdout.readline())
+    server.stdin.write(json.dumps({"case": fault.name, "shards": str(shards), "out": str(out)}).encode() + b"\n")
+    pid = int(answer(server, 30))
     try:
-        code = int(server.stdout.readline())
+        # What hangs must fail its own test, and not the ones that follow.
+        code = answer(server, 30 + 2 * fault.within_s * PATIENCE)
         began = time.monotonic()
         alive = wait_for_end(pid, fault.within_s * PATIENCE)
         seconds = time.monotonic() - began
     finally:
         for left in in_session(pid):
             os.kill(left, signal.SIGKILL)
+    if code is None:
+        answer(server, 30)
+        pytest.fail(f"the process hangs; standard error: {(out / 'stderr').read_text()}")
+    code = int(code)
     stderr = (out / "stderr").read_text()
     assert not alive, f"processes are left: {alive}"
     if fault.dies_of:

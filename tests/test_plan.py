@@ -21,10 +21,10 @@ def order(plan: plans.Plan) -> np.ndarray:
 @pytest.mark.parametrize(
     ("fields", "golden"),
     [
-        ((100, 7, 3, 8, None, 17, 0), ""),
-        ((3000, 16, 64, 8, None, 17, 0), ""),
-        ((3000, 16, 64, 8, None, 17, 1), ""),
-        ((50_000, 100, 16, 4, 5, 0, 2), ""),
+        ((100, 7, 3, 8, None, 17, 0), "5f9ab86fa68713ee"),
+        ((3000, 16, 64, 8, None, 17, 0), "3bc534384ebe1542"),
+        ((3000, 16, 64, 8, None, 17, 1), "cae43fe11583ebaa"),
+        ((50_000, 100, 16, 4, 5, 0, 2), "57facf21b1bacd1a"),
     ],
 )
 def test_golden_orders(fields, golden):

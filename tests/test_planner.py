@@ -43,8 +43,11 @@ GRID = list(
 SHAPES = {
     "vision": ({}, {"layer": 3, "batch_size": 4096}),
     "text": ({"content_tokens_per_example": 1000, "n_examples": 3000}, {"layer": 3, "batch_size": 8192}),
-    "layers": ({"layers": [1, 2, 3], "content_tokens_per_example": 50, "n_examples": 8000}, {"layer": "all", "batch_size": 2048}),
-}  # fmt: skip
+    "layers": (
+        {"layers": [1, 2, 3], "content_tokens_per_example": 50, "n_examples": 8000},
+        {"layer": "all", "batch_size": 2048},
+    ),
+}
 
 
 @pytest.mark.parametrize(("block_size", "buffer_size", "shape"), GRID)

@@ -39,7 +39,9 @@ def test_all_samples_are_perfect() -> None:
         assert found[f"loader/token_{name}"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("n_kinds", "per_kind", "n"), [(50, 7, 40), (13_000, 196, 16_384), (196, 13_000, 16_384), (5, 4, 20)])
+@pytest.mark.parametrize(
+    ("n_kinds", "per_kind", "n"), [(50, 7, 40), (13000, 196, 16384), (196, 13000, 16384), (5, 4, 20)]
+)
 def test_a_uniform_draw_is_as_expected(n_kinds: int, per_kind: int, n: int) -> None:
     rng = np.random.default_rng(0)
     distinct, entropies = [], []
@@ -64,7 +66,9 @@ def test_special_tokens_are_no_tokens(make_shards) -> None:
 
 
 def test_a_real_batch(make_shards) -> None:
-    ds = ShuffledActivations(ShuffledConfig(shards=make_shards(n_examples=60), layer="all", tokens="all", batch_size=64))
+    ds = ShuffledActivations(
+        ShuffledConfig(shards=make_shards(n_examples=60), layer="all", tokens="all", batch_size=64)
+    )
     for batch in ds:
         assert 0 < batch_metrics(batch, ds.metadata)["loader/example_entropy_relative"] <= 1.1
 
@@ -73,9 +77,7 @@ def test_a_real_batch(make_shards) -> None:
 def test_less_than_2_ms(n_examples: int) -> None:
     md = make_metadata(n_examples=n_examples)
     rng = np.random.default_rng(0)
-    batches = [
-        make_batch(rng.integers(0, n_examples, 16_384), rng.integers(0, 196, 16_384)) for _ in range(20)
-    ]
+    batches = [make_batch(rng.integers(0, n_examples, 16_384), rng.integers(0, 196, 16_384)) for _ in range(20)]
     times = []
     batch_metrics(batches[0], md)  # the uniform draw is worked out once
     for batch in batches:

@@ -334,3 +334,20 @@ def test_memory_is_bounded(tmp_path):
         finally:
             tracemalloc.stop()
     assert peak < batch.nbytes
+
+
+def test_checkpoint(tmp_path):
+    """What was forced to disk is there after a kill, however little it was."""
+
+    def work():
+        with ShardWriter(tmp_path, MD, resume=True) as writer:
+            writer.write_batch(oracle(MD)[:7], 0, oracle_labels(MD)[:7])
+            writer.checkpoint()
+            writer.write_batch(oracle(MD)[7:9], 7, oracle_labels(MD)[7:9])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert reap(fork(work)) == -signal.SIGKILL
+    with interrupted(tmp_path, resume=True) as writer:
+        assert writer.missing() == [(7, 120)]
+    with pytest.raises(WriteError, match="expected an open writer"):
+        writer.checkpoint()

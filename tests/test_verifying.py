@@ -9,7 +9,7 @@ from factory import Spec, oracle, oracle_labels
 from saev_torch.checksums import Checksums
 from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.metadata import Metadata
-from saev_torch.verify import verify
+from saev_torch.verifying import verify
 from saev_torch.writer import ShardWriter
 
 SPEC = Spec(n_examples=11, d_model=16)

@@ -1,0 +1,133 @@
+"""What a loader says of itself while it runs: here, in workers, and to Lightning's loggers."""
+
+import copy
+import pickle
+import time
+
+import lightning_runs
+import pytest
+import torch
+
+from saev_torch import ConfigError, OrderedConfig, OrderedDataLoader, ShuffledConfig, ShuffledDataLoader
+from saev_torch.board import Board
+from saev_torch.metrics import Meter
+
+NAMES = {
+    "loader/samples_per_s", "loader/bytes_per_s", "loader/read_mb", "loader/read_mb_s", "loader/buffer_fill",
+    "loader/n_readers", "loader/wait_disk", "loader/wait_plan", "loader/wait_consumer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+def test_figures_of_an_epoch(make_shards, context: str | None) -> None:
+    shards = make_shards(n_examples=200)
+    n_workers = 0 if context is None else 2
+    cfg = ShuffledConfig(shards=shards, layer=3, batch_size=32, buffer_size=8)
+    loader = ShuffledDataLoader(cfg, num_workers=n_workers, multiprocessing_context=context)
+    began = time.monotonic()
+    assert loader.metrics()["loader/read_mb"] == 0
+    for _ in loader:
+        pass
+    spent = time.monotonic() - began
+    found = loader.metrics()
+    assert found.keys() == NAMES
+    # All samples in the time that has passed here, but for a little, and of 8 float32 values each.
+    assert found["loader/samples_per_s"] == pytest.approx(1200 / spent, rel=0.3)
+    assert found["loader/bytes_per_s"] == pytest.approx(32 * found["loader/samples_per_s"])
+    assert found["loader/read_mb"] == pytest.approx(1200 * 32 / 1e6)
+    assert all(0 <= found[f"loader/{name}"] <= 1 for name in ("buffer_fill", "wait_disk", "wait_plan", "wait_consumer"))
+    # Nothing has happened since.
+    assert loader.metrics()["loader/samples_per_s"] == 0
+    loader.shutdown()
+
+
+def test_while_it_runs(make_shards) -> None:
+    cfg = OrderedConfig(shards=make_shards(n_examples=250, content_tokens=50), layer=3, batch_size=32)
+    loader = OrderedDataLoader(cfg)
+    batches = iter(loader)
+    next(batches)
+    loader.metrics()
+    # What was waited for is known when the next batch is taken.
+    for _ in range(10):
+        time.sleep(0.05)
+        next(batches)
+    found = loader.metrics()
+    assert found["loader/n_readers"] == 1
+    assert found["loader/buffer_fill"] > 0
+    # The consumer took its time, with the buffer full.
+    assert found["loader/wait_consumer"] > 0.5
+    assert 320 / 2 < found["loader/samples_per_s"] <= 320 / 0.5
+    del batches
+    loader.shutdown()
+
+
+def test_several_readers_add_up() -> None:
+    board = Board()
+    for reader, rank in ((0, 0), (1, 1), (2, 0)):
+        row = board.begin(rank, reader)
+        row["n_samples"], row["nbytes"], row["fill"], row["disk_s"] = 100, 4e6, reader / 4, 1.0
+    sums = board.sums(0)
+    assert (sums["n_samples"], sums["nbytes"], sums["disk_s"], sums["n_active"]) == (200, 8e6, 2, 2)
+    assert sums["fill"] == 0.25
+    assert board.sums(1)["n_samples"] == 100
+    assert board.sums(2)["n_active"] == 0
+    time.sleep(0.1)
+    found = Meter(board).read(0)
+    assert 0 < found["loader/samples_per_s"] < 2000
+    assert found["loader/read_mb"] == 8
+
+
+def test_a_copy_has_a_page_of_its_own() -> None:
+    board = Board()
+    board.scale = 0.5
+    for other in (copy.deepcopy(board), pickle.loads(pickle.dumps(board))):
+        assert other.scale == 0.5
+        other.scale = 2.0
+        assert board.scale == 0.5
+    board.scale = None
+    assert board.scale is None
+
+
+@pytest.mark.filterwarnings(*(f"ignore:{message}" for message in lightning_runs.WARNINGS))
+def test_lightning(make_shards, tmp_path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    from saev_torch.lightning_metrics import LoaderMetrics
+
+    class Logged(DummyLogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[tuple[int, dict[str, float]]] = []
+
+        def log_metrics(self, metrics, step=None) -> None:
+            self.found.append((step, metrics))
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def training_step(self, batch, batch_idx):
+            return self.linear(batch["act"]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-9)
+
+    loader = ShuffledDataLoader(ShuffledConfig(shards=make_shards(n_examples=100), layer=3, batch_size=50))
+    logger = Logged()
+    trainer = lightning.Trainer(
+        max_steps=9, logger=logger, callbacks=[LoaderMetrics(every_n_steps=4)], accelerator="cpu",
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Module(), loader)
+    loader.shutdown()
+    ours = [(step, found) for step, found in logger.found if "loader/samples_per_s" in found]
+    assert [step for step, _ in ours] == [4, 8]
+    assert found_names(ours) >= NAMES | {"loader/example_entropy", "loader/token_coverage_relative"}
+    with pytest.raises(ConfigError, match="every_n_steps"):
+        LoaderMetrics(0)
+
+
+def found_names(logged: list[tuple[int, dict[str, float]]]) -> set[str]:
+    return set.union(*(set(found) for _, found in logged))

@@ -1,0 +1,71 @@
+"""The planner at the command line, and its figures."""
+
+import dataclasses
+
+import pytest
+from test_planner import make_metadata
+
+from saev_torch import ShuffledConfig, predict
+from saev_torch.__main__ import main
+from saev_torch.mixing import class_mixtures
+from saev_torch.mixing_figure import draw_mixtures, draw_plan
+
+
+@pytest.fixture
+def directory(tmp_path):
+    make_metadata(n_examples=2000).dump(tmp_path)
+    (made,) = tmp_path.iterdir()
+    return made
+
+
+def test_it_says_what_predict_says(directory, capsys) -> None:
+    assert main(["plan", str(directory), "--batch-size", "1024", "--readers", "2"]) == 0
+    out = capsys.readouterr().out
+    found = predict(make_metadata(n_examples=2000), ShuffledConfig(shards="x", layer=3, batch_size=1024), 2)
+    assert f"{found.distinct_examples:,.0f} in a batch" in out
+    assert f"quality {found.quality:.3f}" in out
+    assert f"{found.memory_nbytes / 2**30:.2f} GiB" in out
+
+
+def test_it_finds_a_configuration(directory, capsys) -> None:
+    assert main(["plan", str(directory), "--batch-size", "1024", "--quality", "0.9", "--min-read-kib", "24"]) == 0
+    assert float(capsys.readouterr().out.partition("quality ")[2].split()[0]) >= 0.9
+    assert main(["plan", str(directory), "--batch-size", "1024", "--memory-gib", "0.1"]) == 0
+    assert float(capsys.readouterr().out.partition("memory:")[2].split()[0]) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layer", "x"], "--layer"),
+        (["--layer", "5"], "recorded layers"),
+        (["--quality", "2"], "quality: expected one that can be reached"),
+        (["--quality", "0.5", "--memory-gib", "1"], "got both"),
+    ],
+)
+def test_refusals_are_one_line(directory, capsys, options: list[str], message: str) -> None:
+    assert main(["plan", str(directory), *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_it_draws(directory, tmp_path) -> None:
+    quality, classes = tmp_path / "quality.png", tmp_path / "classes.svg"
+    plots = ["--plot", str(quality), "--plot-classes", str(classes)]
+    assert main(["plan", str(directory), "--batch-size", "1024", *plots]) == 0
+    assert quality.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert b"<svg" in classes.read_bytes()
+
+
+def test_the_figures_show_what_they_are_given() -> None:
+    md = make_metadata(n_examples=500)
+    cfg = ShuffledConfig(shards="x", layer=3, batch_size=1024)
+    mixtures = class_mixtures(md, cfg, n_classes=4)
+    figure = draw_mixtures(mixtures)
+    assert [len(axes.collections) for axes in figure.axes] == [4, 4, 4]
+    for axes, mixture in zip(figure.axes, mixtures, strict=True):
+        assert axes.get_title(loc="left").startswith(mixture.name)
+        assert f"{mixture.distance.mean():.3f}" in axes.get_title(loc="left")
+    others = [predict(md, dataclasses.replace(cfg, block_size=b)) for b in (1, 16)]
+    assert len(draw_plan(others[0], others).axes[0].lines) == 3
