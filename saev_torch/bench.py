@@ -12,12 +12,12 @@ from typing import Any
 from saev_torch import doctor
 from saev_torch.bench_data import BenchData, choose_ignored, made_n_examples, make
 from saev_torch.bench_machine import Machine, look
-from saev_torch.bench_progress import Progress
 from saev_torch.bench_report import format_memory, format_table
 from saev_torch.bench_rounds import Settings, run_cold, run_first_batch, run_memory, run_warm, warm_up
-from saev_torch.bench_sides import FAMILIES, make_sides
+from saev_torch.bench_sides import FAMILIES, Side, make_sides
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
+from saev_torch.progress import Progress
 
 __all__ = ["add_arguments", "run"]
 
@@ -135,10 +135,10 @@ def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | Non
             root, n_examples = Path(stack.enter_context(folder)), made_n_examples(args.make_gb)
             wants_layers = not args.doctor and args.layers > 1 and _is_wanted("layers", args.only)
             makes_layers = wants_layers and layers_shards is None
-            with Progress("making data, examples", n_examples * (1 + makes_layers)) as progress:
-                shards = make(root, n_examples, 1, progress.advance)
+            with Progress(n_examples * (1 + makes_layers), "making data", "examples") as progress:
+                shards = make(root, n_examples, 1, progress.update)
                 if makes_layers:
-                    layers_shards = make(root, n_examples, args.layers, progress.advance)
+                    layers_shards = make(root, n_examples, args.layers, progress.update)
         data = BenchData.open(shards, args.layer)
         yield data, None if layers_shards is None else BenchData.open(layers_shards, None)
 
@@ -180,7 +180,7 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         warm_up(data, layers_data)
         warm = run_warm(settings, machine.cores, data, args.batch_size, sides)
         report["warm"] = warm.to_json()
-        title = f"warm, steady state, {settings.n_rounds} rounds"
+        title = f"warm, steady state, {settings.n_rounds} rounds; {_where_timed(sides)}"
         print("\n" + format_table(title, f"{machine.cores:g} cores / (1/read + 1/gather)", warm))
         if _is_wanted("first", args.only):
             first = run_first_batch(settings, cfg)
@@ -197,6 +197,15 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         if cached > _NOT_COLD:
             print(f"note: up to {cached:.0%} of the pages stayed in the page cache, so this was not quite cold")
     return report
+
+
+def _where_timed(sides: Sequence[Side]) -> str:
+    long = {side.is_long for side in sides if side.has_buffer}
+    return {
+        frozenset(): "no side has a buffer",
+        frozenset({True}): "timed within an epoch, the buffer full",
+        frozenset({False}): "whole epochs, as they are short, with the filling of the buffer",
+    }.get(frozenset(long), "whole epochs where they are short, with the filling of the buffer; else within an epoch")
 
 
 def _print_headline(machine: Machine, data: BenchData, about: dict[str, Any]) -> None:

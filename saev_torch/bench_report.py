@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saev_torch.bench_memory import MemoryUse
-from saev_torch.bench_sides import Measured
+from saev_torch.bench_timing import Measured
 
 __all__ = ["Comparison", "Spread", "compare_cold", "compare_warm", "format_memory", "format_table"]
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from saev_torch.bench_data import BenchData
 from saev_torch.bench_machine import cached_share, drop_cache
 from saev_torch.bench_memory import MemoryUse, measure_memory
-from saev_torch.bench_progress import Progress
 from saev_torch.bench_raw import Rate, gather_rate, layer_pieces, read_rate
 from saev_torch.bench_report import Comparison, Spread, compare_cold, compare_warm
-from saev_torch.bench_sides import Measured, Side, first_batch_s, measure_cold, measure_warm
+from saev_torch.bench_sides import Side
+from saev_torch.bench_timing import Measured, first_batch_s, measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
+from saev_torch.progress import Progress
 
 __all__ = ["Settings", "run_cold", "run_first_batch", "run_memory", "run_rounds", "run_warm", "warm_up"]
 
@@ -42,13 +43,13 @@ def run_rounds(title: str, n_rounds: int, sides: Mapping[str, Callable[[], Measu
     """Run every side once in each round, and begin each round with another one."""
     names = list(sides)
     results: dict[str, list[Measured]] = {name: [] for name in names}
-    with Progress(title, n_rounds * len(names)) as progress:
+    with Progress(n_rounds * len(names), title, "runs") as progress:
         for i in range(n_rounds):
             shift = i * len(names) // n_rounds
             for name in names[shift:] + names[:shift]:
-                progress.begin(name)
+                progress.begin(f"{title}: {name}")
                 results[name].append(sides[name]())
-                progress.advance()
+                progress.update(1)
     return results
 
 
@@ -126,9 +127,9 @@ def run_first_batch(settings: Settings, cfg: ShuffledConfig) -> Spread:
 def run_memory(settings: Settings, cfg: ShuffledConfig) -> list[MemoryUse]:
     """Measure the memory of an epoch for several numbers of workers."""
     uses = []
-    with Progress("memory", len(settings.memory_workers)) as progress:
+    with Progress(len(settings.memory_workers), "memory", "runs") as progress:
         for n_workers in settings.memory_workers:
-            progress.begin(f"{n_workers} workers")
+            progress.begin(f"memory: {n_workers} workers")
             uses.append(measure_memory(cfg, n_workers))
-            progress.advance()
+            progress.update(1)
     return uses

@@ -10,12 +10,13 @@ from typing import Any
 
 from saev_torch.bench_data import BenchData
 from saev_torch.bench_machine import Machine, cached_share, drop_cache, look
-from saev_torch.bench_progress import Progress
 from saev_torch.bench_raw import Piece, gather_rate, grid_pieces, layer_pieces, read_rate
-from saev_torch.bench_sides import make_side, measure_cold, measure_warm
+from saev_torch.bench_sides import make_side
+from saev_torch.bench_timing import measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
-from saev_torch.doctor_advice import Grid, Prediction, Recommended, Vitals, recommend
+from saev_torch.doctor_advice import Forecast, Grid, Recommended, Vitals, recommend
 from saev_torch.memory import can_share
+from saev_torch.progress import Progress
 
 __all__ = ["BLOCKS_NBYTES", "THREADS", "Findings", "describe", "examine"]
 
@@ -33,7 +34,6 @@ class Findings:
 
     Attributes:
         machine: The machine.
-        shards: The shard directory, as text.
         vitals: What was measured, cold reads and the loader among it.
         warm: Rates of reading blocks that are in the page cache.
         read: GB/s of one thread that reads the files in order, warm.
@@ -46,7 +46,6 @@ class Findings:
     """
 
     machine: Machine
-    shards: str
     vitals: Vitals
     warm: Grid
     read: float
@@ -64,9 +63,20 @@ class Findings:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in JSON's types."""
-        found = {**dataclasses.asdict(self), "limit": self.limit}
-        found["vitals"] |= {"cold": _rows(self.vitals.cold)}
-        return {**found, "warm": _rows(self.warm)}
+        vitals = self.vitals
+        return {
+            "machine": dataclasses.asdict(self.machine),
+            "data": {"nbytes": vitals.nbytes, "batch_size": vitals.cfg.batch_size, "cached_share": self.cached_before},
+            "cold": _rows(vitals.cold),
+            "warm": _rows(self.warm),
+            "read": self.read,
+            "gather": self.gather,
+            "limit": self.limit,
+            "copying": {str(n_workers): rate for n_workers, rate in vitals.copying.items()},
+            "recommended": dataclasses.asdict(self.recommended),
+            "checked": self.checked,
+            "is_cut": self.is_cut,
+        }
 
 
 def _rows(grid: Grid) -> list[dict[str, float]]:
@@ -89,41 +99,39 @@ def examine(data: BenchData, batch_size: int, buffer_size: int, quick: bool) -> 
     drop_cache([store])
     cached_after = cached_share(store)
     workers = [w for w in _WORKERS if w <= max(1, machine.cores)]
-    with Progress("doctor", 2 * len(BLOCKS_NBYTES) * len(THREADS) + len(workers) + 2) as progress:
+    with Progress(2 * len(BLOCKS_NBYTES) * len(THREADS) + len(workers) + 2, "doctor", "steps") as progress:
         cold = _measure_grid(data, seconds, False, progress)
         progress.begin("reading and gathering, warm")
         pieces = layer_pieces(store, data.layer)
         read_rate(store, pieces, repeat=False)
         read = read_rate(store, pieces, seconds=seconds).gb_per_s
         gather = gather_rate(md.d_model, batch_size, _WINDOW_NBYTES // (50 if quick else 1), seconds).gb_per_s
-        progress.advance()
+        progress.update(1)
         warm = _measure_grid(data, seconds, True, progress)
         vitals = Vitals(
             cores=machine.cores,
             available_nbytes=machine.available_nbytes,
-            n_samples=data.n_samples,
-            sample_nbytes=data.sample_nbytes,
-            run_nbytes=data.sample_nbytes * md.tokens_per_example * (md.examples_per_shard if md.n_layers == 1 else 1),
-            batch_size=batch_size,
-            buffer_size=buffer_size,
+            metadata=md,
+            cfg=ShuffledConfig(
+                shards=store.shards_dir, layer=data.layer, batch_size=batch_size, buffer_size=buffer_size
+            ),
             cold=cold,
         )
         copying = {}
         for n_workers in workers:
             progress.begin(f"the loader, warm, {n_workers} workers")
-            side = make_side("trial", _config(data, vitals, recommend(vitals, n_workers)), n_workers, data)
+            side = make_side("trial", _config(vitals, recommend(vitals, n_workers)), n_workers, data)
             copying[n_workers] = measure_warm(side, trial_s, touch=False).gb_per_s
-            progress.advance()
+            progress.update(1)
         vitals = dataclasses.replace(vitals, copying=copying)
         recommended = recommend(vitals)
         progress.begin("the loader, cold")
-        side = make_side("check", _config(data, vitals, recommended), recommended.num_workers, data)
+        side = make_side("check", _config(vitals, recommended), recommended.num_workers, data)
         drop_cache([store])
         checked = measure_cold(side, check_s, touch=False)
-        progress.advance()
+        progress.update(1)
     return Findings(
         machine=machine,
-        shards=str(store.shards_dir),
         vitals=vitals,
         warm=warm,
         read=read,
@@ -151,15 +159,13 @@ def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Prog
                 drop_cache([store])
             rate = read_rate(store, pieces, n_threads=n_threads, seconds=seconds, repeat=is_warm, reads_ahead=False)
             rates[n_threads, nbytes] = rate.gb_per_s
-            progress.advance()
+            progress.update(1)
     return rates
 
 
-def _config(data: BenchData, vitals: Vitals, recommended: Recommended) -> ShuffledConfig:
-    return ShuffledConfig(
-        shards=data.store.shards_dir,
-        layer=data.layer,
-        batch_size=vitals.batch_size,
+def _config(vitals: Vitals, recommended: Recommended) -> ShuffledConfig:
+    return dataclasses.replace(
+        vitals.cfg,
         buffer_size=recommended.buffer_size,
         n_threads=recommended.n_threads,
         n_lanes=recommended.n_lanes,
@@ -191,7 +197,7 @@ def _machine(findings: Findings) -> list[str]:
         "of the control group",
         shm,
         files,
-        f"data: {vitals.nbytes / 1e9:.2f} GB in {vitals.n_samples:,} samples of {vitals.sample_nbytes} bytes; "
+        f"data: {vitals.nbytes / 1e9:.2f} GB in content tokens of {vitals.metadata.d_model} float32; "
         f"{findings.cached_before:.0%} of the shards' pages were in the page cache",
     ]
 
@@ -220,28 +226,28 @@ def _advice(findings: Findings) -> list[str]:
     chosen = findings.recommended
     options = ("num_workers", "n_threads", "n_lanes", "block_size", "buffer_size")
     lines = ["recommended", *(f"  {one} = {getattr(chosen, one)}: {chosen.reasons[one]}" for one in options)]
-    if chosen.prediction is not None:
-        lines += ["", *_prediction(findings, chosen.prediction)]
+    if chosen.forecast is not None:
+        lines += ["", *_forecast(findings, chosen.forecast)]
     return lines
 
 
-def _prediction(findings: Findings, prediction: Prediction) -> list[str]:
+def _forecast(findings: Findings, forecast: Forecast) -> list[str]:
     gigabytes = findings.vitals.nbytes / 1e9
-    expected = min(prediction.disk, prediction.copying)
+    expected = min(forecast.disk, forecast.copying)
     first = (
-        f"predicted, first epoch: {prediction.first_s:.3g} s, bound by {prediction.first_bound}: {gigabytes:.2f} GB at "
-        f"the lower of disk {prediction.disk:.2f} and copying {prediction.copying:.2f} GB/s, both as measured above"
+        f"predicted, first epoch: {forecast.first_s:.3g} s, bound by {forecast.first_bound}: {gigabytes:.2f} GB at "
+        f"the lower of disk {forecast.disk:.2f} and copying {forecast.copying:.2f} GB/s, both as measured above"
     )
     why = {
-        "copying": f"bound by copying: {prediction.copying:.2f} GB/s as measured, ",
+        "copying": f"bound by copying: {forecast.copying:.2f} GB/s as measured, ",
         "memory": "bound by memory: the data do not fit into the page cache, so they come from the disk again, ",
-    }[prediction.later_bound]
-    fits = prediction.later_bound == "copying" and prediction.later_s != prediction.first_s
+    }[forecast.later_bound]
+    fits = forecast.later_bound == "copying" and forecast.later_s != forecast.first_s
     why += "all in the page cache" if fits else "as in the first"
     cut = ", stopped early" if findings.is_cut else ""
     return [
         first,
-        f"predicted, later epochs: {prediction.later_s:.3g} s, {why}",
+        f"predicted, later epochs: {forecast.later_s:.3g} s, {why}",
         f"checked: the loader with these options, cold, start of workers included{cut}: {findings.checked:.2f} GB/s, "
         f"{gigabytes / findings.checked:.3g} s for an epoch, {findings.checked / expected:.2f} of what was predicted",
     ]

@@ -4,10 +4,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from saev_torch.bench_memory import N_BATCHES_PER_PROCESS, PROCESS_NBYTES
-from saev_torch.plan import ShufflePlan
+from saev_torch.bench_memory import PROCESS_NBYTES
+from saev_torch.config import ShuffledConfig
+from saev_torch.metadata import Metadata
+from saev_torch.planner import Prediction, predict
 
-__all__ = ["Grid", "Prediction", "Recommended", "Vitals", "interpolate", "recommend"]
+__all__ = ["Forecast", "Grid", "Recommended", "Vitals", "interpolate", "recommend"]
 
 Grid = Mapping[tuple[int, int], float]
 """GB/s for (threads, bytes of a block)."""
@@ -16,7 +18,8 @@ _N_LANES = 8
 _NEARLY = 0.9
 # The training process and the page cache want memory, too.
 _SHARE_FOR_LOADER = 0.5
-_WORST_MIXING = 0.1
+# How much of the distinct examples in a batch faster reading may cost.
+_MIXING_KEPT = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,50 +29,41 @@ class Vitals:
     Attributes:
         cores: Cores' worth of time that there is.
         available_nbytes: Memory that can be had.
-        n_samples: Samples in an epoch.
-        sample_nbytes: Size of a sample in bytes.
-        run_nbytes: Bytes of the layer that lie next to each other on disk.
-        batch_size: Samples in a batch.
-        buffer_size: Batches of buffer that are wished for.
+        metadata: Of the shards.
+        cfg: What is read, with the buffer that is wished for.
         cold: Rates of reading blocks in random order that are not in the page cache.
         copying: GB/s of the loader for each number of workers, all in the page cache.
     """
 
     cores: float
     available_nbytes: int
-    n_samples: int
-    sample_nbytes: int
-    run_nbytes: int
-    batch_size: int
-    buffer_size: int
+    metadata: Metadata
+    cfg: ShuffledConfig
     cold: Grid
     copying: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of an epoch."""
-        return self.n_samples * self.sample_nbytes
+        md = self.metadata
+        return md.n_examples * md.content_tokens_per_example * md.d_model * 4
 
     @property
     def batch_nbytes(self) -> int:
         """Bytes of a batch."""
-        return self.batch_size * self.sample_nbytes
+        return self.cfg.batch_size * self.metadata.d_model * 4
 
-    def plan(self, buffer_size: int, block_size: int | None = None) -> ShufflePlan:
-        """The shuffle that these options make."""
-        return ShufflePlan.make(self.n_samples, self.batch_size, buffer_size, _N_LANES, block_size, 0, 0)
-
-    def read_nbytes(self, n_workers: int, plan: ShufflePlan) -> int:
-        """Bytes that a process reads at once."""
-        # Lanes that share a process are neighbours on disk.
-        n_lanes = plan.n_lanes // math.gcd(max(1, n_workers), plan.n_lanes) if plan.reads_lanes_together else 1
-        return min(self.run_nbytes, plan.block_size * n_lanes * self.sample_nbytes)
+    def predict(self, n_workers: int, buffer_size: int, block_size: int | None = None) -> Prediction:
+        """How the shuffle mixes, reads and takes memory with these options."""
+        n_readers = max(1, n_workers)
+        cfg = dataclasses.replace(
+            self.cfg, buffer_size=buffer_size, block_size=block_size, n_lanes=math.lcm(_N_LANES, n_readers)
+        )
+        return predict(self.metadata, cfg, n_readers)
 
     def loader_nbytes(self, n_workers: int, buffer_size: int) -> int:
-        """Memory of a loader and its processes, at most."""
-        n_processes = 1 + n_workers
-        buffer = (buffer_size + N_BATCHES_PER_PROCESS * n_processes) * self.batch_nbytes
-        return buffer + PROCESS_NBYTES * n_processes
+        """Memory of a loader with all its processes."""
+        return self.predict(n_workers, buffer_size).memory_nbytes + PROCESS_NBYTES * (1 + n_workers)
 
     def fits(self, n_workers: int, buffer_size: int) -> bool:
         """Whether the data stay in the page cache beside the loader."""
@@ -77,7 +71,7 @@ class Vitals:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prediction:
+class Forecast:
     """How long epochs will take.
 
     Attributes:
@@ -86,8 +80,8 @@ class Prediction:
         first_s: Seconds of the first epoch, nothing in the page cache.
         later_s: Seconds of the ones after it.
         first_bound: What bounds the first one: "disk" or "copying".
-        later_bound: What bounds the ones after it: "copying"; or "memory", where the disk does and a page cache for all
-            the data would help; or "disk", where it would not.
+        later_bound: What bounds the ones after it: "copying"; or "memory", where the data do not fit into the page
+            cache and so come from the disk again, which is slower than copying.
     """
 
     disk: float
@@ -109,7 +103,7 @@ class Recommended:
         block_size: Samples in a block; None for the default.
         buffer_size: Batches of buffer.
         reasons: One line for each.
-        prediction: How long epochs will take; None before the loader was tried.
+        forecast: How long epochs will take; None before the loader was tried.
     """
 
     num_workers: int
@@ -118,11 +112,11 @@ class Recommended:
     block_size: int | None
     buffer_size: int
     reasons: Mapping[str, str]
-    prediction: Prediction | None
+    forecast: Forecast | None
 
 
-def interpolate(grid: Grid, n_threads: int, nbytes: int) -> float:
-    """Rate for a size of block between those that were measured, with at least as few threads."""
+def interpolate(grid: Grid, n_threads: int, nbytes: float) -> float:
+    """Rate for a size of block between those that were measured, with at most so many threads."""
     threads = max((t for t, _ in grid if t <= n_threads), default=min(t for t, _ in grid))
     points = sorted((size, rate) for (t, size), rate in grid.items() if t == threads)
     below = max((p for p in points if p[0] <= nbytes), default=points[0])
@@ -141,123 +135,113 @@ def recommend(vitals: Vitals, n_workers: int | None = None) -> Recommended:
         n_workers: Number of workers; None to choose it, too.
     """
     reasons: dict[str, str] = {}
-    buffer_size = _choose_buffer(vitals, n_workers, reasons)
+    buffer_size = _choose_buffer(vitals, max(vitals.copying) if n_workers is None else n_workers, reasons)
     if n_workers is None:
         n_workers = _choose_workers(vitals, buffer_size, reasons)
     n_readers = max(1, n_workers)
+    readers = _n(n_readers, "reading process", "reading processes")
     block_size = _choose_block(vitals, n_workers, buffer_size, reasons)
-    plan = vitals.plan(buffer_size, block_size)
-    nbytes = vitals.read_nbytes(n_workers, plan)
-    n_total, disk = _fewest_threads(vitals, nbytes)
+    nbytes = vitals.predict(n_workers, buffer_size, block_size).read_nbytes
+    n_total, rate = _fewest_threads(vitals, nbytes)
     n_threads = max(math.ceil(n_total / n_readers), math.ceil(vitals.cores / n_readers))
-    reasons["n_threads"] = (
-        f"in each of {_n(n_readers, 'process', 'processes')}: cold, {_n(n_total, 'thread')} in all read blocks of "
-        f"{nbytes >> 10} KB at {disk:.2f} GB/s, and more gain less than {1 - _NEARLY:.0%}; and none of "
-        f"{vitals.cores:g} cores is left idle"
-    )
     n_lanes = math.lcm(_N_LANES, n_readers)
-    readers = _n(n_readers, "reading process divides", "reading processes divide")
-    reasons["n_lanes"] = f"{readers} it, so that each serves whole lanes"
+    reasons["n_lanes"] = f"a multiple of {readers}, so that each serves whole lanes"
+    reasons["n_threads"] = (
+        f"in each of {readers}; {n_total} in all read blocks of {_kb(nbytes)} cold at {rate:.2f} GB/s, where more gain "
+        f"less than {1 / _NEARLY - 1:.0%}, and {vitals.cores:g} keep all cores busy"
+    )
     disk = interpolate(vitals.cold, n_threads * n_readers, nbytes)
-    prediction = _predict(vitals, n_workers, buffer_size, disk) if vitals.copying else None
-    return Recommended(n_workers, n_threads, n_lanes, block_size, buffer_size, reasons, prediction)
+    forecast = _forecast(vitals, n_workers, buffer_size, disk) if vitals.copying else None
+    return Recommended(n_workers, n_threads, n_lanes, block_size, buffer_size, reasons, forecast)
 
 
-def _n(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def _n(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
-def _choose_buffer(vitals: Vitals, n_workers: int | None, reasons: dict[str, str]) -> int:
-    most = max(vitals.copying, default=0) if n_workers is None else n_workers
-    room = vitals.available_nbytes * _SHARE_FOR_LOADER
-    wished = vitals.buffer_size
-    size = min(wished, int((room - vitals.loader_nbytes(most, 0)) // vitals.batch_nbytes))
-    size = max(1, size // _N_LANES * _N_LANES if _N_LANES <= size < wished else size)
-    gigabytes, available = size * vitals.batch_nbytes / 1e9, vitals.available_nbytes / 1e9
-    reasons["buffer_size"] = f"{size} batches of {vitals.batch_nbytes / 1e6:.0f} MB are {gigabytes:.2f} GB, of "
-    reasons["buffer_size"] += f"{available:.1f} GB available"
+def _kb(nbytes: float) -> str:
+    return f"{nbytes / 1024:.0f} KB"
+
+
+def _choose_buffer(vitals: Vitals, n_workers: int, reasons: dict[str, str]) -> int:
+    wished, room = vitals.cfg.buffer_size, vitals.available_nbytes * _SHARE_FOR_LOADER
+    size = wished
+    while size > 1 and vitals.loader_nbytes(n_workers, size) > room:
+        # Whole lanes, as long as there are batches enough for each.
+        size = size - 1 if size <= _N_LANES else (size - 1) // _N_LANES * _N_LANES
+    whole = vitals.loader_nbytes(n_workers, size) / 1e9
+    reasons["buffer_size"] = (
+        f"{size} batches of {vitals.batch_nbytes / 1e6:.0f} MB; with all that belongs to it up to {whole:.2f} GB of "
+        f"{vitals.available_nbytes / 1e9:.1f} GB available"
+    )
     if size < wished:
-        share = f"half of them, less what {_n(1 + most, 'process', 'processes')} need"
-        reasons["buffer_size"] += f"; {wished} would not fit into {share}"
+        reasons["buffer_size"] += f"; {wished} would take more than half of it"
     return size
 
 
 def _choose_workers(vitals: Vitals, buffer_size: int, reasons: dict[str, str]) -> int:
-    most = max(vitals.copying)
-    wanted = max(vitals.copying.values())
+    most, wanted = max(vitals.copying), max(vitals.copying.values())
     why = "nearly the best"
     if not vitals.fits(most, buffer_size):
         disk = max(vitals.cold.values())
         if disk < wanted:
-            wanted, why = disk, f"nearly what the disk gives ({disk:.2f} GB/s), from which each epoch must come"
-    # One at least, so that the training loop has its interpreter to itself, but not on its only core.
+            wanted, why = disk, f"nearly what the disk gives, {disk:.2f}, from which each epoch must come"
+    # One at least, so that the training loop has an interpreter to itself; but not beside it on its only core.
     enough = [w for w, rate in vitals.copying.items() if rate >= _NEARLY * wanted and (w or vitals.cores <= 1)]
     n_workers = min(enough, default=most)
     tried = ", ".join(f"{w}: {rate:.2f}" for w, rate in sorted(vitals.copying.items()))
-    reasons["num_workers"] = f"tried warm, in GB/s, {tried}; the fewest that reach {why}"
-    if vitals.cores > 1 and n_workers == 1:
-        reasons["num_workers"] += ", and not 0, which shares the interpreter with the training loop"
+    reasons["num_workers"] = f"tried warm, GB/s by workers, {tried}; the fewest that reach {why}"
+    if n_workers == 1:
+        reasons["num_workers"] += ", and not 0, which would share its interpreter with the training loop"
     return n_workers
 
 
-def _fewest_threads(vitals: Vitals, nbytes: int) -> tuple[int, float]:
-    """The fewest threads that read blocks of a size at nearly the best rate, and that rate."""
+def _fewest_threads(vitals: Vitals, nbytes: float) -> tuple[int, float]:
+    """The fewest threads that read blocks of a size at nearly the best rate, and their rate."""
     rates = {t: interpolate(vitals.cold, t, nbytes) for t in sorted({t for t, _ in vitals.cold})}
     best = max(rates.values())
     return next((t, rate) for t, rate in rates.items() if rate >= _NEARLY * best)
 
 
-def _mixing(plan: ShufflePlan) -> float:
-    """Distinct blocks that a batch holds rows of, for each of its samples: 1.0 for a uniform draw of long data."""
-    depth, k = plan.depth(0), plan.block_size
-    return depth / k * (1 - (1 - 1 / depth) ** k)
-
-
 def _choose_block(vitals: Vitals, n_workers: int, buffer_size: int, reasons: dict[str, str]) -> int | None:
-    plan = vitals.plan(buffer_size)
-    nbytes = vitals.read_nbytes(n_workers, plan)
-    _, rate = _fewest_threads(vitals, nbytes)
+    default = vitals.predict(n_workers, buffer_size)
+    _, rate = _fewest_threads(vitals, default.read_nbytes)
     best = max(vitals.cold.values())
-    here = f"the default of {plan.block_size} samples makes reads of {nbytes >> 10} KB, {rate:.2f} GB/s cold"
     copying = vitals.copying.get(n_workers, math.inf)
-    reason = None
+    here = f"the default, {default.cfg.block_size} samples, makes reads of {_kb(default.read_nbytes)}, "
+    here += f"{rate:.2f} GB/s cold"
     if vitals.fits(n_workers, buffer_size):
-        reason = "and after the first epoch the data are in the page cache"
-    elif rate >= _NEARLY * best:
-        reason = f"of at most {best:.2f}"
-    elif rate >= copying:
-        reason = f"which is more than the loader can copy ({copying:.2f} GB/s)"
-    if reason is not None:
-        reasons["block_size"] = f"{here}, {reason}"
+        reasons["block_size"] = f"{here}, and after the first epoch the data are in the page cache"
         return None
-    block_size = plan.block_size
-    while True:
-        larger = vitals.plan(buffer_size, 2 * block_size)
-        larger_nbytes = vitals.read_nbytes(n_workers, larger)
-        if _mixing(larger) < _WORST_MIXING or larger_nbytes <= nbytes or rate >= _NEARLY * best:
+    if rate >= _NEARLY * min(best, copying):
+        reasons["block_size"] = f"{here}; the disk gives at most {best:.2f}, and the loader copies {copying:.2f}"
+        return None
+    found = default
+    while rate < _NEARLY * min(best, copying):
+        larger = vitals.predict(n_workers, buffer_size, 2 * (found.cfg.block_size or 1))
+        if larger.read_nbytes <= found.read_nbytes or larger.quality < _MIXING_KEPT * default.quality:
             break
-        block_size, nbytes = 2 * block_size, larger_nbytes
-        _, rate = _fewest_threads(vitals, nbytes)
-    if block_size == plan.block_size:
-        reasons["block_size"] = f"{here}, of at most {best:.2f}, but larger ones would mix too badly"
+        found = larger
+        _, rate = _fewest_threads(vitals, found.read_nbytes)
+    if found is default:
+        reasons["block_size"] = f"{here}; the disk gives up to {best:.2f}, but larger blocks would mix too badly"
         return None
-    mixing = _mixing(vitals.plan(buffer_size, block_size))
     reasons["block_size"] = (
-        f"{here}; this one {nbytes >> 10} KB, {rate:.2f} GB/s, at the price of mixing: a batch is drawn from "
-        f"{mixing:.2f} distinct blocks for each sample, not {_mixing(plan):.2f}"
+        f"{here}; this one {_kb(found.read_nbytes)}, {rate:.2f} GB/s, at the price of mixing: "
+        f"{found.distinct_examples:,.0f} distinct examples in a batch, not {default.distinct_examples:,.0f}"
     )
-    return block_size
+    return found.cfg.block_size
 
 
-def _predict(vitals: Vitals, n_workers: int, buffer_size: int, disk: float) -> Prediction:
+def _forecast(vitals: Vitals, n_workers: int, buffer_size: int, disk: float) -> Forecast:
     copying, gigabytes = vitals.copying[n_workers], vitals.nbytes / 1e9
     is_disk, fits = disk < copying, vitals.fits(n_workers, buffer_size)
     first_s = gigabytes / min(disk, copying)
-    return Prediction(
+    return Forecast(
         disk=disk,
         copying=copying,
         first_s=first_s,
         later_s=gigabytes / copying if fits else first_s,
         first_bound="disk" if is_disk else "copying",
-        later_bound="copying" if fits or not is_disk else "memory",
+        later_bound="memory" if is_disk and not fits else "copying",
     )

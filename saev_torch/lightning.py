@@ -185,6 +185,10 @@ class ActivationsDataModule(LightningDataModule):
         if self._train is not None:
             self._train.load_state_dict(state_dict)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Stop workers and threads: Lightning tears nothing down then."""
+        self.teardown("fit")
+
     def teardown(self, stage: str) -> None:
         """Stop workers and threads."""
         for loader in (self._train, self._val):

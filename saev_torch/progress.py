@@ -44,6 +44,14 @@ class Progress:
             sys.stderr.write("\n")
             sys.stderr.flush()
 
+    def begin(self, what: str) -> None:
+        """Say what is done from now on; where no bar is drawn, in a line of its own."""
+        self._what = what
+        if self._enabled:
+            self._draw()
+        else:
+            sys.stderr.write(f"{what} ({self._done} of {self._total} {self._unit} done)\n")
+
     def update(self, n: int) -> None:
         """Count `n` units as done."""
         self._done += n

@@ -213,8 +213,8 @@ class _Stream:
     def write(self, acts: torch.Tensor, span: tuple[int, int], labels: torch.Tensor | None) -> None:
         if len(acts) != span[1] - span[0]:
             raise ConfigError(f"model: expected {span[1] - span[0]} examples from a batch, got {len(acts)}.")
-        # Where the host holds two batches already, the older one must be written first.
-        while len(self._futures) > 1:
+        # The one before was written while this one was computed; the host holds no third.
+        while self._futures:
             self._futures.pop(0).result()
         host, ready = self._to_host(acts)
         self._futures.append(self._pool.submit(self._write, host, ready, span[0], labels))

@@ -262,15 +262,14 @@ def cases(draw: st.DrawFn) -> tuple[factory.Spec, type[Any], dict[str, Any]]:
     return spec, kind, fields
 
 
-def _print_digests(shards: str, workers: int, context: str | None, fields: dict[str, Any]) -> None:
+def _print_digests(
+    shards: str, fields: dict[str, Any], workers: int = 0, context: str | None = None, persistent: bool = False
+) -> None:
+    options = {"num_workers": workers, "multiprocessing_context": context, "persistent_workers": persistent}
     for kind in (ShuffledConfig, OrderedConfig):
-        cfg = kind(shards=Path(shards), **fields)
-        loader = DataLoader(make_data_set(cfg), num_workers=workers, multiprocessing_context=context)
+        loader = DataLoader(make_data_set(kind(shards=Path(shards), **fields)), **options)
         print(kind.__name__, *(digest(loader) for _ in range(3)), flush=True)
 
 
 if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    _print_digests(
-        arguments["shards"], arguments.get("workers", 0), arguments.get("context"), arguments.get("fields", {})
-    )
+    _print_digests(**json.loads(sys.argv[1]))

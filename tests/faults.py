@@ -4,6 +4,8 @@ The server has imported everything once; for each line on its input, a JSON obje
 forks a process that is the leader of a session, in which the fault happens. It writes to `out` what the user saw:
 
     LD_PRELOAD=faults.so python faults.py
+
+`python faults.py --table` prints the table as it stands in the README.
 """
 
 import ctypes
@@ -578,4 +580,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print(table()) if sys.argv[1:] == ["--table"] else main()

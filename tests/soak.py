@@ -1,6 +1,6 @@
 """Many epochs with random breaks, resumes, worker counts and configs; order, values and resources watched all along.
 
-    python tests/soak.py --minutes 30
+python tests/soak.py --minutes 30
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def measure() -> tuple[int, int, float]:
     return len(os.listdir("/proc/self/fd")), threading.active_count(), int(pss.split()[1]) / 1024
 
 
-def soak(shards: Path, seconds: float, seed: int = 0) -> Figures:
-    """Run for some time.
+def soak(shards: Path, seconds: float, seed: int = 0, log: Callable[[str], None] = str) -> Figures:
+    """Run for some time; `log` gets a line now and then.
 
     Raises:
         AssertionError: A batch is not the one that has its turn, or an epoch has too few.
@@ -134,6 +135,8 @@ def soak(shards: Path, seconds: float, seed: int = 0) -> Figures:
             measured += seconds / 30
             for values, value in zip((figures.descriptors, figures.threads, figures.pss_mb), measure(), strict=True):
                 values.append(value)
+            held = figures.descriptors[-1], figures.threads[-1], round(figures.pss_mb[-1])
+            log(f"{time.monotonic() - began:.0f} s: {figures.iterations} iterations, holding {held}")
     figures.seconds = time.monotonic() - began
     return figures
 
@@ -146,6 +149,10 @@ def check_steady(figures: Figures) -> None:
     assert np.median(figures.pss_mb[half:]) <= np.median(figures.pss_mb[1:half]) + 24, figures.pss_mb
 
 
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=1.0)
@@ -153,7 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "This DataLoader will create")
     with tempfile.TemporaryDirectory() as root:
-        figures = soak(factory.make_shards(Path(root), SPEC), 60 * args.minutes, args.seed)
+        figures = soak(factory.make_shards(Path(root), SPEC), 60 * args.minutes, args.seed, progress)
     print(json.dumps(dataclasses.asdict(figures)))
     check_steady(figures)
     print("steady", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Each notebook runs, as it is, and its claims hold."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_notebook(name, monkeypatch):
     client = nbclient.NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
     )
-    client.execute()
+    asyncio.run(client.async_execute())  # Not execute(), which keeps its event loop for the next time.
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     text = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     for line in says:

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "saev_torch"
 LAYERS = [
     "errors",
     "files",
+    "retries",
     "metadata",
     "shards",
     "config",

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from saev_torch.blocks import choose_block_size, expand_runs
 from saev_torch.plan import OrderedPlan, ShufflePlan
 
-many = settings(deadline=None, max_examples=200)
+many = settings(deadline=None, max_examples=100)
+few = settings(many, max_examples=50)
 
 
 def order(plan: plans.Plan) -> np.ndarray:
@@ -33,7 +34,7 @@ def test_golden_orders(fields, golden):
     assert hashlib.sha256(whole).hexdigest()[:16] == golden
 
 
-@many
+@few
 @given(plans.any_plans())
 def test_every_sample_once(plan):
     sizes = [len(plan.locate(batch)) for batch in range(plan.n_batches)]
@@ -94,15 +95,15 @@ def test_seeds_and_epochs_matter(name):
 
 def test_data_that_fit_the_buffer_are_mixed_whole():
     """Every sample may come in every batch: over many seeds all do, about equally often."""
-    n_samples, batch_size, n_seeds = 40, 8, 500
+    n_samples, batch_size, n_seeds = 40, 8, 300
     counts = np.zeros((n_samples, n_samples // batch_size))
     for seed in range(n_seeds):
         plan = ShufflePlan.make(n_samples, batch_size, 64, 8, None, seed, 0)
         for batch in range(plan.n_batches):
             counts[plan.locate(batch), batch] += 1
-    # 100 are expected, with a standard deviation of 9.
-    assert counts.min() > 60
-    assert counts.max() < 140
+    # 60 are expected, with a standard deviation of 7.
+    assert counts.min() > 30
+    assert counts.max() < 90
 
 
 def test_rows_of_a_batch_are_in_no_order():

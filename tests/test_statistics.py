@@ -1,7 +1,9 @@
 """Statistics against numpy in float64 over the whole array; where they are kept; what breaks them."""
 
 import dataclasses
+import itertools
 import math
+import time
 from pathlib import Path
 
 import factory
@@ -19,6 +21,7 @@ from saev_torch import (
     compute_statistics,
     moments,
 )
+from saev_torch.reading import read_extents
 
 
 def assert_moments(found, x: np.ndarray, rtol: float = 1e-12) -> None:
@@ -76,11 +79,21 @@ def test_one_constant_and_one_offset_column(make_shards) -> None:
 
 @pytest.mark.parametrize("tokens", ["special", "content"])
 def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Many small reads and tasks, so that threads really finish out of order.
+    # Many small reads and tasks, some slow, so that threads really finish out of order.
     monkeypatch.setattr("saev_torch.streaming._READ_NBYTES", 300)
     monkeypatch.setattr("saev_torch.streaming._TASK_NBYTES", 1000)
+    turns = itertools.count()
+
+    def read(*args) -> None:
+        time.sleep(0.002 * (next(turns) % 3 == 0))
+        read_extents(*args)
+
+    monkeypatch.setattr("saev_torch.streaming.read_extents", read)
     shards = make_shards(Spec(n_examples=60))
-    acts, labels = factory.oracle(Spec(n_examples=60))[:, 0], factory.oracle_labels(Spec(n_examples=60))
+    # No numbers whose sums are exact in any order.
+    acts = np.random.default_rng(0).standard_normal((60, 2, 7, 8)).astype(np.float32)
+    write_acts(shards, acts)
+    acts, labels = acts[:, 0], factory.oracle_labels(Spec(n_examples=60))
     if tokens == "special":
         cfg, x = ShuffledConfig(shards=shards, layer=3, tokens="special"), acts[:, 0]
     else:
