@@ -186,13 +186,15 @@ def _choose_workers(vitals: Vitals, buffer_size: int, reasons: dict[str, str]) -
         disk = max(vitals.cold.values())
         if disk < wanted:
             wanted, why = disk, f"nearly what the disk gives, {disk:.2f}, from which each epoch must come"
-    # One at least, so that the training loop has an interpreter to itself; but not beside it on its only core.
-    enough = [w for w, rate in vitals.copying.items() if rate >= _NEARLY * wanted and (w or vitals.cores <= 1)]
-    n_workers = min(enough, default=most)
+    enough = [w for w, rate in sorted(vitals.copying.items()) if rate >= _NEARLY * wanted]
+    n_workers = enough[0] if enough else most
+    if n_workers == 0 and len(enough) > 1 and vitals.cores > 1:
+        # So that the training loop has an interpreter to itself.
+        n_workers = enough[1]
     tried = ", ".join(f"{w}: {rate:.2f}" for w, rate in sorted(vitals.copying.items()))
     reasons["num_workers"] = f"tried warm, GB/s by workers, {tried}; the fewest that reach {why}"
-    if n_workers == 1:
-        reasons["num_workers"] += ", and not 0, which would share its interpreter with the training loop"
+    if n_workers and enough[:1] == [0]:
+        reasons["num_workers"] += ", but 0, which would share its interpreter with the training loop"
     return n_workers
 
 

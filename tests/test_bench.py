@@ -1,0 +1,450 @@
+"""The benchmark and the doctor: that they run, and that what they say follows from what they measured."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import factory
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from saev_torch import IndexedConfig, IndexedDataset, Metadata, ShuffledConfig
+from saev_torch import bench_machine as machine
+from saev_torch.bench_data import BenchData, choose_ignored
+from saev_torch.bench_memmap import IndexBatches, MemmapBatches, MemmapSamples
+from saev_torch.bench_memory import MemoryUse
+from saev_torch.bench_raw import grid_pieces, layer_pieces, read_rate
+from saev_torch.bench_report import compare_cold, compare_warm
+from saev_torch.bench_sides import Side
+from saev_torch.bench_timing import Measured
+from saev_torch.doctor_advice import Vitals, interpolate, recommend
+from saev_torch.store import ShardStore
+
+Make = Callable[..., Path]
+
+_WARM_ONLY = {"read", "gather"}
+_LOADERS = {"shuffled-0", "shuffled-1", "ordered-0", "ordered-1", "indexed-1", "labels-1", "layers-1",
+            "memmap-0", "memmap-1", "samples-0", "samples-1"}  # fmt: skip
+
+
+def _bench(*args: str | Path, **env: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-W", "error", "-m", "saev_torch", "bench", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, **env})
+
+
+def _numbers(found: Any) -> Iterator[float]:
+    if isinstance(found, dict | list):
+        for one in found.values() if isinstance(found, dict) else found:
+            yield from _numbers(one)
+    elif isinstance(found, float):
+        yield found
+
+
+def _check_spread(spread: dict[str, Any], expected: list[float]) -> None:
+    assert spread["rounds"] == pytest.approx(expected)
+    assert spread["median"] == pytest.approx(statistics.median(expected))
+    assert (spread["min"], spread["max"]) == (min(spread["rounds"]), max(spread["rounds"]))
+
+
+def _check_ratios(section: dict[str, Any], limit: list[float]) -> None:
+    """Compute every ratio again from the rates of its round."""
+    sides = section["sides"]
+    _check_spread(section["limit_gb_per_s"], limit)
+
+    def rounds(name: str, key: str) -> list[float]:
+        found: list[float] = sides[name][key]["rounds"]
+        return found
+
+    def best(kind: str) -> list[float]:
+        return [
+            max(row) for row in zip(*(rounds(n, "samples_per_s") for n in sides if n.startswith(kind)), strict=True)
+        ]
+
+    for name, side in sides.items():
+        figures = (rounds(name, "gb_per_s"), rounds(name, "samples_per_s"))
+        for rate in (*figures[0], *figures[1]):
+            assert math.isfinite(rate)
+            assert rate > 0
+        _check_spread(side["to_limit"], [a / b for a, b in zip(figures[0], limit, strict=True)])
+        for kind in ("memmap", "samples"):
+            if name in _LOADERS:
+                _check_spread(side[f"to_{kind}"], [a / b for a, b in zip(figures[1], best(kind), strict=True)])
+        if name in ("labels-1", "layers-1"):
+            plain = rounds("shuffled-1", "samples_per_s")
+            _check_spread(side["to_shuffled"], [a / b for a, b in zip(figures[1], plain, strict=True)])
+
+
+def test_bench(tmp_path: Path) -> None:
+    """Everything, warm and cold, on data that it makes and removes again."""
+    (tmp_path / "tmp").mkdir()
+    out = tmp_path / "figures.json"
+    size = ("--make-gb", "0.01", "--layers", "3", "--batch-size", "256", "--buffer-size", "4", "--workers", "0,1")
+    done = _bench(*size, "--quick", "--cold", "--touch", "--json", out, TMPDIR=str(tmp_path / "tmp"))
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "tmp").glob("saev_torch*")) == []
+
+    found = json.loads(out.read_text())
+    assert all(math.isfinite(number) for number in _numbers(found))
+    assert found["data"]["n_samples"] == 17 * 196
+    assert found["data"]["ignored_share"] == pytest.approx(1 / 3, abs=0.05)
+    warm, cold = found["warm"]["sides"], found["cold"]["sides"]
+    assert set(warm) == _WARM_ONLY | _LOADERS
+    assert set(cold) == {"raw-1", "raw-4", "raw-16"} | _LOADERS
+    read, gather = (warm[name]["gb_per_s"]["rounds"] for name in ("read", "gather"))
+    cores = found["machine"]["cores"]
+    _check_ratios(found["warm"], [cores / (1 / a + 1 / b) for a, b in zip(read, gather, strict=True)])
+    raw = zip(*(cold[f"raw-{n}"]["gb_per_s"]["rounds"] for n in (1, 4, 16)), strict=True)
+    _check_ratios(found["cold"], [max(row) for row in raw])
+    assert 0 <= found["cold"]["cached_share"] <= 1
+    assert min(found["first_batch_s"]["rounds"]) > 0
+    assert [use["n_workers"] for use in found["memory"]] == [0, 1]
+    for use in found["memory"]:
+        assert 0 < max(use["deciles_nbytes"]) <= use["peak_nbytes"]
+
+    for name in {*warm, *cold}:
+        assert f"\n{name} " in done.stdout
+        assert name in done.stderr
+    assert "\nfirst batch: " in done.stdout
+    assert "\nmemory: " in done.stdout
+
+
+def test_bench_on_given_shards_and_some_sides(make_shards: Make, tmp_path: Path) -> None:
+    shards, several = make_shards(layers=(7,), labels=False), make_shards(layers=(3, 7, 9))
+    before = {path: path.read_bytes() for path in shards.iterdir()}
+    out = tmp_path / "figures.json"
+    done = _bench(shards, "--batch-size", "8", "--buffer-size", "4", "--quick", "--json", out,
+                  "--only", "shuffled-0,layers", "--layers-shards", several)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert set(found["warm"]["sides"]) == {"read", "gather", "shuffled-0", "layers-2"}
+    assert not {"cold", "memory", "first_batch_s"} & set(found)
+    assert {path: path.read_bytes() for path in shards.iterdir()} == before
+
+
+def test_doctor(make_shards: Make, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    done = _bench(make_shards(), "--doctor", "--quick", "--batch-size", "8", "--buffer-size", "4", "--json", out)
+    assert done.returncode == 0, done.stderr
+    for line in ("machine: ", "cores: ", "memory: ", "/dev/shm: ", "file descriptors: ", "measured, in GB/s: ",
+                 "recommended\n", "  num_workers = ", "  n_threads = ", "  n_lanes = ", "  block_size = ",
+                 "  buffer_size = ", "predicted, first epoch: ", "predicted, later epochs: ", "checked: "):  # fmt: skip
+        assert f"\n{line}" in f"\n{done.stdout}"
+    found = json.loads(out.read_text())
+    assert all(math.isfinite(number) for number in _numbers(found))
+    for grid in (found["cold"], found["warm"]):
+        assert {(row["n_threads"], row["block_nbytes"] >> 10) for row in grid} == {
+            (t, nbytes) for t in (1, 2, 4, 8, 16) for nbytes in (48, 192, 768, 4096)
+        }
+        assert min(row["gb_per_s"] for row in grid) > 0
+    cores = found["machine"]["n_affinity"]
+    if found["machine"]["cpu_quota"] is None:
+        assert found["limit"] == pytest.approx(cores / (1 / found["read"] + 1 / found["gather"]))
+    chosen = found["recommended"]
+    forecast = chosen["forecast"]
+    assert forecast["copying"] == found["copying"][str(chosen["num_workers"])]
+    lower = min(forecast["disk"], forecast["copying"])
+    assert forecast["first_s"] == pytest.approx(11 * 6 * 8 * 4 / 1e9 / lower)
+    assert found["checked"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "SHARDS: expected either"),
+        (["shards", "--make-gb", "1"], "SHARDS: expected either"),
+        (["shards", "--no-warm"], "--no-warm: expected --cold"),
+        (["shards", "--json", "no/such/folder/a.json"], "--json: expected a file in a folder"),
+        (["--make-gb", "1", "--folder", "no/such/folder"], "--folder: expected a folder"),
+        (["--make-gb", "1e9"], "--make-gb: expected room"),
+        (["no/such/shards"], "no/such/shards: expected a shard directory"),
+    ],
+)
+def test_bench_refuses_in_one_line(args: list[str], message: str) -> None:
+    done = _bench(*args)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"saev_torch: {message}")
+    assert "Traceback" not in done.stderr
+
+
+def test_bench_knows_its_sides() -> None:
+    done = _bench("shards", "--only", "shufled")
+    assert done.returncode == 2
+    assert "expected some of shuffled, ordered" in done.stderr
+
+
+def test_an_interrupt_leaves_no_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "saev_torch", "bench", "--make-gb", "0.02", "--folder", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/*/*.part")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors.decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+# What a user would write instead
+
+
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("n_examples", [11, 12])
+def test_memmap_loaders_yield_the_same_samples_as_ours(make_shards: Make, cls: bool, n_examples: int) -> None:
+    shards = make_shards(cls=cls, n_examples=n_examples)
+    data = BenchData.open(shards, 7)
+    acts = factory.oracle(Metadata.load(shards))[:, 1, int(cls) :].reshape(data.n_samples, -1)
+    ours = IndexedDataset(IndexedConfig(shards=shards, layer=7))
+    assert np.array_equal(torch.stack([ours[i]["act"] for i in range(len(ours))]).numpy(), acts)
+    whole = DataLoader(MemmapBatches(data), sampler=IndexBatches(data.n_samples, 10), batch_size=None)
+    single = DataLoader(MemmapSamples(data), batch_size=10, shuffle=True)
+    for loader in (whole, single):
+        batches = list(loader)
+        index = torch.cat([batch["index"] for batch in batches]).numpy()
+        assert sorted(index) == list(range(data.n_samples))
+        assert not np.array_equal(index, np.arange(data.n_samples))
+        assert [len(batch["act"]) for batch in batches[:-1]] == [10] * (len(batches) - 1)
+        assert np.array_equal(torch.cat([batch["act"] for batch in batches]).numpy(), acts[index])
+
+
+def test_ignored_labels_are_about_a_third(make_shards: Make) -> None:
+    shards = make_shards(n_examples=40)
+    labels = factory.oracle_labels(Metadata.load(shards))
+    chosen, share = choose_ignored(ShardStore(shards))
+    assert share == pytest.approx(np.isin(labels, chosen).mean())
+    assert share == pytest.approx(1 / 3, abs=0.08)
+    assert choose_ignored(ShardStore(make_shards(labels=False))) == ([], 0.0)
+
+
+# The clock and the ratios
+
+
+def _side(n_batches: int, n_settle: int, n_lanes: int, n_workers: int = 0) -> Side:
+    return Side("some", lambda: pytest.fail("not to be made"), 4, n_workers, n_batches, n_settle, n_lanes)
+
+
+def test_a_long_epoch_is_timed_in_its_middle() -> None:
+    side = _side(n_batches=200, n_settle=64, n_lanes=8, n_workers=2)
+    assert side.is_long
+    assert [n for n in range(1, 100) if side.may_stop(n, True)] == list(range(8, 100, 8))
+    # At the latest before the buffer empties.
+    assert next(n for n in range(1, 200) if side.may_stop(n, False)) == 72
+
+
+def test_a_short_epoch_is_timed_whole() -> None:
+    side = _side(n_batches=80, n_settle=64, n_lanes=8)
+    assert not side.is_long
+    assert [n for n in range(1, 200) if side.may_stop(n, True)] == [80, 160]
+    assert not any(side.may_stop(n, False) for n in range(1, 200))
+
+
+def test_workers_without_a_buffer_are_timed_in_step() -> None:
+    side = _side(n_batches=80, n_settle=6, n_lanes=0, n_workers=3)
+    assert [n for n in range(1, 10) if side.may_stop(n, True)] == [3, 6, 9]
+
+
+def _measured(*rates: float) -> list[Measured]:
+    """Rates in GB/s, of samples of 1000 bytes, over two seconds of which half are spent computing."""
+    return [Measured(round(2e6 * rate), round(2e9 * rate), 2.0, 0.75, 0.25) for rate in rates]
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    rounds = {
+        "read": _measured(6, 3, 6),
+        "gather": _measured(3, 6, 6),
+        "shuffled-2": _measured(1, 2, 3),
+        "labels-2": _measured(1, 1, 1),
+        "memmap-0": _measured(1, 0.5, 1),
+        "memmap-1": _measured(0.5, 1, 2),
+    }
+    found = compare_warm(rounds, cores=2)
+    assert found.limit.rounds == pytest.approx((4, 4, 6))
+    assert found.sides["shuffled-2"]["to_limit"].rounds == pytest.approx((1 / 4, 2 / 4, 3 / 6))
+    assert found.sides["shuffled-2"]["to_memmap"].rounds == pytest.approx((1, 2, 3 / 2))
+    assert found.sides["shuffled-2"]["to_memmap"].median == pytest.approx(1.5)
+    assert found.sides["shuffled-2"]["cores_busy"].rounds == pytest.approx((0.5, 0.5, 0.5))
+    assert found.sides["labels-2"]["to_shuffled"].rounds == pytest.approx((1, 1 / 2, 1 / 3))
+    assert "to_samples" not in found.sides["shuffled-2"]
+    assert "to_memmap" not in found.sides["read"]
+
+
+def test_cold_sides_are_held_against_the_best_raw_read() -> None:
+    cut = [dataclasses.replace(one, is_cut=True) for one in _measured(1, 1)]
+    found = compare_cold({"raw-1": _measured(1, 4), "raw-4": _measured(2, 2), "memmap-0": cut})
+    assert found.limit.rounds == (2, 4)
+    assert found.sides["memmap-0"]["to_limit"].rounds == (0.5, 0.25)
+    assert found.cut == ("memmap-0",)
+
+
+def test_memory_that_is_allowed() -> None:
+    use = MemoryUse(2, 8, 50_000_000, 80, (1_000, 2_000, 3_000), 3_500)
+    assert use.allowed_nbytes == (8 + 6 * 3) * 50_000_000 + 3 * 350_000_000
+    assert use.growth == 1.5
+
+
+# The machine
+
+
+def test_pieces_cover_the_layer_and_the_shards(make_shards: Make) -> None:
+    shards = make_shards()
+    store, acts = ShardStore(shards), factory.oracle(Metadata.load(shards))
+    with machine.opened_shards(store) as fds:
+        layer = b"".join(os.pread(fds[i], nbytes, offset) for i, offset, nbytes in layer_pieces(store, 7))
+        whole = b"".join(os.pread(fds[i], nbytes, offset) for i, offset, nbytes in grid_pieces(store, 100))
+    assert layer == acts[:, 1].tobytes()
+    assert whole == acts.tobytes()
+    rate = read_rate(store, grid_pieces(store, 100), n_threads=3, repeat=False)
+    assert rate.nbytes == acts.nbytes
+
+
+def test_the_page_cache_is_looked_at(make_shards: Make) -> None:
+    store = ShardStore(make_shards(d_model=512, n_examples=60, examples_per_shard=16))
+    read_rate(store, grid_pieces(store, 1 << 16), repeat=False)
+    assert machine.cached_share(store) == 1.0
+    with machine.opened_shards(store) as fds:
+        for fd in fds:
+            os.fsync(fd)
+    machine.drop_cache([store])
+    assert 0.0 <= machine.cached_share(store) <= 1.0
+
+
+def test_memory_and_time_of_this_process() -> None:
+    assert os.getpid() in machine.family()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        assert child.pid in machine.family()
+        assert machine.pss_nbytes([os.getpid()]) > 10 << 20
+        assert machine.pss_nbytes([child.pid, os.getpid()]) > machine.pss_nbytes([child.pid])
+    finally:
+        child.communicate(b"\n")
+    before = machine.Usage.now()
+    deadline = time.process_time() + 0.1
+    while time.process_time() < deadline:
+        pass
+    assert machine.Usage.now().since(before).user_s > 0
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": "1000", "memory.current": "700", "memory.stat": "inactive_file 300\nactive_file 100\n"},
+        {
+            "memory.limit_in_bytes": "1000",
+            "memory.usage_in_bytes": "700",
+            "memory.stat": "inactive_file 0\nactive_file 0\ntotal_inactive_file 300\ntotal_active_file 100\n",
+        },
+    ],
+)
+def test_limits_of_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
+    inner, outer = tmp_path / "inner", tmp_path / "outer"
+    for folder, limit in ((inner, "max"), (outer, None)):
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(limit if limit and text == "1000" else text)
+    (inner / "cpu.max").write_text("max 100000")
+    (outer / "cpu.max").write_text("150000 100000")
+    monkeypatch.setattr(machine, "_groups", lambda _: iter([inner, outer]))
+    found = machine.look()
+    assert (found.memory_limit_nbytes, found.available_nbytes) == (1000, 700)
+    assert found.cpu_quota == 1.5
+    assert found.cores == min(found.n_affinity, 1.5)
+
+
+# The doctor's conclusions
+
+_GB = 1_000_000_000
+
+
+def _vitals(**fields: Any) -> Vitals:
+    """A 300 GB data set of 768 float32 on a disk that likes large blocks and 4 threads; two cores."""
+    md = Metadata(
+        family="f", ckpt="c", layers=(1,), content_tokens_per_example=196, cls_token=True, d_model=768,
+        n_examples=500_000, max_tokens_per_shard=500_000, data="", dataset=Path("d"),
+    )  # fmt: skip
+    cold = {
+        (t, kb << 10): rate * min(t, 4) / 4
+        for t in (1, 2, 4, 8, 16)
+        for kb, rate in ((48, 0.5), (192, 1.0), (768, 1.4), (4096, 1.5))
+    }
+    cfg = ShuffledConfig(shards=Path("d"), layer=1)
+    plain = Vitals(2, 64 * _GB, md, cfg, cold, {0: 2.0, 1: 2.2, 2: 3.0})
+    return dataclasses.replace(plain, **fields)
+
+
+def test_rates_are_interpolated_between_those_measured() -> None:
+    grid = {(1, 100): 1.0, (1, 10_000): 3.0, (4, 100): 2.0, (4, 10_000): 6.0}
+    assert interpolate(grid, 1, 1000) == pytest.approx(2.0)
+    assert interpolate(grid, 3, 1000) == pytest.approx(2.0)
+    assert interpolate(grid, 4, 100) == 2.0
+    assert interpolate(grid, 9, 99) == 2.0
+    assert interpolate(grid, 9, 10_001) == 6.0
+
+
+def test_doctor_of_data_larger_than_memory() -> None:
+    vitals = _vitals()
+    found = recommend(vitals)
+    # One worker copies more than the disk gives.
+    assert found.num_workers == 1
+    assert found.n_threads == 4
+    assert found.buffer_size == 64
+    forecast = found.forecast
+    assert forecast is not None
+    assert (forecast.first_bound, forecast.later_bound) == ("disk", "memory")
+    assert forecast.first_s == forecast.later_s == pytest.approx(vitals.nbytes / 1e9 / forecast.disk)
+
+
+def test_doctor_of_data_in_the_page_cache() -> None:
+    vitals = _vitals(available_nbytes=1000 * _GB)
+    found = recommend(vitals)
+    assert (found.num_workers, found.n_threads, found.block_size) == (2, 2, None)
+    forecast = found.forecast
+    assert forecast is not None
+    assert (forecast.first_bound, forecast.later_bound) == ("disk", "copying")
+    assert forecast.later_s == pytest.approx(vitals.nbytes / 1e9 / 3.0)
+
+
+def test_doctor_makes_blocks_larger_on_a_disk_that_needs_it() -> None:
+    slow_small = {(t, nbytes): rate / 5 if nbytes < 1 << 22 else rate for (t, nbytes), rate in _vitals().cold.items()}
+    vitals = _vitals(cold=slow_small)
+    default, found = vitals.predict(1, 64), recommend(vitals)
+    assert found.block_size is not None
+    assert found.block_size > (default.cfg.block_size or 0)
+    larger = vitals.predict(found.num_workers, 64, found.block_size)
+    assert larger.quality >= 0.7 * vitals.predict(found.num_workers, 64).quality
+    assert "distinct examples" in found.reasons["block_size"]
+
+
+def test_doctor_lowers_the_buffer_to_what_fits() -> None:
+    found = recommend(_vitals(available_nbytes=6 * _GB))
+    assert 8 <= found.buffer_size < 64
+    assert found.buffer_size % 8 == 0
+    assert "64 would take more than half" in found.reasons["buffer_size"]
+    assert recommend(_vitals(available_nbytes=1)).buffer_size == 1
+
+
+def test_doctor_prefers_no_worker_only_where_it_is_much_faster() -> None:
+    assert recommend(_vitals(copying={0: 3.0, 1: 1.0, 2: 1.2}, available_nbytes=1000 * _GB)).num_workers == 0
+    found = recommend(_vitals(copying={0: 3.0, 1: 2.9, 2: 2.9}, available_nbytes=1000 * _GB))
+    assert found.num_workers == 1
+    assert "interpreter" in found.reasons["num_workers"]
+
+
+def test_doctor_gives_one_reason_for_each_option() -> None:
+    found = recommend(_vitals())
+    for option in ("num_workers", "n_threads", "n_lanes", "block_size", "buffer_size"):
+        assert found.reasons[option]
+        assert "\n" not in found.reasons[option]
