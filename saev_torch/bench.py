@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from saev_torch import doctor
 from saev_torch.bench_data import BenchData, choose_ignored, made_n_examples, make
 from saev_torch.bench_machine import Machine, look
 from saev_torch.bench_report import format_memory, format_table
 from saev_torch.bench_rounds import Settings, run_cold, run_first_batch, run_memory, run_warm, warm_up
 from saev_torch.bench_sides import FAMILIES, Side, make_sides
 from saev_torch.config import ShuffledConfig
+from saev_torch.doctor import describe, examine
 from saev_torch.errors import ConfigError
 from saev_torch.progress import Progress
 
@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--folder: expected a folder that exists, got {args.folder}; make it first.")
     with _data(args) as (data, layers_data):
         if args.doctor:
-            findings = doctor.examine(data, args.batch_size, args.buffer_size, args.quick)
-            print(doctor.describe(findings))
+            findings = examine(data, args.batch_size, args.buffer_size, args.quick)
+            print(describe(findings))
             report = findings.to_json()
         else:
             report = _bench(args, data, layers_data)

@@ -1,8 +1,8 @@
 """Lightning, an extra: a data module that resumes exactly, and a callback with which a plain `DataLoader` does.
 
 Lightning restores its own counts of epochs and batches from a checkpoint, but it hands the state of a loader back only
-in some cases: not at the end of an epoch, and not where `estimated_stepping_batches` asked for the loader early. It also
-begins to iterate before it knows where. So the data module takes its state back itself, and begins with the first batch.
+in some cases: not at the end of an epoch, and not where `estimated_stepping_batches` asked for the loader early. And it
+begins to iterate before it knows where. So the module takes its state back itself, and begins with the first batch.
 """
 
 from typing import Any
@@ -23,14 +23,19 @@ _N_TRAINED = "n_trained"
 _IS_OVER = "is_over"
 
 
+def _batch_progress(trainer: Trainer) -> Any:
+    """Lightning's counts of batches: in all epochs (`total`), and in this one (`current`)."""
+    return trainer.fit_loop.epoch_loop.batch_progress
+
+
 def _n_trained(trainer: Trainer) -> int:
     """Batches that this rank has trained on, in all epochs."""
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+    return int(_batch_progress(trainer).total.processed)
 
 
 def _is_over(trainer: Trainer) -> bool:
     """Whether the last batch that was trained on is the last of Lightning's epoch."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress = _batch_progress(trainer)
     # The flag is up as soon as the batch is fetched.
     return bool(progress.is_last_batch) and progress.current.processed == progress.current.ready
 
@@ -62,9 +67,9 @@ class _TrainLoader(ShuffledDataLoader):
         place = self._find_place(trainer)
         if place is None:
             # No state that belongs to these counts: nothing better is known than the counts.
-            epoch = trainer.fit_loop.epoch_progress.current.processed
-            n_batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-            state = self.dataset.state_dict(n_batches=n_batches, epoch=epoch)
+            epochs: Any = trainer.fit_loop.epoch_progress.current
+            n_batches = _batch_progress(trainer).current.processed
+            state = self.dataset.state_dict(n_batches=n_batches, epoch=epochs.processed)
         elif self._next_is_new or self.dataset.is_over(place.batch):
             state = {**dump_state(self.metadata, self.cfg, place), "epoch": place.epoch + 1, "batch": 0}
         else:
@@ -115,7 +120,7 @@ class _Iteration:
     def __next__(self) -> ActivationBatch:
         if self._batches is None:
             self._batches = self._loader.begin()
-        batch = next(self._batches)
+        batch: ActivationBatch = next(self._batches)
         self._loader.note(self._batches.position)
         return batch
 

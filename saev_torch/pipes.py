@@ -30,7 +30,8 @@ class ActivationsPipe(IterDataPipe[ActivationBatch]):
         self._begun: Iterator[ActivationBatch] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_begun": None}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_begun": None}
 
     def begin(self) -> None:
         """Begin the next iteration now; the chain, which is lazy, takes it up with its first item."""
@@ -78,7 +79,8 @@ class StatefulPipe(IterableDataset[Any]):
 
     def __len__(self) -> int:
         """Items in an epoch, where the last pipe knows."""
-        return len(self.pipe)  # type: ignore[arg-type]
+        pipe: Any = self.pipe
+        return len(pipe)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; see the data set."""

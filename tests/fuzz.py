@@ -35,7 +35,7 @@ from saev_torch import (
 SPEC = factory.Spec(n_examples=5, content_tokens=3, cls=True, layers=(3, 7), d_model=4, examples_per_shard=2)
 OLD = dataclasses.replace(SPEC, protocol="1.1")
 MAX_S = 1.0
-MAX_WALL_S = 15.0
+MAX_WALL_S = 60.0
 MAX_NBYTES = 100 << 20
 
 _opened: list[str] = []

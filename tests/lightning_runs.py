@@ -27,7 +27,7 @@ WARNINGS = (
     "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not resumable",
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided",
     "`.fit\\(ckpt_path=None\\)` was called without a model",
-    ".*fit\\(ckpt_path=\"last\"\\) is set, but there is no last checkpoint available",
+    '.*fit\\(ckpt_path="last"\\) is set, but there is no last checkpoint available',
     "The dirpath has changed",
     "Checkpoint directory .* exists and is not empty",
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",

@@ -27,10 +27,12 @@ def cfg(request, shards):
 
 def epochs(cfg, n=2):
     """What one loader alone yields, epoch by epoch."""
-    data_set = contracts.make_data_set(cfg)
-    found = [list(data_set) for _ in range(n)]
-    for batches in found:
-        contracts.check_epoch(batches, SPEC, cfg)
+    found = []
+    for epoch in range(n):
+        data_set = contracts.make_data_set(cfg)
+        data_set.set_epoch(epoch)
+        found.append(list(data_set))
+        contracts.check_epoch(found[-1], SPEC, cfg)
     return found
 
 

@@ -489,7 +489,13 @@ def test_use_tmpdir_of_a_changed_original(make_shards, tmpdir_env):
 def test_use_tmpdir_in_several_processes(make_shards, tmpdir_env):
     """They all ask at once: one copies, the others wait, all read the same."""
     script = (
-        "import sys, contracts; from saev_torch import *\n"
+        "import sys, time, contracts; from saev_torch import *; from saev_torch import localcopy\n"
+        "copy_file = localcopy._copy_file\n"
+        "def copy_slowly(*args):\n"
+        "    time.sleep(0.1)\n"
+        "    print(args[1])\n"
+        "    return copy_file(*args)\n"
+        "localcopy._copy_file = copy_slowly\n"
         "cfg = ShuffledConfig(shards=sys.argv[1], layer=3, batch_size=16, buffer_size=8, use_tmpdir=True)\n"
         "print(contracts.digest(ShuffledActivations(cfg)))\n"
     )
@@ -499,8 +505,10 @@ def test_use_tmpdir_in_several_processes(make_shards, tmpdir_env):
         subprocess.Popen([sys.executable, "-c", script, cfg.shards], stdout=subprocess.PIPE, text=True, env=env)
         for _ in range(3)
     ]
-    outputs = [process.communicate(timeout=100)[0].strip() for process in running]
-    assert outputs == [contracts.digest(ShuffledActivations(cfg))] * 3
+    outputs = [process.communicate(timeout=100)[0].split() for process in running]
+    assert [output[-1] for output in outputs] == [contracts.digest(ShuffledActivations(cfg))] * 3
+    copied = [name for output in outputs for name in output[:-1]]
+    assert sorted(copied) == sorted(path.name for path in cfg.shards.iterdir())
     assert len(copies(tmpdir_env)) == 1
     assert not list(tmpdir_env.rglob("*.part"))
 

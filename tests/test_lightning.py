@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import factory
 import lightning_runs
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning_runs import Model, Trainee, make_trainer
 from torch.utils.data import DataLoader
@@ -120,9 +122,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 ESTIMATED = [(way, run, True) for way in ("module", "plain loader") for run in ("epochs", "limit_train_batches")]
 
 
-@pytest.mark.parametrize(
-    ("way", "run", "estimate"), [*itertools.product(WAYS, RUNS, [False]), *ESTIMATED]
-)
+@pytest.mark.parametrize(("way", "run", "estimate"), [*itertools.product(WAYS, RUNS, [False]), *ESTIMATED])
 def test_resume(
     way: str, run: str, estimate: bool, cfg: ShuffledConfig, epochs: list[list[int]], tmp_path: Path
 ) -> None:
@@ -147,10 +147,10 @@ def test_resume(
 @pytest.mark.parametrize("way", WAYS)
 def test_resume_with_other_workers(way: str, cfg: ShuffledConfig, epochs: list[list[int]], tmp_path: Path) -> None:
     """2 workers, then 0; then 1, from a checkpoint of the resumed run."""
-    whole = Model()
-    fit(way, cfg, whole, (ModelCheckpoint(tmp_path / "a", save_top_k=-1, every_n_train_steps=7),), max_epochs=2, n_workers=2)
+    whole, first, second = Model(), Model(), Model()
+    saving = ModelCheckpoint(tmp_path / "a", save_top_k=-1, every_n_train_steps=7)
+    fit(way, cfg, whole, (saving,), max_epochs=2, n_workers=2)
     assert is_sequence(whole, epochs)
-    first, second = Model(), Model()
     saving = ModelCheckpoint(tmp_path / "b", save_top_k=-1, every_n_train_steps=7)
     fit(way, cfg, first, (saving,), resume=tmp_path / "a" / "epoch=0-step=14.ckpt", max_epochs=2)
     assert first.seen == whole.seen[14:]
@@ -167,7 +167,7 @@ def test_train_on_after_max_steps(way: str, cfg: ShuffledConfig, epochs: list[li
         first, second = Model(), Model()
         fit(way, cfg, first, max_steps=steps, save=path)
         digest = fit(way, cfg, second, max_steps=50, resume=path)
-        assert [seen[2] for seen in first.seen + second.seen] == sum(epochs, [])[:50]
+        assert [seen[2] for seen in first.seen + second.seen] == list(itertools.chain(*epochs))[:50]
         assert digest == whole
 
 
@@ -257,7 +257,7 @@ def test_loaders_made_anew_in_each_epoch(cfg: ShuffledConfig, epochs: list[list[
     assert rest.seen == whole.seen[27:]
 
 
-def test_a_checkpoint_from_before_the_module_was_used(cfg: ShuffledConfig, epochs: list[list[int]], tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_module(cfg: ShuffledConfig, epochs: list[list[int]], tmp_path: Path) -> None:
     """Without a state of its own the module goes by Lightning's counts."""
     fit("plain loader", cfg, Model(), (ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=7),), max_epochs=2)
     rest = Model()
@@ -292,6 +292,21 @@ def test_the_module_outside_of_a_trainer(cfg: ShuffledConfig, epochs: list[list[
 def test_a_module_without_validation_promises_none(cfg: ShuffledConfig) -> None:
     """Lightning would warn, and so fail the test, if it found validation data that no step uses."""
     make_trainer(max_epochs=1).fit(Trainee(), datamodule=ActivationsDataModule(cfg))
+
+
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+def test_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands, and then again as it says, from the last checkpoint."""
+    readme = (HERE.parent / "README.md").read_text()
+    (block,) = re.findall(r"^```python\n([^`]*saev_torch.lightning [^`]*)^```", readme, re.MULTILINE)
+    shards = factory.make_shards(tmp_path / "shards", n_examples=9, d_model=768)
+    names: dict[str, Any] = {"torch": torch, "cfg": ShuffledConfig(shards=shards, layer=7, batch_size=9)}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["trainer"].global_step == 12
+    longer = block.replace("max_epochs=2", "max_epochs=3").replace("num_workers=2)", 'num_workers=2), ckpt_path="last"')
+    exec(compile(longer, "README.md", "exec"), names)
+    assert names["trainer"].global_step == 18
 
 
 def test_two_processes(cfg: ShuffledConfig, epochs: list[list[int]], tmp_path: Path) -> None:

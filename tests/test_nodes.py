@@ -1,5 +1,6 @@
 """torchdata's nodes: a graph of them yields the sequence, and its state continues it."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_epochs(source: str, graph: str, cfg: ShuffledConfig, epochs: list[list[
 @pytest.mark.parametrize("source", SOURCES)
 def test_resume(source: str, graph: str, cfg: ShuffledConfig, epochs: list[list[int]]) -> None:
     """Twice in a row, at the start, in the middle and at the end; the end is the start of the next epoch."""
-    whole = sum(epochs, [])
+    whole = list(itertools.chain(*epochs))
     n = len(epochs[0])
     for k in range(n + 1) if source != "loader with workers" and graph == "map" else (0, 1, 6, n):
         with Pipeline(cfg, source, graph) as loader:

@@ -7,6 +7,7 @@ import factory
 import pytest
 from torch.utils.data import DataLoader
 from torch.utils.data.datapipes.iter import IterableWrapper
+from torch.utils.data.graph_settings import apply_sharding
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from saev_torch import ConfigError, OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig
@@ -49,15 +50,16 @@ def take(source: Any, n: int) -> list[Any]:
     return [next(iterator) for _ in range(n)]
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize(("n_workers", "context"), [(0, None), (1, None), (2, None), (3, None), (2, "spawn")])
+@pytest.mark.parametrize(
+    ("n_workers", "persistent", "context"),
+    [(0, False, None), (1, False, None), (2, False, None), (2, True, None), (3, False, None), (2, True, "spawn")],
+)
 @pytest.mark.parametrize("end", [lambda pipe: pipe, StatefulPipe], ids=["pipe", "stateful pipe"])
 def test_epochs(
-    end: Any, n_workers: int, context: str | None, persistent: bool, cfg: ShuffledConfig, epochs: list[list[int]]
+    end: Any, n_workers: int, persistent: bool, context: str | None, cfg: ShuffledConfig, epochs: list[list[int]]
 ) -> None:
     """Each batch once, and in order, from whichever worker."""
-    options = {"num_workers": n_workers, "multiprocessing_context": context}
-    options["persistent_workers"] = persistent and n_workers > 0
+    options = {"num_workers": n_workers, "persistent_workers": persistent, "multiprocessing_context": context}
     loader = DataLoader(end(digests_of(ShuffledActivations(cfg))), batch_size=None, **options)
     assert len(loader) == 13
     assert [list(loader) for _ in range(3)] == epochs[:3]
@@ -91,7 +93,7 @@ def test_ranks(cfg: ShuffledConfig, epochs: list[list[int]]) -> None:
 def test_torch_refuses_to_shard_again(cfg: ShuffledConfig) -> None:
     pipe = ActivationsPipe(ShuffledActivations(cfg)).map(get_digest).sharding_filter()
     with pytest.raises(RuntimeError, match="Sharding twice on a single pipeline"):
-        list(DataLoader(pipe, batch_size=None, num_workers=2))
+        apply_sharding(pipe, 2, 0)
 
 
 # State

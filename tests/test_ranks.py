@@ -122,7 +122,7 @@ def test_launchers_variables_that_make_no_sense(
     ds = ShuffledActivations(cfg)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(ConfigError, match="RANK.*unset both"):
+    with pytest.raises(ConfigError, match=r"RANK.*unset both"):
         iter(ds)
 
 
@@ -133,9 +133,7 @@ def test_explicit_ranks_that_make_no_sense(cfg: ShuffledConfig, world: dict[str,
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
-def test_torch_distributed_reaches_workers(
-    cfg: ShuffledConfig, monkeypatch: pytest.MonkeyPatch, context: str
-) -> None:
+def test_torch_distributed_reaches_workers(cfg: ShuffledConfig, monkeypatch: pytest.MonkeyPatch, context: str) -> None:
     """A spawned worker has no process group, so it must be told; torch.distributed wins over the variables."""
     whole = digests(ShuffledActivations(cfg))
     ds = ShuffledActivations(cfg)
