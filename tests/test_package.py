@@ -42,6 +42,7 @@ LAYERS = [
     "engine",
     "digest",
     "batch",
+    "device",
     "state",
     "cached",
     "moments",

@@ -68,10 +68,12 @@ def test_epochs_with_persistent_workers_take_no_more(shards):
 
 
 def test_a_container_size_dev_shm_is_enough(make_shards, tmp_path):
-    shards = make_shards(n_examples=250, content_tokens=200, cls=False, layers=(0,), d_model=512, examples_per_shard=100)
+    shards = make_shards(
+        n_examples=250, content_tokens=200, cls=False, layers=(0,), d_model=512, examples_per_shard=100
+    )
     script = tmp_path / "run.py"
     script.write_text(SMALL_SHM)
-    mount = "mount -t tmpfs -o size=64m tmpfs /dev/shm && exec \"$@\""
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "sh"]
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting a small /dev/shm is not allowed here")
