@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from saev_torch.bench_machine import family, pss_nbytes
-from saev_torch.bench_sides import make_loader
+from saev_torch.bench_sides import allowing_many_workers, make_loader
 from saev_torch.config import ShuffledConfig
 from saev_torch.datasets import ShuffledActivations
 
@@ -75,11 +75,12 @@ def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
     dataset = ShuffledActivations(cfg)
     probes: list[tuple[float, int]] = []
     every = max(1, n_batches // _N_PROBES)
-    for i, _ in enumerate(make_loader(dataset, n_workers)):
-        if i % every == 0:
-            # The benchmark's own process maps the same libraries, and so would take a share of them.
-            shared_outside = pss_nbytes([os.getppid()], "Pss_File")
-            probes.append((i / n_batches, pss_nbytes(family()) + shared_outside))
+    with allowing_many_workers():
+        for i, _ in enumerate(make_loader(dataset, n_workers)):
+            if i % every == 0:
+                # The benchmark's own process maps the same libraries, and so would take a share of them.
+                shared_outside = pss_nbytes([os.getppid()], "Pss_File")
+                probes.append((i / n_batches, pss_nbytes(family()) + shared_outside))
     tenths = [[nbytes for at, nbytes in probes if int(at * 10) == tenth] for tenth in range(10)]
     return MemoryUse(
         n_workers=n_workers,

@@ -82,7 +82,7 @@ def read_rate(
         store: The shards.
         pieces: What to read; the threads take them in turn.
         n_threads: Threads.
-        seconds: Stop after so long.
+        seconds: Stop after so long, and a piece at least.
         repeat: Begin again until the time is up; else stop after all pieces, too.
         reads_ahead: Let the system read on behind each piece, which the loader does not.
 
@@ -99,7 +99,7 @@ def read_rate(
     def read(thread: int, fds: list[int]) -> None:
         buffer = buffers[thread].data
         for turn in turns:
-            if (turn >= len(pieces) and not repeat) or time.perf_counter() > deadline:
+            if turn >= len(pieces) and not repeat:
                 return
             file, offset, nbytes = pieces[turn % len(pieces)]
             try:
@@ -110,6 +110,8 @@ def read_rate(
             done[thread] += n
             if n == 0:
                 failures.append(OSError(f"shard {file} became shorter"))
+                return
+            if time.perf_counter() > deadline:
                 return
 
     with opened_shards(store) as fds:

@@ -1,10 +1,11 @@
 """The sides of the benchmark: which loaders are measured."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -14,7 +15,7 @@ from saev_torch.bench_memmap import IndexBatches, MemmapBatches, MemmapSamples
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.datasets import IndexedDataset, OrderedActivations, ShuffledActivations
 
-__all__ = ["FAMILIES", "Loader", "Side", "make_loader", "make_side", "make_sides"]
+__all__ = ["FAMILIES", "Loader", "Side", "allowing_many_workers", "make_loader", "make_side", "make_sides"]
 
 FAMILIES = {
     "shuffled": "DataLoader(ShuffledActivations(cfg))",
@@ -80,10 +81,17 @@ class Side:
         return (is_late or is_last) and n_timed % step == 0
 
 
-def make_loader(dataset: Any, n_workers: int, **kwargs: Any) -> Loader:
-    """Make a `DataLoader` whose workers stay, even where they are more than the cores."""
+@contextlib.contextmanager
+def allowing_many_workers() -> Iterator[None]:
+    """Keep torch from warning, when a `DataLoader` is made or iterated, of more workers than cores."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes", UserWarning)
+        yield
+
+
+def make_loader(dataset: Any, n_workers: int, **kwargs: Any) -> Loader:
+    """Make a `DataLoader` whose workers stay from epoch to epoch."""
+    with allowing_many_workers():
         return DataLoader(dataset, num_workers=n_workers, persistent_workers=n_workers > 0, **kwargs)
 
 

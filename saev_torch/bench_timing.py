@@ -16,7 +16,7 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from saev_torch.bench_machine import Usage
-from saev_torch.bench_sides import Loader, Side, make_loader
+from saev_torch.bench_sides import Loader, Side, allowing_many_workers, make_loader
 from saev_torch.config import ShuffledConfig
 from saev_torch.datasets import ShuffledActivations
 from saev_torch.errors import ConfigError
@@ -146,7 +146,8 @@ def _stream(loader: Loader) -> Generator[Any, None, None]:
 def _running(loader: Loader) -> Iterator[Loader]:
     """End the workers at once, not when the garbage collector comes by."""
     try:
-        yield loader
+        with allowing_many_workers():
+            yield loader
     finally:
         iterator: Any = loader._iterator
         loader._iterator = None

@@ -20,7 +20,7 @@ from saev_torch.progress import Progress
 
 __all__ = ["BLOCKS_NBYTES", "THREADS", "Findings", "describe", "examine"]
 
-BLOCKS_NBYTES = (48 << 10, 192 << 10, 768 << 10, 4 << 20)
+BLOCKS_NBYTES = (12 << 10, 48 << 10, 192 << 10, 768 << 10, 4 << 20)
 THREADS = (1, 2, 4, 8, 16)
 _WORKERS = (0, 1, 2, 4, 8)
 _WINDOW_NBYTES = 400_000_000

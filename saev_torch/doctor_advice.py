@@ -116,11 +116,16 @@ class Recommended:
 
 
 def interpolate(grid: Grid, n_threads: int, nbytes: float) -> float:
-    """Rate for a size of block between those that were measured, with at most so many threads."""
+    """Rate for a size of block between those that were measured, with at most so many threads.
+
+    Blocks smaller than any that was measured are taken to come as many in a second.
+    """
     threads = max((t for t, _ in grid if t <= n_threads), default=min(t for t, _ in grid))
     points = sorted((size, rate) for (t, size), rate in grid.items() if t == threads)
     below = max((p for p in points if p[0] <= nbytes), default=points[0])
     above = min((p for p in points if p[0] >= nbytes), default=points[-1])
+    if nbytes < points[0][0]:
+        return points[0][1] * nbytes / points[0][0]
     if below[0] >= above[0]:
         return below[1]
     share = math.log(nbytes / below[0]) / math.log(above[0] / below[0])

@@ -144,7 +144,7 @@ def test_doctor(make_shards: Make, tmp_path: Path) -> None:
     assert all(math.isfinite(number) for number in _numbers(found))
     for grid in (found["cold"], found["warm"]):
         assert {(row["n_threads"], row["block_nbytes"] >> 10) for row in grid} == {
-            (t, nbytes) for t in (1, 2, 4, 8, 16) for nbytes in (48, 192, 768, 4096)
+            (t, nbytes) for t in (1, 2, 4, 8, 16) for nbytes in (12, 48, 192, 768, 4096)
         }
         assert min(row["gb_per_s"] for row in grid) > 0
     cores = found["machine"]["n_affinity"]
@@ -390,7 +390,7 @@ def test_rates_are_interpolated_between_those_measured() -> None:
     assert interpolate(grid, 1, 1000) == pytest.approx(2.0)
     assert interpolate(grid, 3, 1000) == pytest.approx(2.0)
     assert interpolate(grid, 4, 100) == 2.0
-    assert interpolate(grid, 9, 99) == 2.0
+    assert interpolate(grid, 9, 50) == 1.0
     assert interpolate(grid, 9, 10_001) == 6.0
 
 

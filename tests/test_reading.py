@@ -213,7 +213,7 @@ def test_a_shard_that_became_shorter(make_shards, lost):
     nbytes = path.stat().st_size - lost
     os.truncate(path, nbytes)
     message = r"acts000000\.bin: expected \d+ bytes at offset \d+, got \d+: the file became shorter"
-    with pytest.raises(ReadError, match=rf"{message} .*\(now {nbytes} bytes\)") as caught:
+    with pytest.raises(ReadError, match=message) as caught:
         rows_of_one_shard(store, NARROW, 0)()
     words = str(caught.value).split()
     offset, got = (int(words[words.index(before) + 1].rstrip(",:")) for before in ("offset", "got"))
