@@ -178,7 +178,7 @@ class ActivationsDataModule(LightningDataModule):
         return self.train_dataloader().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a checkpoint was saved.
+        """Continue where a checkpoint was saved, in a trainer that has restored its counts from it.
 
         Args:
             state_dict: What `state_dict` returned.

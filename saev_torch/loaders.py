@@ -119,11 +119,11 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         self._batches = None
 
     def follow_epoch(self, epoch: int) -> None:
-        """Let an iteration that has begun, but has yielded nothing yet, be that of another epoch."""
+        """Let an iteration that has begun, but has yielded nothing yet, be that of a later epoch."""
         # Lightning makes the iterator first, and then says which epoch it is for: after a resume not the one that it
-        # would be by itself.
+        # would be by itself. It counts from 0, so where the user chose an epoch or loaded a state, it may be behind.
         batches = None if self._batches is None else self._batches()
-        if batches is None or batches.iterator is None or batches.progress.n_taken or batches.position.epoch == epoch:
+        if batches is None or batches.iterator is None or batches.progress.n_taken or batches.position.epoch >= epoch:
             return
         self.shutdown()
         self.dataset.set_epoch(epoch)

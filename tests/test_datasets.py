@@ -301,36 +301,42 @@ def test_ignored_labels(make_shards, n_workers):
     assert len(labels) == loader.dataset.n_samples == wanted
 
 
-def test_min_buffer_fill(make_shards, monkeypatch):
-    """More is read before the first batch comes, and the batches are the same."""
+@pytest.mark.parametrize(
+    ("fill", "n_rows", "is_enough"),
+    [(0.0, 30, True), (0.5, 30, False), (1.0, 30, False), (0.5, 110, True), (1.0, 110, True)],
+)
+def test_min_buffer_fill(make_shards, monkeypatch, fill, n_rows, is_enough):
+    """More must be read before the first batch comes; the batches are the same.
+
+    Of 128 rows that the buffer holds some 90 will do: a batch is made from as many chunks as a lane has slots, and each
+    chunk goes to as many slots, so that not all rows must be there for all of it to be mixed as well as it will be.
+    """
     # Rows of 32 KB, which are too far apart to be read in one call.
     spec = Spec(n_examples=20, content_tokens=10, layers=(3,), d_model=8192, labels=False)
-    cfg = ShuffledConfig(shards=make_shards(spec), layer=3, batch_size=2, buffer_size=64, n_threads=1)
-    wanted = list(ShuffledActivations(cfg))
+    cfg = ShuffledConfig(
+        shards=make_shards(spec), layer=3, batch_size=2, buffer_size=64, n_threads=1, min_buffer_fill=fill,
+        batch_timeout_s=20.0 if is_enough else 1.0,
+    )  # fmt: skip
+    wanted = list(ShuffledActivations(dataclasses.replace(cfg, min_buffer_fill=0.0)))
     real, n_read, go_on = reading._preadv, [0], threading.Event()
 
     def preadv(*args):
-        if n_read[0] and not go_on.is_set():
-            time.sleep(0.002)  # so that the first batch can be taken as soon as it is there
+        if n_read[0] >= n_rows * 8192 * 4:
+            go_on.wait(60)
         n = real(*args)
         n_read[0] += n
         return n
 
     monkeypatch.setattr(reading, "_preadv", preadv)
-    n_rows = {}
-    for fill in (0.0, 0.5, 1.0):
-        n_read[0] = 0
-        go_on.clear()
-        iterator = iter(ShuffledActivations(dataclasses.replace(cfg, min_buffer_fill=fill)))
-        batches = [next(iterator)]
-        n_rows[fill] = n_read[0] / (8192 * 4)
+    iterator = iter(ShuffledActivations(cfg))
+    if is_enough:
+        first = next(iterator)
         go_on.set()
-        contracts.assert_same([*batches, *iterator], wanted)
-    # Of 128 rows that the buffer holds. A batch is made from as many chunks as a lane has slots, and each chunk goes to
-    # as many slots, so that half of the rows are there when all of it is mixed as well as it will be.
-    assert n_rows[0.0] <= 30
-    assert n_rows[0.0] < n_rows[0.5] <= n_rows[1.0]
-    assert n_rows[1.0] >= 50
+        contracts.assert_same([first, *iterator], wanted)
+    else:
+        with pytest.raises(StalledReadError):
+            next(iterator)
+        go_on.set()
 
 
 # A read that does not return

@@ -274,6 +274,21 @@ def test_a_checkpoint_of_another_config_is_refused(cfg: ShuffledConfig, tmp_path
             fit(way, dataclasses.replace(cfg, seed=3), Model(), resume=path, max_epochs=1)
 
 
+def test_what_the_user_chose_wins(cfg: ShuffledConfig, epochs: list[list[int]]) -> None:
+    """A trainer that begins says epoch 0, but the loader was told where to go on."""
+    loader = ShuffledDataLoader(cfg)
+    state = loader.dataset.state_dict(n_batches=5, epoch=2)
+    for choose, wanted in (
+        (lambda: loader.set_epoch(3), epochs[3]),
+        (lambda: loader.load_state_dict(state), epochs[2][5:] + epochs[3]),
+    ):
+        model = Model()
+        choose()
+        make_trainer(max_epochs=2, limit_train_batches=len(wanted) // 2 if len(wanted) > 20 else 20).fit(model, loader)
+        assert [digest for *_, digest in model.seen][: len(wanted)] == wanted
+    loader.shutdown()
+
+
 def test_one_module_for_two_runs(cfg: ShuffledConfig, epochs: list[list[int]]) -> None:
     data, first, second = ActivationsDataModule(cfg), Model(), Model()
     make_trainer(max_epochs=1).fit(first, datamodule=data)

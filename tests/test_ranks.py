@@ -36,7 +36,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "24 full batches": (48, 13, {"buffer_size": 8}),
     "24 full batches and another": (49, 13, {"buffer_size": 8}),
     "all buffered": (49, 13, {"buffer_size": 64}),
-    "26 full batches and another, one shard": (53, 100, {"buffer_size": 8}),
+    "26 full batches and another, one shard, layers side by side": (53, 100, {"buffer_size": 8, "layer": (7, 3)}),
     "3 batches": (5, 2, {"buffer_size": 8}),
     "1 batch": (1, 2, {"buffer_size": 8}),
 }
@@ -47,7 +47,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     n_examples, per_shard, fields = CASES[request.param]
     root = tmp_path_factory.mktemp("ranks") / "shards"
     shards = factory.make_shards(root, n_examples=n_examples, examples_per_shard=per_shard)
-    return shards, {"batch_size": 12, **fields}
+    return shards, {"batch_size": 12, "layer": 7, **fields}
 
 
 def together(per_rank: list[contracts.Batches]) -> contracts.Batches:
@@ -67,7 +67,7 @@ def padded(whole: contracts.Batches, world_size: int, drop_last: bool) -> contra
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_ranks_together_yield_the_sequence(case: tuple[Path, dict[str, Any]], world_size: int, drop_last: bool) -> None:
     shards, fields = case
-    cfg = ShuffledConfig(shards=shards, layer=7, drop_last=drop_last, **fields)
+    cfg = ShuffledConfig(shards=shards, drop_last=drop_last, **fields)
     whole = list(ShuffledActivations(cfg))
     # Which batches are left out is settled before there are workers: not every case needs to start them for that.
     for n_workers in (0,) if drop_last and len(whole) != 26 else (0, 1, 2, 3):
@@ -83,7 +83,7 @@ def test_ranks_together_yield_the_sequence(case: tuple[Path, dict[str, Any]], wo
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_ranks_in_file_order(case: tuple[Path, dict[str, Any]], world_size: int, drop_last: bool) -> None:
     shards, fields = case
-    cfg = OrderedConfig(shards=shards, layer=7, drop_last=drop_last, **fields)
+    cfg = OrderedConfig(shards=shards, drop_last=drop_last, **fields)
     whole = list(OrderedActivations(cfg))
     per_rank = [list(OrderedActivations(cfg, rank=rank, world_size=world_size)) for rank in range(world_size)]
     contracts.assert_same(together(per_rank), padded(whole, world_size, drop_last))

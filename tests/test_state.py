@@ -50,7 +50,7 @@ class Run:
 
 def make_run(root: Path, n_examples: int, kind: type[Any] = ShuffledConfig, **fields: Any) -> Run:
     shards = factory.make_shards(root / "shards", n_examples=n_examples, examples_per_shard=23)
-    cfg = kind(shards=shards, layer=7, batch_size=12, **fields)
+    cfg = kind(**{"shards": shards, "layer": 7, "batch_size": 12, **fields})
     ds = contracts.make_data_set(cfg)
     return Run(cfg, tuple(list(ds) for _ in range(3)))
 
@@ -67,10 +67,15 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(tmp_path_factory.mktemp("large"), 261, buffer_size=16)
 
 
-@pytest.fixture(scope="module", params=["shuffled", "in file order"])
+@pytest.fixture(scope="module", params=["shuffled", "in file order", "layers side by side"])
 def either(request: pytest.FixtureRequest, small: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The small one in both orders."""
-    return small if request.param == "shuffled" else make_run(tmp_path_factory.mktemp("ordered"), 25, OrderedConfig)
+    """The small one in both orders, and with aligned layers."""
+    if request.param == "shuffled":
+        return small
+    root = tmp_path_factory.mktemp("either")
+    if request.param == "in file order":
+        return make_run(root, 25, OrderedConfig)
+    return make_run(root, 25, layer=(7, 3), tokens="all", buffer_size=4)
 
 
 def take(source: Any, n: int) -> contracts.Batches:
@@ -349,8 +354,9 @@ def test_resuming_reads_one_buffer(wide: ShuffledConfig, n_workers: int, min_buf
         loader.shutdown()
     buffers = [nbytes / buffer_nbytes for nbytes in found]
     print(f"{n_workers} workers, {min_buffer_fill}: {buffers} buffers, where 500 batches are {500 / 64:.1f}")
-    assert 1 / 64 < min(buffers) < 1.1
-    assert max(buffers) < 1.5
+    # Workers go on reading while the first batch is on its way.
+    assert 1 / 64 < min(buffers) < 1.5
+    assert max(buffers) < 2
 
 
 # States that belong to something else
