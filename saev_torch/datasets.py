@@ -45,6 +45,7 @@ _log = logging.getLogger("saev_torch")
 _ORDERED_THREADS = 4
 _INDEXED_THREADS = 4
 _INDEXED_SLOTS = 4
+_SLOW_S_PER_ROW = 20e-6
 _MIN_PARALLEL = 512
 
 _worker_pools: dict[int, SlotPool] = {}
@@ -599,6 +600,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         self._selection = Selection(self._store.metadata, cfg.tokens, cfg.layer)
         self.index_map = IndexMap(self._store.metadata, cfg.tokens, cfg.layer)
         self._pool: SlotPool | None = None
+        self._is_slow = False
         if cfg.debug:
             _log_to_stderr()
             _log.debug("%s: %d samples", cfg.shards, len(self))
@@ -662,13 +664,16 @@ class IndexedDataset(Dataset[dict[str, Any]]):
                 for extents in make_sample_extents(selection, cells, places)
                 for start, stop in extents.cut(max(1, sum(extents.nbytes) // _INDEXED_THREADS + 1))
             ]
-            if n < _MIN_PARALLEL:
+            began = time.monotonic()
+            if n < _MIN_PARALLEL or not self._is_slow:
                 for job in jobs:
                     job()
             else:
                 with ThreadPoolExecutor(_INDEXED_THREADS) as threads:
                     for done in [threads.submit(job) for job in jobs]:
                         done.result()
+            # Threads help where a disk is waited for; else such short reads only make them wait for each other.
+            self._is_slow = n * _SLOW_S_PER_ROW < time.monotonic() - began
             back = np.empty_like(order)
             back[order] = np.arange(n)
             labels = read_cell_labels(store, selection, cells)[back] if store.has_labels else None

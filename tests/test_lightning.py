@@ -278,14 +278,16 @@ def test_what_the_user_chose_wins(cfg: ShuffledConfig, epochs: list[list[int]]) 
     """A trainer that begins says epoch 0, but the loader was told where to go on."""
     loader = ShuffledDataLoader(cfg)
     state = loader.dataset.state_dict(n_batches=5, epoch=2)
-    for choose, wanted in (
-        (lambda: loader.set_epoch(3), epochs[3]),
-        (lambda: loader.load_state_dict(state), epochs[2][5:] + epochs[3]),
-    ):
+    choices = [
+        (lambda: loader.set_epoch(2), epochs[2]),
+        (lambda: loader.load_state_dict(state), epochs[2][5:]),
+        (lambda: None, epochs[3]),
+    ]
+    for choose, wanted in choices:
         model = Model()
         choose()
-        make_trainer(max_epochs=2, limit_train_batches=len(wanted) // 2 if len(wanted) > 20 else 20).fit(model, loader)
-        assert [digest for *_, digest in model.seen][: len(wanted)] == wanted
+        make_trainer(max_epochs=1).fit(model, loader)
+        assert [digest for *_, digest in model.seen] == wanted
     loader.shutdown()
 
 

@@ -303,7 +303,8 @@ import os, signal, sys
 from torch.utils.data import DataLoader
 from saev_torch import ShuffledActivations, ShuffledConfig
 loader = iter(DataLoader(ShuffledActivations(ShuffledConfig(shards=sys.argv[1], layer=3, batch_size=8)), num_workers=2))
-batch = next(loader)
+# One batch of each worker: one that has not begun yet does not know its parent, and torch does not see it die.
+batches = [next(loader), next(loader)]
 print(*(worker.pid for worker in loader._workers), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
