@@ -229,8 +229,9 @@ def test_resume_computes_only_what_is_missing(tmp_path):
         assert record(model, DataLoader(data, batch_size=4), **options) == shards_dir
     finally:
         torch.set_num_threads(torch_threads)
-    # The first batch once more, for its shape, and the three that were missing.
-    assert n_calls == 3 + 1 + 3
+    # The first batch once more, for its shape, and the three that were missing; a fourth, if it was on its way when the
+    # loop died.
+    assert 3 + 1 + 3 <= n_calls <= 3 + 1 + 4
     assert content(shards_dir) == expected
 
 
