@@ -13,6 +13,7 @@ from saev_torch.errors import (
     ShardsNotFoundError,
     StalledReadError,
     StateError,
+    WorkerLostError,
     WriteError,
 )
 from saev_torch.folding import FoldedWeights, fold
@@ -60,6 +61,7 @@ __all__ = [
     "Statistics",
     "StreamDigest",
     "VerifyReport",
+    "WorkerLostError",
     "WriteError",
     "batch_digest",
     "batch_metrics",

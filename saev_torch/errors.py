@@ -12,6 +12,7 @@ __all__ = [
     "ShardsNotFoundError",
     "StalledReadError",
     "StateError",
+    "WorkerLostError",
     "WriteError",
 ]
 
@@ -38,6 +39,10 @@ class ReadError(SaevTorchError, OSError):
 
 class StalledReadError(SaevTorchError, TimeoutError):
     """No batch could be made within `batch_timeout_s`, because a read did not return."""
+
+
+class WorkerLostError(SaevTorchError, RuntimeError):
+    """A worker process ended before its batch was taken over; torch says the same with a `RuntimeError`."""
 
 
 class StateError(SaevTorchError, ValueError):

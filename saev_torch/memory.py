@@ -21,13 +21,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.errors import ReadError
+from saev_torch.errors import ReadError, WorkerLostError
 
 __all__ = ["Lease", "Slot", "SlotPool", "attach", "can_share"]
 
 _HEADER = mmap.PAGESIZE
 _SENT, _RETURNED = 0, 1
 _HUGE_PAGE = 2 << 20
+_LOST = (
+    "DataLoader worker (pid {}) exited unexpectedly: its batch cannot be received. Workers are killed most often where "
+    "memory runs out; go on from the last state with fewer workers or a smaller buffer_size."
+)
 _numbers = itertools.count()
 
 
@@ -204,7 +208,7 @@ def attach(pid: int, number: int, fd: int, nbytes: int) -> Lease:
     The mapping is kept for the next batch in the same slot until the worker's `Process` object is gone.
 
     Raises:
-        ReadError: The worker is gone.
+        WorkerLostError: The worker is gone.
     """
     with _mapped_lock:
         memory = _mapped.get(pid, {}).get(number)
@@ -228,10 +232,10 @@ def _map(pid: int, fd: int, nbytes: int) -> NDArray[np.uint8]:
     try:
         own = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
     except OSError as err:
-        raise ReadError(f"worker process {pid}: its batch cannot be received, because the process is gone.") from err
+        raise WorkerLostError(_LOST.format(pid)) from err
     try:
         if os.fstat(own).st_size != nbytes + _HEADER:
-            raise ReadError(f"worker process {pid}: its batch cannot be received, because the process is gone.")
+            raise WorkerLostError(_LOST.format(pid))
         pages: Any = mmap.mmap(own, nbytes + _HEADER)
     finally:
         os.close(own)

@@ -20,6 +20,20 @@ GRACE_S = 3.0
 # What multiprocessing (pools) and matplotlib (fonts) keep for the life of the process, in which they are few.
 _POOLS = ("/pym-", "/mpl-data/fonts/")
 
+# Not ours, and of no consequence here; as marks they also hold under `pytest -W error`.
+FOREIGN_WARNINGS = (
+    # torchdata 0.11 itself calls this when a StatefulDataLoader is made.
+    "ignore:'set_vital' is deprecated:UserWarning",
+    # The order must not depend on the number of workers, so tests use more than a small machine has cores.
+    "ignore:This DataLoader will create .* worker processes in total:UserWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for warning in FOREIGN_WARNINGS:
+            item.add_marker(pytest.mark.filterwarnings(warning))
+
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., Path]:

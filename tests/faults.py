@@ -462,11 +462,11 @@ FAULTS = (
           kind=ShuffledConfig),
     # Processes
     Fault("killed-worker", "a worker is killed (kill -9, or out of memory)",
-          "torch's `RuntimeError`: worker and signal", "RuntimeError",
+          "a `RuntimeError` (torch's, or our `WorkerLostError`): the worker", "RuntimeError",
           (r"DataLoader worker \(pid\(?s?\)? ?\d+\)? (is killed by signal: Killed|exited unexpectedly)",), kill_worker,
           workers=2, within_s=8.0),
     Fault("killed-resume", "the same, and training goes on from the last state of a ready-made loader",
-          "the same error each time, then the batches that are left", None, (), kill_worker, workers=2,
+          "an error each time, then the batches that are left", None, (), kill_worker, workers=2,
           scene=resume_after_error, within_s=10.0),
     Fault("stopped-worker", "a worker is stopped (SIGSTOP), `DataLoader(timeout=2)`",
           "after the timeout torch's `RuntimeError`", "RuntimeError", (r"timed out after 2 seconds",), stop_worker,

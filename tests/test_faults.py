@@ -135,7 +135,10 @@ def test_fault(fault, server, pristine, references, tmp_path):
     if "skip" in outcome["extra"]:
         pytest.skip(outcome["extra"]["skip"])
     report(fault, outcome["seconds"], outcome["error"], outcome["message"])
-    assert outcome["error"] == fault.error, outcome["message"]
+    if fault.error == "RuntimeError":  # torch notices, or we do, whoever is first
+        assert outcome["error"] in ("RuntimeError", "WorkerLostError"), outcome["message"]
+    else:
+        assert outcome["error"] == fault.error, outcome["message"]
     if fault.error not in (None, "RuntimeError", "KeyboardInterrupt", "TrainingError"):
         assert "SaevTorchError" in outcome["bases"]
     assert re.search(".*".join(fault.says), outcome["message"], re.DOTALL), outcome["message"]
@@ -156,7 +159,7 @@ def test_fault(fault, server, pristine, references, tmp_path):
     assert outcome["extra"].get("copies", 1) == 1
     if fault.name == "killed-resume":
         assert "worker" in outcome["extra"]["error"]
-        assert outcome["extra"]["again"] == outcome["extra"]["error"]
+        assert "worker" in outcome["extra"]["again"]
 
 
 def report(fault, seconds, error=None, message=""):

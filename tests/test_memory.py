@@ -15,7 +15,7 @@ from conftest import Resources
 from factory import Spec
 from torch.utils.data import DataLoader
 
-from saev_torch import ReadError, ShuffledActivations, ShuffledConfig, memory
+from saev_torch import ReadError, ShuffledActivations, ShuffledConfig, WorkerLostError, memory
 from saev_torch.memory import Slot, SlotPool, attach, can_share
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +150,7 @@ def test_a_worker_that_is_gone():
     child = multiprocessing.get_context("fork").Process(target=int)
     child.start()
     child.join()
-    with pytest.raises(ReadError, match=f"worker process {child.pid}: .* the process is gone"):
+    with pytest.raises(WorkerLostError, match=rf"worker \(pid {child.pid}\) exited unexpectedly: .* go on from the last state"):
         attach(child.pid, 0, 3, NBYTES)
     child.close()
 
@@ -158,7 +158,7 @@ def test_a_worker_that_is_gone():
 def test_a_name_of_something_else(tmp_path):
     """Another process may have the number by now: what is found must at least be of the right size."""
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    with pytest.raises(ReadError, match="the process is gone"):
+    with pytest.raises(WorkerLostError, match="exited unexpectedly"):
         attach(os.getpid(), 0, fd, NBYTES)
     os.close(fd)
 
