@@ -150,7 +150,7 @@ def test_a_worker_that_is_gone():
     child = multiprocessing.get_context("fork").Process(target=int)
     child.start()
     child.join()
-    with pytest.raises(WorkerLostError, match=rf"worker \(pid {child.pid}\) exited unexpectedly: .* go on from the last state"):
+    with pytest.raises(WorkerLostError, match=rf"worker \(pid {child.pid}\) exited unexpectedly: .* the last state"):
         attach(child.pid, 0, 3, NBYTES)
     child.close()
 
