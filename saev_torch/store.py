@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.blocks import expand_runs
 from saev_torch.errors import ConfigError, FormatError, ReadError
 from saev_torch.files import open_regular
 from saev_torch.metadata import Metadata
@@ -34,6 +35,8 @@ _pread.restype = ctypes.c_ssize_t
 
 _LABELS = -1
 _MAX_OPEN = 256
+# A labels.bin up to this size is kept in memory once read: a block's few labels cost a read as dear as its activations.
+_MAX_KEPT_NBYTES = 32 << 20
 
 
 def _limit_open() -> int:
@@ -87,6 +90,8 @@ class ShardStore:
     def _forget(self) -> None:
         self.retries = Retries()
         self._lock = threading.Lock()
+        self._labels_lock = threading.Lock()
+        self._labels: NDArray[np.uint8] | None = None
         # Number of a shard -> [descriptor, users], least recently used first.
         self._open: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
         self._limit = _limit_open()
@@ -242,6 +247,9 @@ class ShardStore:
             ReadError: Reading failed, or the file became shorter.
         """
         ends = np.cumsum(lengths)
+        nbytes = self.metadata.n_examples * self.metadata.content_tokens_per_example
+        if nbytes <= _MAX_KEPT_NBYTES:
+            return self._keep_labels(nbytes)[expand_runs(starts, lengths)]
         labels = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
         addresses = labels.ctypes.data + ends - lengths
         wanted = lengths.tolist()
@@ -253,6 +261,19 @@ class ShardStore:
                 if n != length:
                     self._read_rest(labels[end - length : end], first, n, code)
         return labels
+
+    def _keep_labels(self, nbytes: int) -> NDArray[np.uint8]:
+        """Read all of labels.bin, the first time."""
+        with self._labels_lock:
+            if self._labels is None:
+                labels = np.empty(nbytes, dtype=np.uint8)
+                with self.opened(_LABELS) as fd:
+                    n = _pread(fd, labels.ctypes.data, nbytes, 0)
+                    code = ctypes.get_errno()
+                if n != nbytes:
+                    self._read_rest(labels, 0, n, code)
+                self._labels = labels
+            return self._labels
 
     def _read_rest(self, labels: NDArray[np.uint8], offset: int, n: int, code: int) -> None:
         """Finish a run whose first read returned `n`, trying again where that may help."""
