@@ -16,19 +16,19 @@ from saev_torch.errors import (
     WorkerLostError,
     WriteError,
 )
-from saev_torch.folding import FoldedWeights, fold
-from saev_torch.labels import pixel_to_token_labels
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.metadata import Metadata, PixelAgg
-from saev_torch.planner import Prediction, find_best, find_smallest, predict
-from saev_torch.quality import batch_metrics
-from saev_torch.recorder import record, token_windows
-from saev_torch.repacking import repack
+from saev_torch.quality.metrics import batch_metrics
+from saev_torch.quality.planner import Prediction, find_best, find_smallest, predict
 from saev_torch.selection import Index, IndexMap
 from saev_torch.shards import Shard, ShardInfo
-from saev_torch.statistics import Statistics, compute_statistics
-from saev_torch.verifying import Fault, VerifyReport, verify
-from saev_torch.writer import ShardWriter
+from saev_torch.stats.folding import FoldedWeights, fold
+from saev_torch.stats.statistics import Statistics, compute_statistics
+from saev_torch.tools.repack import repack
+from saev_torch.tools.verify import Fault, VerifyReport, verify
+from saev_torch.writing.labels import pixel_to_token_labels
+from saev_torch.writing.recorder import record, token_windows
+from saev_torch.writing.writer import ShardWriter
 
 __all__ = [
     "ActivationBatch",

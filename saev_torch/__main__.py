@@ -32,20 +32,22 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "bench": Command("saev_torch.bench", "measure how fast the loaders are here; --doctor recommends options"),
+    "bench": Command("saev_torch.bench.command", "measure how fast the loaders are here; --doctor recommends options"),
     "demo": Command(
-        "saev_torch.demo", "record a real model, train a sparse autoencoder on it, draw what it found", extra="demo"
+        "saev_torch.demo.command",
+        "record a real model, train a sparse autoencoder on it, draw what it found",
+        extra="demo",
     ),
     "inspect": Command(
-        "saev_torch.inspecting", "say what is in a shard directory, with a picture if wanted", extra="demo"
+        "saev_torch.tools.inspect", "say what is in a shard directory, with a picture if wanted", extra="demo"
     ),
     "plan": Command(
-        "saev_torch.plan_command", "predict how well a configuration mixes, reads and fits in memory", extra="plot"
+        "saev_torch.quality.command", "predict how well a configuration mixes, reads and fits in memory", extra="plot"
     ),
     "repack": Command(
-        "saev_torch.repacking", "write a shard directory again: fewer layers, other files, some examples"
+        "saev_torch.tools.repack", "write a shard directory again: fewer layers, other files, some examples"
     ),
-    "verify": Command("saev_torch.verifying", "check sizes, checksums and values of a shard directory"),
+    "verify": Command("saev_torch.tools.verify", "check sizes, checksums and values of a shard directory"),
 }
 
 # What an extra cannot install, as it must come without the packages it declares.

@@ -34,7 +34,7 @@ from saev_torch.reading import make_sample_extents, read_cell_labels, read_exten
 from saev_torch.schedule import Share, count_open_slots, make_steps
 from saev_torch.selection import IndexMap, Selection
 from saev_torch.state import Position, dump_state, load_state
-from saev_torch.statistics import compute_scale
+from saev_torch.stats.statistics import compute_scale
 from saev_torch.store import ShardStore
 from saev_torch.world import World, check_world, consumer_pid, find_world
 

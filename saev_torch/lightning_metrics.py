@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from saev_torch.errors import ConfigError
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
-from saev_torch.quality import batch_metrics
+from saev_torch.quality.metrics import batch_metrics
 
 __all__ = ["LoaderMetrics"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from saev_torch.recorder import record
+from saev_torch.writing.recorder import record
 
 N_EXAMPLES, N_TOKENS, D_MODEL = 22, 5, 16
 

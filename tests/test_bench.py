@@ -20,15 +20,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from saev_torch import IndexedConfig, IndexedDataset, Metadata, ShuffledConfig
-from saev_torch import bench_machine as machine
-from saev_torch.bench_data import BenchData, choose_ignored
-from saev_torch.bench_memmap import IndexBatches, MemmapBatches, MemmapSamples
-from saev_torch.bench_memory import MemoryUse
-from saev_torch.bench_raw import grid_pieces, layer_pieces, read_rate
-from saev_torch.bench_report import compare_cold, compare_warm
-from saev_torch.bench_sides import Side
-from saev_torch.bench_timing import Measured
-from saev_torch.doctor_advice import Vitals, interpolate, recommend
+from saev_torch.bench import machine
+from saev_torch.bench.advice import Vitals, interpolate, recommend
+from saev_torch.bench.data import BenchData, choose_ignored
+from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
+from saev_torch.bench.memory import MemoryUse
+from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate
+from saev_torch.bench.report import compare_cold, compare_warm
+from saev_torch.bench.sides import Side
+from saev_torch.bench.timing import Measured
 from saev_torch.store import ShardStore
 
 Make = Callable[..., Path]

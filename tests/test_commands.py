@@ -12,9 +12,9 @@ from factory import Spec, oracle, oracle_labels
 
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.metadata import Metadata
-from saev_torch.repacking import repack
-from saev_torch.verifying import verify
-from saev_torch.writer import ShardWriter
+from saev_torch.tools.repack import repack
+from saev_torch.tools.verify import verify
+from saev_torch.writing.writer import ShardWriter
 
 SPEC = Spec(n_examples=11, d_model=8)
 ROOT = Path(__file__).parent.parent
@@ -140,7 +140,7 @@ def test_what_repack_writes(make_shards, tmp_path, options):
 
 def test_small_pieces(shards_dir, tmp_path, monkeypatch):
     whole = repack(shards_dir, tmp_path / "whole", layers=[7, 3])
-    monkeypatch.setattr("saev_torch.repacking._BATCH_NBYTES", 1)
+    monkeypatch.setattr("saev_torch.tools.repack._BATCH_NBYTES", 1)
     assert content(repack(shards_dir, tmp_path / "pieces", layers=[7, 3])) == content(whole)
 
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saev_torch.labels import pixel_to_token_labels
 from saev_torch.metadata import PixelAgg
+from saev_torch.writing.labels import pixel_to_token_labels
 
 
 def brute_force(mask, rows, columns, agg, bg_label):
@@ -41,7 +41,7 @@ def test_against_brute_force(data):
 def test_many_masks_in_pieces(monkeypatch):
     masks = np.random.default_rng(0).integers(0, 3, size=(2, 5, 8, 12))
     whole = pixel_to_token_labels(masks, (4, 3))
-    monkeypatch.setattr("saev_torch.labels._PIXELS_PER_PIECE", 7000)
+    monkeypatch.setattr("saev_torch.writing.labels._PIXELS_PER_PIECE", 7000)
     assert pixel_to_token_labels(masks, (4, 3)).equal(whole)
     assert whole.shape == (2, 5, 12)
 

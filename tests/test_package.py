@@ -28,9 +28,9 @@ LAYERS = [
     "permute",
     "selection",
     "ranges",
+    "blocks",
     "store",
     "localcopy",
-    "blocks",
     "plan",
     "schedule",
     "reading",
@@ -44,52 +44,52 @@ LAYERS = [
     "batch",
     "device",
     "state",
-    "cached",
-    "moments",
-    "streaming",
-    "statistics",
-    "folding",
+    "stats.cached",
+    "stats.moments",
+    "stats.streaming",
+    "stats.statistics",
+    "stats.folding",
     "datasets",
     "loaders",
     "lightning",
     "nodes",
     "pipes",
-    "quality",
-    "planner",
-    "mixing",
-    "mixing_figure",
-    "plan_command",
+    "quality.metrics",
+    "quality.planner",
+    "quality.mixing",
+    "quality.figure",
+    "quality.command",
     "lightning_metrics",
-    "checksums",
-    "incoming",
-    "journal",
-    "publish",
-    "writer",
-    "labels",
+    "writing.checksums",
+    "writing.incoming",
+    "writing.journal",
+    "writing.publish",
+    "writing.writer",
+    "writing.labels",
     "progress",
-    "verifying",
-    "taps",
-    "recorder",
-    "overview",
-    "overview_figure",
-    "inspecting",
-    "repacking",
-    "bench_machine",
-    "bench_raw",
-    "bench_data",
-    "bench_memmap",
-    "bench_sides",
-    "bench_timing",
-    "bench_memory",
-    "bench_report",
-    "bench_rounds",
-    "doctor_advice",
-    "doctor",
-    "bench",
-    "demo_record",
-    "demo_sae",
-    "demo_figure",
-    "demo",
+    "tools.verify",
+    "writing.taps",
+    "writing.recorder",
+    "tools.overview",
+    "tools.figure",
+    "tools.inspect",
+    "tools.repack",
+    "bench.machine",
+    "bench.raw",
+    "bench.data",
+    "bench.memmap",
+    "bench.sides",
+    "bench.timing",
+    "bench.memory",
+    "bench.report",
+    "bench.rounds",
+    "bench.advice",
+    "bench.doctor",
+    "bench.command",
+    "demo.record",
+    "demo.sae",
+    "demo.figure",
+    "demo.command",
     "__main__",
 ]
 # The core must not need the demo, nor what only the demo needs.
@@ -112,23 +112,35 @@ def test_the_contract_is_exported() -> None:
 
 
 def test_every_module_has_its_layer() -> None:
-    assert sorted(path.stem for path in PACKAGE.glob("*.py")) == sorted([*LAYERS, "__init__"])
+    files = {path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert files == {_path(module) for module in LAYERS}
 
 
 @pytest.mark.parametrize("module", LAYERS)
 def test_modules_import_only_downward(module: str) -> None:
     below = LAYERS[: LAYERS.index(module)]
-    imported = _imported(ast.parse((PACKAGE / f"{module}.py").read_text()))
-    ours = {name.split(".")[1] for name in imported if name.startswith("saev_torch.")}
+    imported = _imported(ast.parse(_path(module).read_text()))
+    ours = {name.removeprefix("saev_torch.") for name in imported if name.startswith("saev_torch.")}
     assert "saev_torch" not in imported, "import from the module that defines the name, not from the package"
     assert ours <= set(below), f"{module} imports {sorted(ours - set(below))}, which are not below it"
 
 
 @pytest.mark.parametrize("module", ["__init__", *LAYERS])
 def test_only_the_demo_needs_its_extra(module: str) -> None:
-    imported = _imported(ast.parse((PACKAGE / f"{module}.py").read_text()))
-    if not module.startswith(("demo", "lightning")) and not module.endswith("_figure"):
+    imported = _imported(ast.parse(_path(module).read_text()))
+    if not module.startswith(("demo.", "lightning")) and not module.endswith(".figure"):
         assert not {name.split(".")[0] for name in imported} & set(EXTRAS)
+
+
+@pytest.mark.parametrize("init", [path.parent.name for path in PACKAGE.glob("*/__init__.py")])
+def test_packages_only_say_what_they_are_for(init: str) -> None:
+    tree = ast.parse((PACKAGE / init / "__init__.py").read_text())
+    assert ast.get_docstring(tree)
+    assert len(tree.body) == 1
+
+
+def _path(module: str) -> Path:
+    return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
 def _imported(tree: ast.AST) -> set[str]:
@@ -140,8 +152,8 @@ def _imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
             found.add(node.module or "")
-            if node.module == "saev_torch":
-                found |= {f"saev_torch.{alias.name}" for alias in node.names}
+            if (PACKAGE.parent / (node.module or "").replace(".", "/") / "__init__.py").exists():
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -173,7 +185,7 @@ def test_help_lists_the_commands_and_imports_none() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ +demo +\w", done.stdout, re.MULTILINE)
-    assert "saev_torch.demo" not in done.stdout.split()
+    assert "saev_torch.demo.command" not in done.stdout.split()
 
 
 def test_a_command_has_help_of_its_own() -> None:

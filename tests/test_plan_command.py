@@ -7,8 +7,8 @@ from test_planner import make_metadata
 
 from saev_torch import ShuffledConfig, predict
 from saev_torch.__main__ import main
-from saev_torch.mixing import class_mixtures
-from saev_torch.mixing_figure import draw_mixtures, draw_plan
+from saev_torch.quality.figure import draw_mixtures, draw_plan
+from saev_torch.quality.mixing import class_mixtures
 
 
 @pytest.fixture

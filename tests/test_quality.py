@@ -9,8 +9,8 @@ import torch
 from test_planner import make_metadata
 
 from saev_torch import ConfigError, ShuffledActivations, ShuffledConfig, batch_metrics
-from saev_torch.mixing import class_mixtures
-from saev_torch.quality import expected_distinct, expected_entropy
+from saev_torch.quality.metrics import expected_distinct, expected_entropy
+from saev_torch.quality.mixing import class_mixtures
 
 
 def make_batch(examples, tokens, **columns) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from saev_torch.config import OrderedConfig
 from saev_torch.datasets import OrderedActivations
 from saev_torch.errors import ConfigError, ShardsNotFoundError, WriteError
 from saev_torch.metadata import Metadata
-from saev_torch.recorder import record, token_windows
-from saev_torch.taps import find_blocks
+from saev_torch.writing.recorder import record, token_windows
+from saev_torch.writing.taps import find_blocks
 
 NAMES = {"family": "test", "ckpt": "none", "dataset": "none"}
 

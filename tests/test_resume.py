@@ -18,11 +18,11 @@ import rank_writes
 import torch
 from factory import Spec, oracle, oracle_labels
 
-from saev_torch import writer as writer_module
 from saev_torch.errors import ShardsNotFoundError, WriteError
 from saev_torch.metadata import Metadata
 from saev_torch.shards import ShardInfo
-from saev_torch.writer import ShardWriter
+from saev_torch.writing import writer as writer_module
+from saev_torch.writing.writer import ShardWriter
 
 SPEC = Spec(n_examples=120, examples_per_shard=17, d_model=16)
 MD = Metadata(**SPEC.metadata())

@@ -142,7 +142,7 @@ def test_zeros_cannot_be_scaled(make_shards) -> None:
 
 def test_processes_that_start_together_measure_once(shards) -> None:
     code = f"""
-import saev_torch.statistics as s
+import saev_torch.stats.statistics as s
 from saev_torch import ShuffledActivations, ShuffledConfig
 run = s.Pass.run
 def counted(*args):

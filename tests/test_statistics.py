@@ -80,15 +80,15 @@ def test_one_constant_and_one_offset_column(make_shards) -> None:
 @pytest.mark.parametrize("tokens", ["special", "content"])
 def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Many small reads and tasks, some slow, so that threads really finish out of order.
-    monkeypatch.setattr("saev_torch.streaming._READ_NBYTES", 300)
-    monkeypatch.setattr("saev_torch.streaming._TASK_NBYTES", 1000)
+    monkeypatch.setattr("saev_torch.stats.streaming._READ_NBYTES", 300)
+    monkeypatch.setattr("saev_torch.stats.streaming._TASK_NBYTES", 1000)
     turns = itertools.count()
 
     def read(*args) -> None:
         time.sleep(0.002 * (next(turns) % 3 == 0))
         read_extents(*args)
 
-    monkeypatch.setattr("saev_torch.streaming.read_extents", read)
+    monkeypatch.setattr("saev_torch.stats.streaming.read_extents", read)
     shards = make_shards(Spec(n_examples=60))
     # No numbers whose sums are exact in any order.
     acts = np.random.default_rng(0).standard_normal((60, 2, 7, 8)).astype(np.float32)
@@ -162,7 +162,7 @@ def test_kept_outside_the_shards_and_used_again(make_shards, cache_home, monkeyp
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("saev_torch.streaming.measure", fail)
+        patched.setattr("saev_torch.stats.streaming.measure", fail)
         again = compute_statistics(cfg)
         with pytest.raises(AssertionError, match="measured again"):
             compute_statistics(dataclasses.replace(cfg, layer=7))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from saev_torch.errors import SaevTorchError, ShardsNotFoundError, WriteError
 from saev_torch.metadata import Metadata
 from saev_torch.shards import MAX_SHARDS, Shard, ShardInfo, shard_name
-from saev_torch.writer import ShardWriter
+from saev_torch.writing.writer import ShardWriter
 
 # The files that saev 0.1 wrote for the formula of factory.py, by the first 16 hex digits of their SHA-256.
 REFERENCE = {
@@ -155,7 +155,7 @@ def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
 
     md = metadata()
     with monkeypatch.context() as patch:
-        patch.setattr("saev_torch.writer._MAX_PWRITE_BYTES", 1000)
+        patch.setattr("saev_torch.writing.writer._MAX_PWRITE_BYTES", 1000)
         patch.setattr(os, "pwrite", some)
         with ShardWriter(tmp_path, md) as writer:
             writer.write_batch(oracle(md), 0, oracle_labels(md))

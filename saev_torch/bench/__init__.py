@@ -1,0 +1,1 @@
+"""How fast the loaders are on a machine, and what to do about it: `python -m saev_torch bench`."""

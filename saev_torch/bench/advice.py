@@ -1,0 +1,254 @@
+"""From what was measured to what to do: the doctor's conclusions, as functions of figures only."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from saev_torch.bench.memory import PROCESS_NBYTES
+from saev_torch.config import ShuffledConfig
+from saev_torch.metadata import Metadata
+from saev_torch.quality.planner import Prediction, predict
+
+__all__ = ["Forecast", "Grid", "Recommended", "Vitals", "interpolate", "recommend"]
+
+Grid = Mapping[tuple[int, int], float]
+"""GB/s for (threads, bytes of a block)."""
+
+_N_LANES = 8
+_NEARLY = 0.9
+# The training process and the page cache want memory, too.
+_SHARE_FOR_LOADER = 0.5
+# What share of the distinct examples in a batch must stay when reading is made faster.
+_MIXING_KEPT = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Vitals:
+    """What was measured.
+
+    Attributes:
+        cores: Cores' worth of time that there is.
+        available_nbytes: Memory that can be had.
+        metadata: Of the shards.
+        cfg: What is read, with the buffer that is wished for.
+        cold: Rates of reading blocks in random order that are not in the page cache.
+        copying: GB/s of the loader for each number of workers, all in the page cache.
+    """
+
+    cores: float
+    available_nbytes: int
+    metadata: Metadata
+    cfg: ShuffledConfig
+    cold: Grid
+    copying: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an epoch."""
+        md = self.metadata
+        return md.n_examples * md.content_tokens_per_example * md.d_model * 4
+
+    @property
+    def batch_nbytes(self) -> int:
+        """Bytes of a batch."""
+        return self.cfg.batch_size * self.metadata.d_model * 4
+
+    def predict(self, n_workers: int, buffer_size: int, block_size: int | None = None) -> Prediction:
+        """How the shuffle mixes, reads and takes memory with these options."""
+        n_readers = max(1, n_workers)
+        cfg = dataclasses.replace(
+            self.cfg, buffer_size=buffer_size, block_size=block_size, n_lanes=math.lcm(_N_LANES, n_readers)
+        )
+        return predict(self.metadata, cfg, n_readers)
+
+    def loader_nbytes(self, n_workers: int, buffer_size: int) -> int:
+        """Memory of a loader with all its processes."""
+        return self.predict(n_workers, buffer_size).memory_nbytes + PROCESS_NBYTES * (1 + n_workers)
+
+    def fits(self, n_workers: int, buffer_size: int) -> bool:
+        """Whether the data stay in the page cache beside the loader."""
+        return self.nbytes + self.loader_nbytes(n_workers, buffer_size) <= self.available_nbytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """How long epochs will take.
+
+    Attributes:
+        disk: GB/s that the disk gives for reads of this size by so many threads.
+        copying: GB/s that the loader reaches with no disk in the way.
+        first_s: Seconds of the first epoch, nothing in the page cache.
+        later_s: Seconds of the ones after it.
+        first_bound: What bounds the first one: "disk" or "copying".
+        later_bound: What bounds the ones after it: "copying"; or "memory", where the data do not fit into the page
+            cache and so come from the disk again, which is slower than copying.
+    """
+
+    disk: float
+    copying: float
+    first_s: float
+    later_s: float
+    first_bound: str
+    later_bound: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommended:
+    """Options, why, and what comes of them.
+
+    Attributes:
+        num_workers: For the `DataLoader`.
+        n_threads: Of the config, like the ones that follow.
+        n_lanes: Lanes.
+        block_size: Samples in a block; None for the default.
+        buffer_size: Batches of buffer.
+        reasons: One line for each.
+        forecast: How long epochs will take; None before the loader was tried.
+    """
+
+    num_workers: int
+    n_threads: int
+    n_lanes: int
+    block_size: int | None
+    buffer_size: int
+    reasons: Mapping[str, str]
+    forecast: Forecast | None
+
+
+def interpolate(grid: Grid, n_threads: int, nbytes: float) -> float:
+    """Rate for a size of block between those that were measured, with at most so many threads.
+
+    Blocks smaller than any that was measured are taken to come as many in a second.
+    """
+    threads = max((t for t, _ in grid if t <= n_threads), default=min(t for t, _ in grid))
+    points = sorted((size, rate) for (t, size), rate in grid.items() if t == threads)
+    below = max((p for p in points if p[0] <= nbytes), default=points[0])
+    above = min((p for p in points if p[0] >= nbytes), default=points[-1])
+    if nbytes < points[0][0]:
+        return points[0][1] * nbytes / points[0][0]
+    if below[0] >= above[0]:
+        return below[1]
+    share = math.log(nbytes / below[0]) / math.log(above[0] / below[0])
+    return below[1] + share * (above[1] - below[1])
+
+
+def recommend(vitals: Vitals, n_workers: int | None = None) -> Recommended:
+    """Choose options.
+
+    Args:
+        vitals: What was measured. Before the loader was tried, `copying` is empty and `n_workers` must be given.
+        n_workers: Number of workers; None to choose it, too.
+    """
+    reasons: dict[str, str] = {}
+    buffer_size = _choose_buffer(vitals, max(vitals.copying) if n_workers is None else n_workers, reasons)
+    if n_workers is None:
+        n_workers = _choose_workers(vitals, buffer_size, reasons)
+    n_readers = max(1, n_workers)
+    readers = _n(n_readers, "reading process", "reading processes")
+    block_size = _choose_block(vitals, n_workers, buffer_size, reasons)
+    nbytes = vitals.predict(n_workers, buffer_size, block_size).read_nbytes
+    n_total, rate = _fewest_threads(vitals, nbytes)
+    n_threads = max(math.ceil(n_total / n_readers), math.ceil(vitals.cores / n_readers))
+    n_lanes = math.lcm(_N_LANES, n_readers)
+    reasons["n_lanes"] = f"a multiple of {readers}, so that each serves whole lanes"
+    reasons["n_threads"] = (
+        f"in each of {readers}; {n_total} in all read blocks of {_kb(nbytes)} cold at {rate:.2f} GB/s, where more gain "
+        f"less than {1 / _NEARLY - 1:.0%}, and {vitals.cores:g} keep all cores busy"
+    )
+    disk = interpolate(vitals.cold, n_threads * n_readers, nbytes)
+    forecast = _forecast(vitals, n_workers, buffer_size, disk) if vitals.copying else None
+    return Recommended(n_workers, n_threads, n_lanes, block_size, buffer_size, reasons, forecast)
+
+
+def _n(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _kb(nbytes: float) -> str:
+    return f"{nbytes / 1024:.0f} KB"
+
+
+def _choose_buffer(vitals: Vitals, n_workers: int, reasons: dict[str, str]) -> int:
+    wished, room = vitals.cfg.buffer_size, vitals.available_nbytes * _SHARE_FOR_LOADER
+    size = wished
+    while size > 1 and vitals.loader_nbytes(n_workers, size) > room:
+        # Whole lanes, as long as there are batches enough for each.
+        size = size - 1 if size <= _N_LANES else (size - 1) // _N_LANES * _N_LANES
+    whole = vitals.loader_nbytes(n_workers, size) / 1e9
+    reasons["buffer_size"] = (
+        f"{size} batches of {vitals.batch_nbytes / 1e6:.0f} MB; with all that belongs to it up to {whole:.2f} GB of "
+        f"{vitals.available_nbytes / 1e9:.1f} GB available"
+    )
+    if size < wished:
+        reasons["buffer_size"] += f"; {wished} would take more than half of it"
+    return size
+
+
+def _choose_workers(vitals: Vitals, buffer_size: int, reasons: dict[str, str]) -> int:
+    most, wanted = max(vitals.copying), max(vitals.copying.values())
+    why = "nearly the best"
+    if not vitals.fits(most, buffer_size):
+        disk = max(vitals.cold.values())
+        if disk < wanted:
+            wanted, why = disk, f"nearly what the disk gives, {disk:.2f}, from which each epoch must come"
+    enough = [w for w, rate in sorted(vitals.copying.items()) if rate >= _NEARLY * wanted]
+    n_workers = enough[0] if enough else most
+    if n_workers == 0 and len(enough) > 1 and vitals.cores > 1:
+        # So that the training loop has an interpreter to itself.
+        n_workers = enough[1]
+    tried = ", ".join(f"{w}: {rate:.2f}" for w, rate in sorted(vitals.copying.items()))
+    reasons["num_workers"] = f"tried warm, GB/s by workers, {tried}; the fewest that reach {why}"
+    if n_workers and enough[:1] == [0]:
+        reasons["num_workers"] += ", but 0, which would share its interpreter with the training loop"
+    return n_workers
+
+
+def _fewest_threads(vitals: Vitals, nbytes: float) -> tuple[int, float]:
+    """The fewest threads that read blocks of a size at nearly the best rate, and their rate."""
+    rates = {t: interpolate(vitals.cold, t, nbytes) for t in sorted({t for t, _ in vitals.cold})}
+    best = max(rates.values())
+    return next((t, rate) for t, rate in rates.items() if rate >= _NEARLY * best)
+
+
+def _choose_block(vitals: Vitals, n_workers: int, buffer_size: int, reasons: dict[str, str]) -> int | None:
+    default = vitals.predict(n_workers, buffer_size)
+    _, rate = _fewest_threads(vitals, default.read_nbytes)
+    best = max(vitals.cold.values())
+    copying = vitals.copying.get(n_workers, math.inf)
+    here = f"the default, {default.cfg.block_size} samples, makes reads of {_kb(default.read_nbytes)}, "
+    here += f"{rate:.2f} GB/s cold"
+    if vitals.fits(n_workers, buffer_size):
+        reasons["block_size"] = f"{here}, and after the first epoch the data are in the page cache"
+        return None
+    if rate >= _NEARLY * min(best, copying):
+        reasons["block_size"] = f"{here}; the disk gives at most {best:.2f}, and the loader copies {copying:.2f}"
+        return None
+    found = default
+    while rate < _NEARLY * min(best, copying):
+        larger = vitals.predict(n_workers, buffer_size, 2 * (found.cfg.block_size or 1))
+        if larger.read_nbytes <= found.read_nbytes or larger.quality < _MIXING_KEPT * default.quality:
+            break
+        found = larger
+        _, rate = _fewest_threads(vitals, found.read_nbytes)
+    if found is default:
+        reasons["block_size"] = f"{here}; the disk gives up to {best:.2f}, but larger blocks would mix too badly"
+        return None
+    reasons["block_size"] = (
+        f"{here}; this one {_kb(found.read_nbytes)}, {rate:.2f} GB/s, at the price of mixing: "
+        f"{found.distinct_examples:,.0f} distinct examples in a batch, not {default.distinct_examples:,.0f}"
+    )
+    return found.cfg.block_size
+
+
+def _forecast(vitals: Vitals, n_workers: int, buffer_size: int, disk: float) -> Forecast:
+    copying, gigabytes = vitals.copying[n_workers], vitals.nbytes / 1e9
+    is_disk, fits = disk < copying, vitals.fits(n_workers, buffer_size)
+    first_s = gigabytes / min(disk, copying)
+    return Forecast(
+        disk=disk,
+        copying=copying,
+        first_s=first_s,
+        later_s=gigabytes / copying if fits else first_s,
+        first_bound="disk" if is_disk else "copying",
+        later_bound="memory" if is_disk and not fits else "copying",
+    )

@@ -1,0 +1,223 @@
+"""`python -m saev_torch bench`: how fast the loaders are here, held against what the machine can do."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from saev_torch.bench.data import BenchData, choose_ignored, made_n_examples, make
+from saev_torch.bench.doctor import describe, examine
+from saev_torch.bench.machine import Machine, look
+from saev_torch.bench.report import format_memory, format_table
+from saev_torch.bench.rounds import Settings, run_cold, run_first_batch, run_memory, run_warm, warm_up
+from saev_torch.bench.sides import FAMILIES, Side, make_sides
+from saev_torch.config import ShuffledConfig
+from saev_torch.errors import ConfigError
+from saev_torch.progress import Progress
+
+__all__ = ["add_arguments", "run"]
+
+_OTHERS = {
+    "first": "time from iter() to the first batch, warm, 0 workers",
+    "memory": "proportional set sizes over an epoch of ten buffers",
+}
+_LEAST_IGNORED = 0.2
+_NOT_COLD = 0.01
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's options to its parser."""
+    names = "; ".join(f"{name}: {what}" for name, what in {**FAMILIES, **_OTHERS}.items())
+    parser.epilog = f"Sides, each also by its full name as in shuffled-2: {names}."
+    add = parser.add_argument
+    add("shards", type=Path, nargs="?", metavar="SHARDS", help="shard directory; or give --make-gb")
+    add("--make-gb", type=_positive_float, metavar="GB", help="make data of this size per layer, removed afterwards")
+    add("--folder", type=Path, help="where to make data (default: the system's folder for temporary files)")
+    several = "with --make-gb: also make data of N recorded layers and read one; 0 for none (default: 6)"
+    add("--layers", type=_count, default=6, metavar="N", help=several)
+    add("--layers-shards", type=Path, metavar="DIR", help="shard directory of several layers, instead of --layers")
+    add("--layer", type=int, help="recorded layer of SHARDS (default: the one in the middle)")
+    add("--batch-size", type=_positive, default=16384, help="samples in a batch (default: %(default)s)")
+    add("--buffer-size", type=_positive, default=64, help="batches of buffer (default: %(default)s)")
+    add("--workers", type=_numbers, default=(0, 1, 2), metavar="N,...", help="numbers of workers (default: 0,1,2)")
+    add("--rounds", type=_positive, default=5, help="rounds (default: %(default)s)")
+    add("--seconds", type=_positive_float, default=2.0, help="time of a warm side in a round (default: %(default)s)")
+    add("--only", type=_names, default=(), metavar="NAME,...", help="run some sides only; the limits always run")
+    add("--cold", action="store_true", help="also measure whole epochs after dropping the page cache")
+    add("--no-warm", action="store_true", help="leave out all that is measured warm")
+    limit = "stop a cold epoch after this time (default: %(default)s)"
+    add("--cold-limit-s", type=_positive_float, default=120.0, metavar="S", help=limit)
+    add("--touch", action="store_true", help="add up the activations of each batch; else nothing looks at them")
+    add("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
+    add("--quick", action="store_true", help="two short rounds, to see that it runs")
+    add("--doctor", action="store_true", help="look at machine and disk instead, and recommend options")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {number}")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {number}")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return number
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    known = {**FAMILIES, **_OTHERS}
+    names = tuple(filter(None, text.split(",")))
+    for name in names:
+        if name.partition("-")[0] not in known:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {name}")
+    return names
+
+
+def _is_wanted(name: str, only: Sequence[str]) -> bool:
+    return not only or name in only or name.partition("-")[0] in only
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark, or the doctor.
+
+    Returns:
+        0.
+
+    Raises:
+        SaevTorchError: The data are no good, cannot be made or read, or an option does not fit them.
+    """
+    if (args.shards is None) == (args.make_gb is None):
+        raise ConfigError("SHARDS: expected either a shard directory or --make-gb, got both or neither; give one.")
+    if args.no_warm and not args.cold:
+        raise ConfigError("--no-warm: expected --cold with it, got nothing left to measure; leave it out.")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        # Now, and not after all the work.
+        raise ConfigError(f"--json: expected a file in a folder that exists, got {args.json}; make the folder first.")
+    if args.folder is not None and not args.folder.is_dir():
+        raise ConfigError(f"--folder: expected a folder that exists, got {args.folder}; make it first.")
+    with _data(args) as (data, layers_data):
+        if args.doctor:
+            findings = examine(data, args.batch_size, args.buffer_size, args.quick)
+            print(describe(findings))
+            report = findings.to_json()
+        else:
+            report = _bench(args, data, layers_data)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+@contextlib.contextmanager
+def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | None]]:
+    """Open the data, or make them and remove them afterwards."""
+    shards, layers_shards = args.shards, None if args.doctor else args.layers_shards
+    with contextlib.ExitStack() as stack:
+        if args.make_gb is not None:
+            folder = tempfile.TemporaryDirectory(prefix="saev_torch_bench_", dir=args.folder)
+            root, n_examples = Path(stack.enter_context(folder)), made_n_examples(args.make_gb)
+            wants_layers = not args.doctor and args.layers > 1 and _is_wanted("layers", args.only)
+            makes_layers = wants_layers and layers_shards is None
+            with Progress(n_examples * (1 + makes_layers), "making data", "examples") as progress:
+                shards = make(root, n_examples, 1, progress.update)
+                if makes_layers:
+                    layers_shards = make(root, n_examples, args.layers, progress.update)
+        data = BenchData.open(shards, args.layer)
+        yield data, None if layers_shards is None else BenchData.open(layers_shards, None)
+
+
+def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | None) -> dict[str, Any]:
+    settings = Settings(args.rounds, args.seconds, args.cold_limit_s, args.touch)
+    if args.quick:
+        settings = dataclasses.replace(
+            settings, n_rounds=2, seconds=0.05, window_nbytes=8_000_000, memory_workers=(0, 1)
+        )
+    machine = look()
+    ignored, ignored_share = choose_ignored(data.store)
+    if ignored_share < _LEAST_IGNORED:
+        ignored = []
+    sides = [
+        side
+        for side in make_sides(data, layers_data, args.batch_size, args.buffer_size, args.workers, ignored)
+        if _is_wanted(side.name, args.only)
+    ]
+    cfg = ShuffledConfig(
+        shards=data.store.shards_dir, layer=data.layer, batch_size=args.batch_size, buffer_size=args.buffer_size
+    )
+    about = {
+        "n_samples": data.n_samples,
+        "nbytes": data.nbytes,
+        "layer": data.layer,
+        "batch_size": args.batch_size,
+        "buffer_size": args.buffer_size,
+        "n_batches": -(-data.n_samples // args.batch_size),
+        "ignored_share": ignored_share if ignored else 0.0,
+    }
+    report: dict[str, Any] = {
+        "machine": {**dataclasses.asdict(machine), "cores": machine.cores},
+        "data": about,
+        "settings": dataclasses.asdict(settings),
+    }
+    _print_headline(machine, data, about)
+    if not args.no_warm:
+        warm_up(data, layers_data)
+        warm = run_warm(settings, machine.cores, data, args.batch_size, sides)
+        report["warm"] = warm.to_json()
+        title = f"warm, steady state, {settings.n_rounds} rounds; {_where_timed(sides)}"
+        print("\n" + format_table(title, f"{machine.cores:g} cores / (1/read + 1/gather)", warm))
+        if _is_wanted("first", args.only):
+            first = run_first_batch(settings, cfg)
+            report["first_batch_s"] = first.to_json()
+            print(f"\nfirst batch: {first} s after iter(), warm, 0 workers")
+        if _is_wanted("memory", args.only):
+            uses = run_memory(settings, cfg)
+            report["memory"] = [use.to_json() for use in uses]
+            print("\n" + format_memory(uses))
+    if args.cold:
+        cold, cached = run_cold(settings, data, layers_data, sides)
+        report["cold"] = {**cold.to_json(), "cached_share": cached}
+        print("\n" + format_table(f"cold, whole epochs, {settings.n_rounds} rounds", "best raw read", cold))
+        if cached > _NOT_COLD:
+            print(f"note: up to {cached:.0%} of the pages stayed in the page cache, so this was not quite cold")
+    return report
+
+
+def _where_timed(sides: Sequence[Side]) -> str:
+    long = {side.is_long for side in sides if side.has_buffer}
+    return {
+        frozenset(): "no side has a buffer",
+        frozenset({True}): "timed within an epoch, the buffer full",
+        frozenset({False}): "whole epochs, as they are short, with the filling of the buffer",
+    }.get(frozenset(long), "whole epochs where they are short, with the filling of the buffer; else within an epoch")
+
+
+def _print_headline(machine: Machine, data: BenchData, about: dict[str, Any]) -> None:
+    md, available = data.store.metadata, machine.available_nbytes
+    print(f"machine: {machine.cores:g} cores, {available / 1e9:.1f} GB of memory available; {machine.system}")
+    print(
+        f"data: {data.nbytes / 1e9:.2f} GB in {data.n_samples:,} samples of {md.d_model} float32, layer {data.layer} "
+        f"of {list(md.layers)}; {about['n_batches']} batches of {about['batch_size']}, buffer of {about['buffer_size']}"
+    )
+    if about["ignored_share"]:
+        print(f"labels: those that are ignored stand on {about['ignored_share']:.2f} of the tokens")
+    if about["n_batches"] <= about["buffer_size"]:
+        print("note: all data fit into the buffer, which is no test of a loader; take more, or a smaller --buffer-size")
+    if data.nbytes > available:
+        print("note: the data do not fit into memory, so nothing here is really warm")

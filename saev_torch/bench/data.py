@@ -1,0 +1,151 @@
+"""Data to measure on: a shard directory of the user's, or one that is made for the purpose."""
+
+import base64
+import dataclasses
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from saev_torch.errors import ConfigError
+from saev_torch.metadata import Metadata
+from saev_torch.store import ShardStore
+from saev_torch.writing.writer import ShardWriter
+
+__all__ = ["D_MODEL", "N_CONTENT", "BenchData", "choose_ignored", "made_n_examples", "make"]
+
+D_MODEL = 768
+N_CONTENT = 196
+_MADE_LABELS = 3
+_MAX_TOKENS_PER_SHARD = 500_000
+_EXAMPLES_AT_ONCE = 64
+_ROOM_NBYTES = 256 << 20
+_EXAMPLES_COUNTED_AT_ONCE = 1 << 14
+_MOST_IGNORED = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchData:
+    """A data set, and the layer of it that is read.
+
+    Attributes:
+        store: The shards.
+        layer: The recorded layer.
+    """
+
+    store: ShardStore
+    layer: int
+
+    @classmethod
+    def open(cls, shards: Path, layer: int | None) -> "BenchData":
+        """Open a shard directory.
+
+        Args:
+            shards: The directory.
+            layer: A recorded layer; None for the one in the middle.
+
+        Raises:
+            ConfigError: The layer was not recorded.
+            SaevTorchError: The directory is no good.
+        """
+        store = ShardStore(shards)
+        layers = store.metadata.layers
+        if layer is not None and layer not in layers:
+            raise ConfigError(f"--layer: expected one of the recorded layers {list(layers)}, got {layer}; choose one.")
+        return cls(store, layers[len(layers) // 2] if layer is None else layer)
+
+    @property
+    def n_samples(self) -> int:
+        """Content tokens of the layer."""
+        return self.store.metadata.n_examples * self.store.metadata.content_tokens_per_example
+
+    @property
+    def sample_nbytes(self) -> int:
+        """Size of a sample in bytes."""
+        return self.store.metadata.d_model * 4
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all samples of the layer in bytes."""
+        return self.n_samples * self.sample_nbytes
+
+
+def made_n_examples(gigabytes: float) -> int:
+    """Examples for one recorded layer of so many gigabytes (1e9 bytes)."""
+    return max(1, round(gigabytes * 1e9 / (D_MODEL * 4 * N_CONTENT)))
+
+
+def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None]) -> Path:
+    """Write shards of random activations, with labels of which each stands on a third of the tokens.
+
+    Args:
+        root: Where the shard directory is made.
+        n_examples: Examples, of 196 tokens of 768 float32 each.
+        n_layers: Recorded layers.
+        on_written: Called with the number of examples just written.
+
+    Returns:
+        The shard directory.
+
+    Raises:
+        ConfigError: The disk has no room.
+        WriteError: Writing failed.
+    """
+    wanted = n_examples * n_layers * N_CONTENT * D_MODEL * 4
+    free = shutil.disk_usage(root).free
+    if wanted + _ROOM_NBYTES > free:
+        raise ConfigError(
+            f"--make-gb: expected room for {wanted / 1e9:.1f} GB ({n_layers} recorded layers) in {root}, got "
+            f"{free / 1e9:.1f} GB; lower --make-gb or --layers, or choose another --folder."
+        )
+    md = Metadata(
+        family="random",
+        ckpt="none",
+        layers=tuple(range(n_layers)),
+        content_tokens_per_example=N_CONTENT,
+        cls_token=False,
+        d_model=D_MODEL,
+        n_examples=n_examples,
+        max_tokens_per_shard=max(_MAX_TOKENS_PER_SHARD, n_layers * N_CONTENT),
+        data=base64.b64encode(pickle.dumps({"made_by": "saev_torch bench"})).decode(),
+        dataset=Path("none"),
+    )
+    rng = np.random.default_rng(0)
+    with ShardWriter(root, md) as writer:
+        for start in range(0, n_examples, _EXAMPLES_AT_ONCE):
+            n = min(_EXAMPLES_AT_ONCE, n_examples - start)
+            acts = rng.random((n, n_layers, N_CONTENT, D_MODEL), dtype=np.float32)
+            writer.write_batch(acts, start, rng.integers(_MADE_LABELS, size=(n, N_CONTENT)))
+            on_written(n)
+    return writer.shards_dir
+
+
+def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
+    """Choose labels that stand on about a third of the tokens.
+
+    Returns:
+        The labels, none without labels.bin, and the share of the tokens that they stand on.
+    """
+    if not store.has_labels:
+        return [], 0.0
+    counts = np.zeros(256, dtype=np.int64)
+    n, reader = store.metadata.n_examples, store.clone()
+    try:
+        for start in range(0, n, _EXAMPLES_COUNTED_AT_ONCE):
+            examples = np.arange(start, min(n, start + _EXAMPLES_COUNTED_AT_ONCE), dtype=np.int64)
+            counts += np.bincount(reader.read_labels(examples).ravel(), minlength=256)
+    finally:
+        reader.close()
+    shares = counts / counts.sum()
+    chosen: list[int] = []
+    total = 0.0
+    # The most frequent first, each where it brings the sum nearer to a third.
+    for label in np.argsort(-shares, kind="stable").tolist():
+        share = float(shares[label])
+        nearer = abs(total + share - 1 / 3) < abs(total - 1 / 3)
+        if share and nearer and total + share <= _MOST_IGNORED:
+            chosen.append(label)
+            total += share
+    return chosen, total

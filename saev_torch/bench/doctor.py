@@ -1,0 +1,253 @@
+"""`python -m saev_torch bench --doctor`: what this machine and this disk can do, and which options suit them.
+
+Every prediction follows from figures that were measured a moment before. Both are shown, and the loader is then run
+with the recommended options to see whether the prediction holds.
+"""
+
+import dataclasses
+import random
+from typing import Any
+
+from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
+from saev_torch.bench.data import BenchData
+from saev_torch.bench.machine import Machine, cached_share, drop_cache, look
+from saev_torch.bench.raw import Piece, gather_rate, grid_pieces, layer_pieces, read_rate
+from saev_torch.bench.sides import make_side
+from saev_torch.bench.timing import measure_cold, measure_warm
+from saev_torch.config import ShuffledConfig
+from saev_torch.memory import can_share
+from saev_torch.progress import Progress
+
+__all__ = ["BLOCKS_NBYTES", "THREADS", "Findings", "describe", "examine"]
+
+BLOCKS_NBYTES = (12 << 10, 48 << 10, 192 << 10, 768 << 10, 4 << 20)
+THREADS = (1, 2, 4, 8, 16)
+_WORKERS = (0, 1, 2, 4, 8)
+_WINDOW_NBYTES = 400_000_000
+_WARM_NBYTES = 1 << 28
+_MANY_FILES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What the doctor found.
+
+    Attributes:
+        machine: The machine.
+        vitals: What was measured, cold reads and the loader among it.
+        warm: Rates of reading blocks that are in the page cache.
+        read: GB/s of one thread that reads the files in order, warm.
+        gather: GB/s of one thread that gathers rows.
+        cached_before: Share of the shards that was in the page cache at first.
+        cached_after: Share that stayed there when it was dropped.
+        recommended: Options.
+        checked: GB/s of the loader with these options, over an epoch that was not in the page cache.
+        is_cut: Whether that epoch was stopped before its end.
+    """
+
+    machine: Machine
+    vitals: Vitals
+    warm: Grid
+    read: float
+    gather: float
+    cached_before: float
+    cached_after: float
+    recommended: Recommended
+    checked: float
+    is_cut: bool
+
+    @property
+    def limit(self) -> float:
+        """GB/s of all cores, if they did nothing but read each byte from the page cache once, and gather it once."""
+        return self.machine.cores / (1 / self.read + 1 / self.gather)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        vitals = self.vitals
+        return {
+            "machine": dataclasses.asdict(self.machine),
+            "data": {"nbytes": vitals.nbytes, "batch_size": vitals.cfg.batch_size, "cached_share": self.cached_before},
+            "cold": _rows(vitals.cold),
+            "warm": _rows(self.warm),
+            "read": self.read,
+            "gather": self.gather,
+            "limit": self.limit,
+            "copying": {str(n_workers): rate for n_workers, rate in vitals.copying.items()},
+            "recommended": dataclasses.asdict(self.recommended),
+            "checked": self.checked,
+            "is_cut": self.is_cut,
+        }
+
+
+def _rows(grid: Grid) -> list[dict[str, float]]:
+    return [{"n_threads": t, "block_nbytes": nbytes, "gb_per_s": rate} for (t, nbytes), rate in grid.items()]
+
+
+def examine(data: BenchData, batch_size: int, buffer_size: int, quick: bool) -> Findings:
+    """Measure, and draw conclusions.
+
+    Args:
+        data: What will be read.
+        batch_size: Samples in a batch.
+        buffer_size: Batches of buffer that are wished for.
+        quick: Measure so shortly that the figures mean little.
+    """
+    seconds, trial_s, check_s = (0.02, 0.05, 1.0) if quick else (0.4, 1.5, 15.0)
+    machine, store = look(), data.store
+    md = store.metadata
+    cached_before = cached_share(store)
+    drop_cache([store])
+    cached_after = cached_share(store)
+    workers = [w for w in _WORKERS if w <= max(1, machine.cores)]
+    with Progress(2 * len(BLOCKS_NBYTES) * len(THREADS) + len(workers) + 2, "doctor", "steps") as progress:
+        cold = _measure_grid(data, seconds, False, progress)
+        progress.begin("reading and gathering, warm")
+        pieces = layer_pieces(store, data.layer)
+        read_rate(store, pieces, repeat=False)
+        read = read_rate(store, pieces, seconds=seconds).gb_per_s
+        gather = gather_rate(md.d_model, batch_size, _WINDOW_NBYTES // (50 if quick else 1), seconds).gb_per_s
+        progress.update(1)
+        warm = _measure_grid(data, seconds, True, progress)
+        vitals = Vitals(
+            cores=machine.cores,
+            available_nbytes=machine.available_nbytes,
+            metadata=md,
+            cfg=ShuffledConfig(
+                shards=store.shards_dir, layer=data.layer, batch_size=batch_size, buffer_size=buffer_size
+            ),
+            cold=cold,
+        )
+        copying = {}
+        for n_workers in workers:
+            progress.begin(f"the loader, warm, {n_workers} workers")
+            side = make_side("trial", _config(vitals, recommend(vitals, n_workers)), n_workers, data)
+            copying[n_workers] = measure_warm(side, trial_s, touch=False).gb_per_s
+            progress.update(1)
+        vitals = dataclasses.replace(vitals, copying=copying)
+        recommended = recommend(vitals)
+        progress.begin("the loader, cold")
+        side = make_side("check", _config(vitals, recommended), recommended.num_workers, data)
+        drop_cache([store])
+        checked = measure_cold(side, check_s, touch=False)
+        progress.update(1)
+    return Findings(
+        machine=machine,
+        vitals=vitals,
+        warm=warm,
+        read=read,
+        gather=gather,
+        cached_before=cached_before,
+        cached_after=cached_after,
+        recommended=recommended,
+        checked=checked.gb_per_s,
+        is_cut=checked.is_cut,
+    )
+
+
+def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Progress) -> dict[tuple[int, int], float]:
+    """Read blocks in random order, as the shuffle does, for each size and number of threads."""
+    rates, store = {}, data.store
+    for nbytes in BLOCKS_NBYTES:
+        pieces: list[Piece] = grid_pieces(store, nbytes)
+        random.Random(0).shuffle(pieces)
+        if is_warm:
+            pieces = pieces[: max(1, _WARM_NBYTES // nbytes)]
+            read_rate(store, pieces, repeat=False)
+        for n_threads in THREADS:
+            progress.begin(f"{'warm' if is_warm else 'cold'}, {n_threads} threads, blocks of {nbytes >> 10} KB")
+            if not is_warm:
+                drop_cache([store])
+            rate = read_rate(store, pieces, n_threads=n_threads, seconds=seconds, repeat=is_warm, reads_ahead=False)
+            rates[n_threads, nbytes] = rate.gb_per_s
+            progress.update(1)
+    return rates
+
+
+def _config(vitals: Vitals, recommended: Recommended) -> ShuffledConfig:
+    return dataclasses.replace(
+        vitals.cfg,
+        buffer_size=recommended.buffer_size,
+        n_threads=recommended.n_threads,
+        n_lanes=recommended.n_lanes,
+        block_size=recommended.block_size,
+    )
+
+
+def describe(findings: Findings) -> str:
+    """Write the findings for a person."""
+    return "\n\n".join("\n".join(part) for part in (_machine(findings), _rates(findings), _advice(findings)))
+
+
+def _machine(findings: Findings) -> list[str]:
+    machine, vitals = findings.machine, findings.vitals
+    limit = "no limit" if machine.memory_limit_nbytes is None else f"limit {machine.memory_limit_nbytes / 1e9:.1f} GB"
+    quota = "no quota" if machine.cpu_quota is None else f"quota of {machine.cpu_quota:g}"
+    shm = f"/dev/shm: {machine.shm_nbytes / 1e9:.2f} GB"
+    if can_share():
+        shm += ", not needed: workers hand batches over in memory of their own"
+    else:
+        shm += f", needed: batches go through it, {vitals.batch_nbytes / 1e6:.0f} MB each, 2 or more for each worker"
+    files = f"file descriptors: {machine.n_files:,}"
+    if machine.n_files < _MANY_FILES:
+        files += "; raise it (ulimit -n) where other loaders or many workers run beside"
+    return [
+        f"machine: {machine.system}",
+        f"cores: {machine.n_affinity} by affinity, {quota}",
+        f"memory: {machine.memory_nbytes / 1e9:.1f} GB, {machine.available_nbytes / 1e9:.1f} GB available, {limit} "
+        "of the control group",
+        shm,
+        files,
+        f"data: {vitals.nbytes / 1e9:.2f} GB in content tokens of {vitals.metadata.d_model} float32; "
+        f"{findings.cached_before:.0%} of the shards' pages were in the page cache",
+    ]
+
+
+def _rates(findings: Findings) -> list[str]:
+    lines = ["measured, in GB/s: reading blocks in random order, by threads"]
+    for title, grid in (("cold", findings.vitals.cold), ("warm", findings.warm)):
+        lines.append(f"{title:>10} " + "".join(f"{n:>8}" for n in THREADS))
+        for nbytes in BLOCKS_NBYTES:
+            rates = "".join(f"{grid[n, nbytes]:8.2f}" for n in THREADS)
+            lines.append(f"{nbytes >> 10:>7} KB {rates}")
+    if findings.cached_after > 0.01:
+        lines.append(
+            f"note: {findings.cached_after:.0%} of the pages stayed in the page cache when it was dropped, so cold is "
+            "not quite cold"
+        )
+    lines.append(
+        f"one thread, warm: read {findings.read:.2f}, gather {findings.gather:.2f}; so at most {findings.limit:.2f} "
+        f"with {findings.machine.cores:g} cores that read and gather each byte once"
+    )
+    tried = ", ".join(f"{rate:.2f} with {w}" for w, rate in findings.vitals.copying.items())
+    return [*lines, f"the loader, warm, by workers: {tried}"]
+
+
+def _advice(findings: Findings) -> list[str]:
+    chosen = findings.recommended
+    options = ("num_workers", "n_threads", "n_lanes", "block_size", "buffer_size")
+    lines = ["recommended", *(f"  {one} = {getattr(chosen, one)}: {chosen.reasons[one]}" for one in options)]
+    if chosen.forecast is not None:
+        lines += ["", *_forecast(findings, chosen.forecast)]
+    return lines
+
+
+def _forecast(findings: Findings, forecast: Forecast) -> list[str]:
+    gigabytes = findings.vitals.nbytes / 1e9
+    expected = min(forecast.disk, forecast.copying)
+    first = (
+        f"predicted, first epoch: {forecast.first_s:.3g} s, bound by {forecast.first_bound}: {gigabytes:.2f} GB at "
+        f"the lower of disk {forecast.disk:.2f} and copying {forecast.copying:.2f} GB/s, both as measured above"
+    )
+    why = {
+        "copying": f"bound by copying: {forecast.copying:.2f} GB/s as measured, ",
+        "memory": "bound by memory: the data do not fit into the page cache, so they come from the disk again, ",
+    }[forecast.later_bound]
+    fits = forecast.later_bound == "copying" and forecast.later_s != forecast.first_s
+    why += "all in the page cache" if fits else "as in the first"
+    cut = ", stopped early" if findings.is_cut else ""
+    return [
+        first,
+        f"predicted, later epochs: {forecast.later_s:.3g} s, {why}",
+        f"checked: the loader with these options, cold, start of workers included{cut}: {findings.checked:.2f} GB/s, "
+        f"{gigabytes / findings.checked:.3g} s for an epoch, {findings.checked / expected:.2f} of what was predicted",
+    ]

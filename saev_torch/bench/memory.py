@@ -1,0 +1,92 @@
+"""Memory of a loader over an epoch: the sum of proportional set sizes over all its processes."""
+
+import dataclasses
+import multiprocessing
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from saev_torch.bench.machine import family, pss_nbytes
+from saev_torch.bench.sides import allowing_many_workers, make_loader
+from saev_torch.config import ShuffledConfig
+from saev_torch.datasets import ShuffledActivations
+
+__all__ = ["N_BATCHES_PER_PROCESS", "PROCESS_NBYTES", "MemoryUse", "measure_memory"]
+
+N_BATCHES_PER_PROCESS = 6
+PROCESS_NBYTES = 350_000_000
+_EPOCH_PER_BUFFER = 10
+_N_PROBES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryUse:
+    """What an epoch of `ShuffledActivations` took.
+
+    Attributes:
+        n_workers: Worker processes.
+        buffer_size: Batches of buffer.
+        batch_nbytes: Size of a batch's activations in bytes.
+        n_batches: Batches of the epoch.
+        deciles_nbytes: Median of the memory of all processes in each tenth of the epoch; fewer in a short epoch.
+        peak_nbytes: The most there was.
+    """
+
+    n_workers: int
+    buffer_size: int
+    batch_nbytes: int
+    n_batches: int
+    deciles_nbytes: tuple[int, ...]
+    peak_nbytes: int
+
+    @property
+    def allowed_nbytes(self) -> int:
+        """The buffer, and six batches and 0.35 GB for each process."""
+        n_processes = 1 + self.n_workers
+        n_batches = self.buffer_size + N_BATCHES_PER_PROCESS * n_processes
+        return n_batches * self.batch_nbytes + PROCESS_NBYTES * n_processes
+
+    @property
+    def growth(self) -> float:
+        """Memory in the last tenth over that in the second: 1.0 where it does not grow."""
+        return self.deciles_nbytes[-1] / self.deciles_nbytes[min(1, len(self.deciles_nbytes) - 1)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        return {**dataclasses.asdict(self), "allowed_nbytes": self.allowed_nbytes, "growth": self.growth}
+
+
+def measure_memory(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
+    """Iterate an epoch in a process of its own, and look at the memory all the way.
+
+    Args:
+        cfg: What to read. Its buffer is lowered to a tenth of the epoch, so that an epoch turns it over ten times.
+        n_workers: Worker processes.
+    """
+    # A new interpreter: this one has a past that would count.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, cfg, n_workers).result()
+
+
+def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
+    n_batches = ShuffledActivations(cfg).n_batches
+    cfg = dataclasses.replace(cfg, buffer_size=max(1, min(cfg.buffer_size, n_batches // _EPOCH_PER_BUFFER)))
+    dataset = ShuffledActivations(cfg)
+    probes: list[tuple[float, int]] = []
+    every = max(1, n_batches // _N_PROBES)
+    with allowing_many_workers():
+        for i, _ in enumerate(make_loader(dataset, n_workers)):
+            if i % every == 0:
+                # The benchmark's own process maps the same libraries, and so would take a share of them.
+                shared_outside = pss_nbytes([os.getppid()], "Pss_File")
+                probes.append((i / n_batches, pss_nbytes(family()) + shared_outside))
+    tenths = [[nbytes for at, nbytes in probes if int(at * 10) == tenth] for tenth in range(10)]
+    return MemoryUse(
+        n_workers=n_workers,
+        buffer_size=cfg.buffer_size,
+        batch_nbytes=cfg.batch_size * dataset.d_model * 4,
+        n_batches=n_batches,
+        deciles_nbytes=tuple(round(statistics.median(tenth)) for tenth in tenths if tenth),
+        peak_nbytes=max(nbytes for _, nbytes in probes),
+    )

@@ -1,0 +1,160 @@
+"""The limits that a loader is held against: reading files, gathering rows, and nothing else."""
+
+import dataclasses
+import itertools
+import os
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from saev_torch.bench.machine import opened_shards
+from saev_torch.errors import ReadError
+from saev_torch.selection import resolve_layers
+from saev_torch.store import ShardStore
+
+__all__ = ["BUFFER_NBYTES", "Piece", "Rate", "gather_rate", "grid_pieces", "layer_pieces", "read_rate"]
+
+BUFFER_NBYTES = 4 << 20
+_N_INDEX_SETS = 8
+
+Piece = tuple[int, int, int]
+"""A part of a data set: number of the file, byte offset, bytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """What went through, and how long it took."""
+
+    nbytes: int
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """1e9 bytes per second."""
+        return self.nbytes / self.seconds / 1e9
+
+
+def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
+    """The bytes of one layer in the order of the disk, in pieces of at most 4 MB.
+
+    With several recorded layers these are runs of an example's tokens each, with gaps between them.
+    """
+    md = store.metadata
+    run_nbytes = md.tokens_per_example * md.d_model * 4
+    (layer_idx,) = resolve_layers(md, layer)
+    runs = []
+    for i, shard in enumerate(shard for shard in store.shards if shard.n_examples):
+        if md.n_layers == 1:
+            runs.append((i, 0, shard.n_examples * run_nbytes))
+        else:
+            runs += [(i, (e * md.n_layers + layer_idx) * run_nbytes, run_nbytes) for e in range(shard.n_examples)]
+    return [piece for run in runs for piece in _cut(run, BUFFER_NBYTES)]
+
+
+def grid_pieces(store: ShardStore, block_nbytes: int) -> list[Piece]:
+    """All bytes of the shards in blocks of one size."""
+    md = store.metadata
+    example_nbytes = md.n_layers * md.tokens_per_example * md.d_model * 4
+    sizes = [shard.n_examples * example_nbytes for shard in store.shards if shard.n_examples]
+    return [piece for i, nbytes in enumerate(sizes) for piece in _cut((i, 0, nbytes), block_nbytes)]
+
+
+def _cut(run: Piece, nbytes: int) -> list[Piece]:
+    i, offset, total = run
+    return [(i, offset + start, min(nbytes, total - start)) for start in range(0, total, nbytes)]
+
+
+def read_rate(
+    store: ShardStore,
+    pieces: Sequence[Piece],
+    *,
+    n_threads: int = 1,
+    seconds: float = 0.0,
+    repeat: bool = True,
+    reads_ahead: bool = True,
+) -> Rate:
+    """Read pieces of the shards with `preadv` into one reused buffer for each thread.
+
+    Args:
+        store: The shards.
+        pieces: What to read; the threads take them in turn.
+        n_threads: Threads.
+        seconds: Stop after so long, and a piece at least.
+        repeat: Begin again until the time is up; else stop after all pieces, too.
+        reads_ahead: Let the system read on behind each piece, which the loader does not.
+
+    Raises:
+        ReadError: A read failed, or a file became shorter.
+    """
+    turns = itertools.count()
+    longest = max(nbytes for _, _, nbytes in pieces)
+    # Ones, so that every page is there: fresh memory costs more than reading into it.
+    buffers = [np.ones(longest, dtype=np.uint8) for _ in range(n_threads)]
+    done = [0] * n_threads
+    failures: list[OSError] = []
+
+    def read(thread: int, fds: list[int]) -> None:
+        buffer = buffers[thread].data
+        for turn in turns:
+            if turn >= len(pieces) and not repeat:
+                return
+            file, offset, nbytes = pieces[turn % len(pieces)]
+            try:
+                n = os.preadv(fds[file], [buffer[:nbytes]], offset)
+            except OSError as err:
+                failures.append(err)
+                return
+            done[thread] += n
+            if n == 0:
+                failures.append(OSError(f"shard {file} became shorter"))
+                return
+            if time.perf_counter() > deadline:
+                return
+
+    with opened_shards(store) as fds:
+        if not reads_ahead:
+            for fd in fds:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        began = time.perf_counter()
+        deadline = began + seconds if seconds else float("inf")
+        threads = [threading.Thread(target=read, args=(i, fds)) for i in range(1, n_threads)]
+        for thread in threads:
+            thread.start()
+        read(0, fds)
+        for thread in threads:
+            thread.join()
+        took = time.perf_counter() - began
+    if failures:
+        raise ReadError(f"{store.shards_dir}: expected to read it, got: {failures[0]}; check the file system.")
+    return Rate(sum(done), took)
+
+
+def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Rate:
+    """Gather random rows of a window into a reused output with one thread, as `torch.index_select` does.
+
+    Args:
+        d_model: Width of a row, float32.
+        n_rows: Rows gathered at a time.
+        window_nbytes: Size of the window.
+        seconds: Stop after so long.
+    """
+    n_window = max(1, window_nbytes // (d_model * 4))
+    window, out = torch.ones(n_window, d_model), torch.ones(n_rows, d_model)
+    generator = torch.Generator().manual_seed(0)
+    indices = [torch.randint(n_window, (n_rows,), generator=generator) for _ in range(_N_INDEX_SETS)]
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        torch.index_select(window, 0, indices[0], out=out)
+        began = time.perf_counter()
+        for n_done in itertools.count(1):
+            torch.index_select(window, 0, indices[n_done % _N_INDEX_SETS], out=out)
+            took = time.perf_counter() - began
+            if took >= seconds:
+                return Rate(n_done * out.nbytes, took)
+        raise RuntimeError("unreachable")
+    finally:
+        torch.set_num_threads(n_threads)

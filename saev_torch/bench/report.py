@@ -1,0 +1,161 @@
+"""Ratios between the sides of each round, and tables of their medians.
+
+Sides are compared within a round only, where the machine was in the same mood; what is quoted is the median of these
+ratios, with the lowest and the highest.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saev_torch.bench.memory import MemoryUse
+from saev_torch.bench.timing import Measured
+
+__all__ = ["Comparison", "Spread", "compare_cold", "compare_warm", "format_memory", "format_table"]
+
+RoundsOfSides = Mapping[str, Sequence[Measured]]
+"""For each side what it did in each round."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """One figure over the rounds."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.rounds)
+
+    def to_json(self) -> dict[str, Any]:
+        """The median, the extremes and all rounds."""
+        return {"median": self.median, "min": min(self.rounds), "max": max(self.rounds), "rounds": list(self.rounds)}
+
+    def __str__(self) -> str:
+        return f"{_short(self.median)} ({_short(min(self.rounds))}-{_short(max(self.rounds))})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The sides, warm or cold, with their ratios.
+
+    Attributes:
+        limit: GB/s that they are held against: warm `cores / (1/read + 1/gather)`, cold the best raw read.
+        sides: For each side its figures by name: rates, and ratios `to_...`.
+        cut: Sides that were stopped before the end of a cold epoch.
+    """
+
+    limit: Spread
+    sides: dict[str, dict[str, Spread]]
+    cut: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        sides = {name: {key: one.to_json() for key, one in figures.items()} for name, figures in self.sides.items()}
+        return {"limit_gb_per_s": self.limit.to_json(), "sides": sides, "cut": list(self.cut)}
+
+
+def compare_warm(rounds: RoundsOfSides, cores: float) -> Comparison:
+    """Hold warm sides against the limit of `cores`; `rounds` has the sides `read` and `gather`."""
+    limit = Spread(
+        tuple(
+            cores / (1 / read.gb_per_s + 1 / gather.gb_per_s)
+            for read, gather in zip(rounds["read"], rounds["gather"], strict=True)
+        )
+    )
+    return _compare(rounds, limit)
+
+
+def compare_cold(rounds: RoundsOfSides) -> Comparison:
+    """Hold cold sides against the best of the sides `raw-...` in the same round."""
+    limit = _best(rounds, "raw", "gb_per_s")
+    if limit is None:
+        raise ValueError("compare_cold: expected a side named raw-..., got none")
+    return _compare(rounds, limit)
+
+
+def _best(rounds: RoundsOfSides, kind: str, figure: str) -> Spread | None:
+    """The best side of a kind in each round. The best of several is a high bar for what is compared with it."""
+    columns = [[getattr(one, figure) for one in all_] for name, all_ in rounds.items() if name.startswith(f"{kind}-")]
+    return Spread(tuple(max(row) for row in zip(*columns, strict=True))) if columns else None
+
+
+def _compare(rounds: RoundsOfSides, limit: Spread) -> Comparison:
+    memmap, samples = (_best(rounds, kind, "samples_per_s") for kind in ("memmap", "samples"))
+    sides: dict[str, dict[str, Spread]] = {}
+    for name, all_ in rounds.items():
+        kind, _, n_workers = name.partition("-")
+        gigabytes = Spread(tuple(one.gb_per_s for one in all_))
+        rate = Spread(tuple(one.samples_per_s for one in all_))
+        figures = {"gb_per_s": gigabytes, "samples_per_s": rate, "to_limit": _ratio(gigabytes, limit)}
+        if kind not in ("read", "gather", "raw"):
+            figures["cores_busy"] = Spread(tuple((one.user_s + one.system_s) / one.seconds for one in all_))
+            figures["cores_busy_in_kernel"] = Spread(tuple(one.system_s / one.seconds for one in all_))
+            if memmap is not None:
+                figures["to_memmap"] = _ratio(rate, memmap)
+            if samples is not None:
+                figures["to_samples"] = _ratio(rate, samples)
+        plain = rounds.get(f"shuffled-{n_workers}")
+        if kind in ("labels", "layers") and plain is not None:
+            figures["to_shuffled"] = _ratio(rate, Spread(tuple(one.samples_per_s for one in plain)))
+        sides[name] = figures
+    cut = tuple(name for name, all_ in rounds.items() if any(one.is_cut for one in all_))
+    return Comparison(limit, sides, cut)
+
+
+def _ratio(figure: Spread, to: Spread) -> Spread:
+    return Spread(tuple(a / b for a, b in zip(figure.rounds, to.rounds, strict=True)))
+
+
+_COLUMNS = (
+    ("GB/s", "gb_per_s", 1.0),
+    ("thousand/s", "samples_per_s", 1e-3),
+    ("of limit", "to_limit", 1.0),
+    ("x memmap", "to_memmap", 1.0),
+    ("x samples", "to_samples", 1.0),
+    ("of shuffled", "to_shuffled", 1.0),
+    ("cores", "cores_busy", 1.0),
+    ("in kernel", "cores_busy_in_kernel", 1.0),
+)
+
+
+def format_table(title: str, limit_name: str, comparison: Comparison) -> str:
+    """Write a comparison as a table: medians, and for ratios the extremes."""
+    columns = [column for column in _COLUMNS if any(column[1] in f for f in comparison.sides.values())]
+    rows = [["", *(head for head, _, _ in columns)]]
+    for name, figures in comparison.sides.items():
+        row = [name + "*" * (name in comparison.cut)]
+        for _, key, scale in columns:
+            figure = figures.get(key)
+            if figure is None:
+                row.append("-")
+            else:
+                row.append(str(figure) if key.startswith("to_") else _short(figure.median * scale))
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [title, f"limit: {limit_name} = {comparison.limit} GB/s"]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    if comparison.cut:
+        lines.append("* stopped before the end of the epoch")
+    return "\n".join(lines)
+
+
+def format_memory(uses: Sequence[MemoryUse]) -> str:
+    """Write what was measured of memory as a table, in GB."""
+    lines = ["memory: sum of proportional set sizes over all processes, in GB, medians of tenths of an epoch"]
+    for use in uses:
+        tenths = " ".join(f"{nbytes / 1e9:.2f}" for nbytes in use.deciles_nbytes)
+        lines.append(
+            f"{use.n_workers} workers, buffer of {use.buffer_size} in {use.n_batches} batches: {tenths}; "
+            f"peak {use.peak_nbytes / 1e9:.2f} of {use.allowed_nbytes / 1e9:.2f} allowed, "
+            f"last over second tenth {use.growth:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.1f}" if abs(number) >= 10 else f"{number:.2f}"

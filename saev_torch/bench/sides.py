@@ -1,0 +1,179 @@
+"""The sides of the benchmark: which loaders are measured."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from saev_torch.bench.data import BenchData
+from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.datasets import IndexedDataset, OrderedActivations, ShuffledActivations
+
+__all__ = ["FAMILIES", "Loader", "Side", "allowing_many_workers", "make_loader", "make_side", "make_sides"]
+
+FAMILIES = {
+    "shuffled": "DataLoader(ShuffledActivations(cfg))",
+    "ordered": "DataLoader(OrderedActivations(cfg))",
+    "indexed": "DataLoader(IndexedDataset(cfg), batch_size=..., shuffle=True)",
+    "labels": "shuffled, with ignore_labels that leave about two thirds of the tokens",
+    "layers": "shuffled, one of several recorded layers",
+    "memmap": "np.memmap in a DataLoader with a sampler of shuffled index batches",
+    "samples": "np.memmap in a DataLoader, sample by sample",
+}
+"""Kinds of sides; a side is named for its kind and its number of workers, as in `shuffled-2`."""
+
+# An epoch of so many buffers has a quarter of one to measure between the filling and the emptying.
+_LONG = 2.25
+
+Loader = DataLoader[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """A loader to measure.
+
+    Attributes:
+        name: Kind and number of workers.
+        make: Makes the loader.
+        sample_nbytes: Size of a sample's activations in bytes.
+        n_workers: Worker processes.
+        n_batches: Batches in an epoch.
+        n_settle: Batches to take before the clock starts.
+        n_lanes: Batches that are read together; 0 for a side without a buffer that an epoch fills and empties.
+    """
+
+    name: str
+    make: Callable[[], Loader]
+    sample_nbytes: int
+    n_workers: int
+    n_batches: int
+    n_settle: int
+    n_lanes: int
+
+    @property
+    def has_buffer(self) -> bool:
+        """Whether batches come from a buffer, which an epoch fills at its start and empties at its end."""
+        return self.n_lanes > 0
+
+    @property
+    def is_long(self) -> bool:
+        """Whether there is something to measure between the filling of the buffer and its emptying."""
+        return self.n_batches >= _LONG * self.n_settle
+
+    def may_stop(self, n_timed: int, is_late: bool) -> bool:
+        """Whether the clock may stop after so many batches.
+
+        Args:
+            n_timed: Batches since it was started.
+            is_late: Whether the time is up.
+        """
+        if self.has_buffer and not self.is_long:
+            return is_late and n_timed % self.n_batches == 0
+        # What is read together, or made by workers at the same time, also comes together.
+        step = math.lcm(max(1, self.n_workers), max(1, self.n_lanes))
+        is_last = self.has_buffer and self.n_settle + n_timed + step > self.n_batches - self.n_settle
+        return (is_late or is_last) and n_timed % step == 0
+
+
+@contextlib.contextmanager
+def allowing_many_workers() -> Iterator[None]:
+    """Keep torch from warning, when a `DataLoader` is made or iterated, of more workers than cores."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create .* worker processes", UserWarning)
+        yield
+
+
+def make_loader(dataset: Any, n_workers: int, **kwargs: Any) -> Loader:
+    """Make a `DataLoader` whose workers stay from epoch to epoch."""
+    with allowing_many_workers():
+        return DataLoader(dataset, num_workers=n_workers, persistent_workers=n_workers > 0, **kwargs)
+
+
+def make_sides(
+    data: BenchData,
+    layers_data: BenchData | None,
+    batch_size: int,
+    buffer_size: int,
+    workers: Sequence[int],
+    ignored: Sequence[int],
+) -> list[Side]:
+    """List the sides that a data set allows.
+
+    Args:
+        data: What is read.
+        layers_data: Data of which one of several recorded layers is read; None leaves that side out.
+        batch_size: Samples in a batch.
+        buffer_size: Batches held for shuffling.
+        workers: Numbers of workers; sides that are measured with one number have the largest.
+        ignored: Labels to leave out; empty leaves that side out.
+    """
+    most = [max(workers)]
+    shards, layer = data.store.shards_dir, data.layer
+    shuffled = functools.partial(ShuffledConfig, batch_size=batch_size, buffer_size=buffer_size)
+    cfg = shuffled(shards=shards, layer=layer)
+    sides = [make_side(f"shuffled-{w}", cfg, w, data) for w in workers]
+    sides += [_ordered(f"ordered-{w}", OrderedConfig(shards=shards, layer=layer, batch_size=batch_size), w, data)
+              for w in workers]  # fmt: skip
+    sides += [_indexed(f"indexed-{w}", IndexedConfig(shards=shards, layer=layer), batch_size, w, data) for w in most]
+    if ignored:
+        cfg = shuffled(shards=shards, layer=layer, ignore_labels=list(ignored))
+        sides += [make_side(f"labels-{w}", cfg, w, data) for w in most]
+    if layers_data is not None:
+        cfg = shuffled(shards=layers_data.store.shards_dir, layer=layers_data.layer)
+        sides += [make_side(f"layers-{w}", cfg, w, layers_data) for w in most]
+    sides += [_memmap(f"memmap-{w}", batch_size, w, data) for w in workers]
+    sides += [_samples(f"samples-{w}", batch_size, w, data) for w in workers]
+    return sides
+
+
+def make_side(name: str, cfg: ShuffledConfig, n_workers: int, data: BenchData) -> Side:
+    """Make the side of a shuffled data set, `cfg` on `data`."""
+    n_batches = ShuffledActivations(cfg).n_batches
+    return Side(
+        name=name,
+        make=lambda: make_loader(ShuffledActivations(cfg), n_workers),
+        sample_nbytes=data.sample_nbytes,
+        n_workers=n_workers,
+        n_batches=n_batches,
+        n_settle=min(n_batches, cfg.buffer_size),
+        n_lanes=cfg.n_lanes,
+    )
+
+
+def _ordered(name: str, cfg: OrderedConfig, n_workers: int, data: BenchData) -> Side:
+    return _plain(name, lambda: make_loader(OrderedActivations(cfg), n_workers), cfg.batch_size, n_workers, data)
+
+
+def _indexed(name: str, cfg: IndexedConfig, batch_size: int, n_workers: int, data: BenchData) -> Side:
+    def make() -> Loader:
+        return make_loader(IndexedDataset(cfg), n_workers, batch_size=batch_size, shuffle=True)
+
+    return _plain(name, make, batch_size, n_workers, data)
+
+
+def _memmap(name: str, batch_size: int, n_workers: int, data: BenchData) -> Side:
+    def make() -> Loader:
+        # Made anew each time, because pages that are mapped cannot be dropped from the page cache.
+        sampler = IndexBatches(data.n_samples, batch_size)
+        return make_loader(MemmapBatches(data), n_workers, sampler=sampler, batch_size=None)
+
+    return _plain(name, make, batch_size, n_workers, data)
+
+
+def _samples(name: str, batch_size: int, n_workers: int, data: BenchData) -> Side:
+    def make() -> Loader:
+        return make_loader(MemmapSamples(data), n_workers, batch_size=batch_size, shuffle=True)
+
+    return _plain(name, make, batch_size, n_workers, data)
+
+
+def _plain(name: str, make: Callable[[], Loader], batch_size: int, n_workers: int, data: BenchData) -> Side:
+    # What workers prepare in advance, by the default of DataLoader, and a little more.
+    n_settle = 2 * n_workers + 2
+    return Side(name, make, data.sample_nbytes, n_workers, -(-data.n_samples // batch_size), n_settle, 0)

@@ -1,0 +1,1 @@
+"""The whole way once, on a real model: `python -m saev_torch demo`."""

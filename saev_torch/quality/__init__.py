@@ -1,0 +1,1 @@
+"""How well batches mix: measured in a batch, predicted for a configuration, drawn."""

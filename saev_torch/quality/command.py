@@ -1,0 +1,116 @@
+"""`python -m saev_torch plan DIR`: what a configuration will do with a shard directory; reads its metadata only."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from saev_torch.config import LayerSpec, ShuffledConfig
+from saev_torch.errors import ConfigError
+from saev_torch.metadata import Metadata
+from saev_torch.quality.mixing import class_mixtures
+from saev_torch.quality.planner import Prediction, find_best, find_smallest, predict
+
+__all__ = ["add_arguments", "run"]
+
+_GIB = 1 << 30
+_BUFFERS = (1, 2, 4, 8, 16, 32)
+_BLOCKS = (1, 4, 16, 64, 256)
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    return parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    defaults = ShuffledConfig(layer=0)
+    whole, number = _positive(int), _positive(float)
+    parser.add_argument("shards", type=Path, metavar="DIR", help="shard directory")
+    parser.add_argument("--layer", default=None, help="recorded layer, or all (default: the last recorded one)")
+    parser.add_argument("--tokens", default=defaults.tokens, choices=["special", "content", "all"])
+    parser.add_argument("--batch-size", type=whole, default=defaults.batch_size)
+    parser.add_argument("--buffer-size", type=whole, default=defaults.buffer_size, help="batches held")
+    parser.add_argument("--block-size", type=whole, default=None, help="samples read at once (default: chosen)")
+    parser.add_argument("--lanes", type=whole, default=defaults.n_lanes)
+    parser.add_argument("--readers", type=whole, default=1, help="ranks times workers (default: 1)")
+    parser.add_argument("--quality", type=number, help="find the smallest memory for this quality, 0 to 1")
+    parser.add_argument("--memory-gib", type=number, help="find the best quality in this memory")
+    parser.add_argument("--min-read-kib", type=number, default=64.0, help="of what is found, the least mean read")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against memory to this file")
+    parser.add_argument("--plot-classes", type=Path, metavar="FILE", help="draw how classes mix over an epoch")
+
+
+def _layer(md: Metadata, text: str | None) -> LayerSpec:
+    if text is None:
+        return md.layers[-1]
+    if text == "all":
+        return "all"
+    try:
+        return int(text)
+    except ValueError as err:
+        raise ConfigError(f"--layer: expected an integer or all, got {text!r}.") from err
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print, and draw where asked to."""
+    md = Metadata.load(args.shards)
+    cfg = ShuffledConfig(
+        shards=args.shards,
+        layer=_layer(md, args.layer),
+        tokens=args.tokens,
+        batch_size=args.batch_size,
+        buffer_size=args.buffer_size,
+        block_size=args.block_size,
+        n_lanes=args.lanes,
+    )
+    least = args.min_read_kib * 1024
+    if args.quality is not None and args.memory_gib is not None:
+        raise ConfigError("--quality, --memory-gib: expected one of the two, got both.")
+    if args.quality is not None:
+        chosen = find_smallest(md, cfg, args.quality, args.readers, least)
+    elif args.memory_gib is not None:
+        chosen = find_best(md, cfg, int(args.memory_gib * _GIB), args.readers, least)
+    else:
+        chosen = predict(md, cfg, args.readers)
+    sys.stdout.write(describe(chosen))
+    if args.plot or args.plot_classes:
+        # Imported only here: matplotlib is an extra.
+        from saev_torch.quality.figure import draw_mixtures, draw_plan
+
+        if args.plot:
+            draw_plan(chosen, _others(md, cfg, args.readers), args.plot)
+        if args.plot_classes:
+            draw_mixtures(class_mixtures(md, chosen.cfg), args.plot_classes)
+    return 0
+
+
+def _others(md: Metadata, cfg: ShuffledConfig, n_readers: int) -> list[Prediction]:
+    return [
+        predict(md, dataclasses.replace(cfg, buffer_size=per_lane * cfg.n_lanes, block_size=block), n_readers)
+        for per_lane in _BUFFERS
+        for block in _BLOCKS
+        if block <= cfg.batch_size
+    ]
+
+
+def describe(found: Prediction) -> str:
+    """Say it in a few lines."""
+    cfg = found.cfg
+    rows = [
+        ("configuration", f"batch_size={cfg.batch_size}, buffer_size={cfg.buffer_size}, n_lanes={cfg.n_lanes}, "
+                          f"block_size={cfg.block_size}"),
+        ("readers", f"{found.n_readers} (ranks x workers)"),
+        ("distinct examples", f"{found.distinct_examples:,.0f} in a batch; a uniform draw has "
+                              f"{found.uniform_distinct:,.0f}: quality {found.quality:.3f}"),
+        ("reads", f"{found.read_nbytes / 1024:,.0f} KiB on average; {found.read_per_byte:.2f} bytes for each one used"),
+        ("memory", f"{found.memory_nbytes / _GIB:.2f} GiB of batches in all readers, besides what processes take"),
+    ]  # fmt: skip
+    return "".join(f"{name + ':':<19}{text}\n" for name, text in rows)

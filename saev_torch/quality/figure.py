@@ -1,0 +1,108 @@
+"""Figures of the planner: classes over an epoch, and quality against memory. Needs matplotlib, an extra."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from saev_torch.files import write_atomic
+from saev_torch.quality.mixing import Mixture
+from saev_torch.quality.planner import Prediction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_mixtures", "draw_plan"]
+
+_MUTED = "#7d858f"
+_MAX_COLUMNS = 400
+
+
+def _make_figure(width: float, height: float) -> Figure:
+    # Not pyplot, which keeps a list of all figures and may want a display.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path | None) -> None:
+    if path is not None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
+        write_atomic(path, buffer.getvalue())
+
+
+def _draw_shares(axes: "Axes", mixture: Mixture) -> None:
+    shares = mixture.shares
+    # More batches than pixels would be drawn over each other; whole batches are left out, not averaged.
+    kept = np.unique(np.linspace(0, len(shares) - 1, min(len(shares), _MAX_COLUMNS)).astype(int))
+    places = (kept + 0.5) / len(shares)
+    colours = colormaps["viridis"](np.linspace(0, 1, shares.shape[1]))
+    axes.stackplot(places, shares[kept].T, colors=colours, linewidth=0)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(
+        f"{mixture.name}: {mixture.distance.mean():.3f} from the data set on average", loc="left", fontsize=10
+    )
+    axes.set_ylabel("share of classes", color=_MUTED)
+
+
+def draw_mixtures(mixtures: Sequence[Mixture], path: Path | None = None) -> Figure:
+    """Draw which classes the batches of an epoch hold, one panel for each scheme.
+
+    Args:
+        mixtures: As from `class_mixtures`.
+        path: File to save to, in the format of its suffix; None for none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    figure = _make_figure(8, 1 + 1.8 * len(mixtures))
+    for i, mixture in enumerate(mixtures):
+        axes = figure.add_subplot(len(mixtures), 1, i + 1)
+        _draw_shares(axes, mixture)
+        if i == len(mixtures) - 1:
+            axes.set_xlabel("part of the epoch", color=_MUTED)
+        else:
+            axes.set_xticks([])
+    figure.suptitle("Classes in the batches of one epoch; examples stored class by class", x=0.01, ha="left")
+    _save(figure, path)
+    return figure
+
+
+def draw_plan(chosen: Prediction, others: Sequence[Prediction], path: Path | None = None) -> Figure:
+    """Draw the quality of configurations against their memory.
+
+    Args:
+        chosen: The one to mark.
+        others: Others, of several block sizes and buffer sizes.
+        path: File to save to, in the format of its suffix; None for none.
+
+    Returns:
+        The figure.
+
+    Raises:
+        WriteError: The file cannot be written.
+    """
+    figure = _make_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for block_size in sorted({p.cfg.block_size or 0 for p in others}):
+        line = sorted((p.memory_nbytes / 2**30, p) for p in others if p.cfg.block_size == block_size)
+        kib = np.median([p.read_nbytes for _, p in line]) / 1024
+        label = f"blocks of {block_size}: reads of {kib:.0f} KiB"
+        axes.plot([m for m, _ in line], [p.quality for _, p in line], marker=".", label=label)
+    axes.plot(chosen.memory_nbytes / 2**30, chosen.quality, "*", color="black", markersize=14, label="this one")
+    axes.set(xscale="log", ylim=(0, 1.05))
+    axes.set_xlabel("memory of batches, GiB")
+    axes.set_ylabel("distinct examples, relative to a uniform draw")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
+    return figure

@@ -1,0 +1,245 @@
+"""What a configuration will do, from metadata alone: how well it mixes, how it reads, and how much memory it takes."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.batch import slot_nbytes
+from saev_torch.config import ShuffledConfig
+from saev_torch.errors import ConfigError
+from saev_torch.metadata import Metadata
+from saev_torch.plan import ShufflePlan
+from saev_torch.quality.metrics import expected_distinct
+from saev_torch.schedule import Share, count_open_slots
+from saev_torch.selection import Selection
+
+__all__ = ["Prediction", "find_best", "find_smallest", "predict"]
+
+# As in `reading`: what one call reads at most, and what is read over rather than asked for apart.
+_MAX_ROWS, _MAX_NBYTES, _MAX_GAP_NBYTES = 1024, 2 << 20, 16 << 10
+_MAX_TABLE = 1 << 20
+_MIN_READ_NBYTES = 64 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a configuration will do.
+
+    Attributes:
+        cfg: The configuration, its block size chosen.
+        n_readers: Ranks times workers.
+        distinct_examples: Distinct examples in a full batch, on average.
+        uniform_distinct: The same of a uniform draw from the whole data set.
+        read_nbytes: Mean size of a read in bytes, about.
+        read_per_byte: Bytes read for each byte that is used, about: small gaps are read over.
+        memory_nbytes: Bytes of batches that all readers hold together, without what a process itself takes.
+    """
+
+    cfg: ShuffledConfig
+    n_readers: int
+    distinct_examples: float
+    uniform_distinct: float
+    read_nbytes: float
+    read_per_byte: float
+    memory_nbytes: int
+
+    @property
+    def quality(self) -> float:
+        """Distinct examples relative to a uniform draw: 1 is perfect."""
+        return self.distinct_examples / self.uniform_distinct
+
+
+def _make_plan(md: Metadata, cfg: ShuffledConfig) -> tuple[Selection, ShufflePlan]:
+    if cfg.ignore_labels:
+        raise ConfigError(
+            f"ignore_labels: expected none, because which tokens they leave is not in the metadata, got "
+            f"{cfg.ignore_labels}; plan without."
+        )
+    selection = Selection(md, cfg.tokens, cfg.layer)
+    plan = ShufflePlan.make(
+        selection.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0
+    )
+    return selection, plan
+
+
+def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction:
+    """Predict what a configuration will do; nothing is read.
+
+    A full batch of a lane takes `1 / depth` of the samples of each of `depth` chunks out of `n_slots`, and of each
+    super-block the lane has one block, at any place. So a run of o samples in one block is in a given batch with
+    probability `depth / n_slots * (1 - (1 - 1 / depth)**o)`, and super-blocks are independent of each other.
+
+    Args:
+        md: Metadata of the shards.
+        cfg: The configuration; its `shards` are not looked at.
+        n_readers: Ranks times workers.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        ConfigError: The configuration does not fit the metadata, or has ignored labels.
+    """
+    selection, plan = _make_plan(md, cfg)
+    per_example = max(1, selection.n_samples // md.n_examples)
+    batch_size = min(plan.batch_size, plan.n_samples)
+    read_nbytes, read_per_byte = _predict_reads(selection, plan, n_readers)
+    sample_nbytes = md.d_model * 4 * selection.n_parts
+    shares = (Share(i, n_readers, plan.n_batches) for i in range(min(n_readers, plan.n_batches)))
+    n_open = sum(min(count_open_slots(plan, s, cfg.buffer_size), -(-plan.n_batches // n_readers)) for s in shares)
+    return Prediction(
+        cfg=dataclasses.replace(cfg, block_size=plan.block_size),
+        n_readers=n_readers,
+        distinct_examples=min(_predict_distinct(plan, md.n_examples, per_example), float(batch_size)),
+        uniform_distinct=expected_distinct(md.n_examples, per_example, batch_size),
+        read_nbytes=read_nbytes,
+        read_per_byte=read_per_byte,
+        memory_nbytes=n_open * slot_nbytes(plan.batch_size, sample_nbytes),
+    )
+
+
+def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> float:
+    depth, n_slots = plan.depth(0), plan.n_slots(0)
+    size = min(plan.batch_size, plan.n_samples)
+    if plan.n_batches == 1:
+        return float(n_examples)
+    block = min(plan.block_size, size)
+    width = block * plan.n_lanes
+    # An example's place among the super-blocks repeats; a spread of examples stands for all.
+    n_supers = (per_example - 1) // width + 2
+    n_blocks = min(plan.n_lanes, (per_example - 1) // block + 2)
+    n = min(n_examples, max(64, _MAX_TABLE // (n_supers * n_blocks)))
+    starts = np.unique(np.linspace(0, n_examples - 1, n).astype(np.int64)) * per_example
+    missed = np.ones(len(starts))
+    for i in range(n_supers):
+        first = starts // width * width + i * width
+        # Of each super-block, the blocks that the example can touch.
+        begin = np.maximum(starts, first) // block * block
+        begin = begin[:, None] + np.arange(n_blocks)[None, :] * block
+        low = np.maximum(begin, starts[:, None])
+        high = np.minimum(np.minimum(begin + block, (first + width)[:, None]), (starts + per_example)[:, None])
+        overlap = np.maximum(0, high - low)
+        taken = (1 - _missed_by_chunk(overlap, size, depth)) * min(1.0, depth / n_slots)
+        missed *= 1 - taken.sum(axis=1) / plan.n_lanes
+    return float(n_examples * (1 - missed).mean())
+
+
+def _missed_by_chunk(overlap: NDArray[np.int64], size: int, depth: int) -> NDArray[np.float64]:
+    """Probability that `size / depth` of a chunk's samples, drawn without replacement, are none of `overlap`."""
+    if depth == 1:
+        return np.asarray(overlap == 0, dtype=np.float64)
+    longest = int(overlap.max(initial=0))
+    k = np.arange(longest)
+    factors = np.maximum(0.0, size - size / depth - k) / np.maximum(1, size - k)
+    table: NDArray[np.float64] = np.concatenate(([1.0], np.cumprod(factors)))
+    missed: NDArray[np.float64] = table[overlap]
+    return missed
+
+
+def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> tuple[float, float]:
+    """Mean size of a read in bytes, and bytes read for each byte used."""
+    md = selection.md
+    row_nbytes = md.d_model * 4
+    common = math.gcd(n_readers, plan.n_lanes)
+    # Lanes of one reader are neighbours on disk, and read together where there is room for it.
+    lanes = plan.n_lanes // common if plan.reads_lanes_together else 1
+    per_example = selection.n_samples // max(1, md.n_examples) // selection.n_grid_layers
+    run = min(plan.block_size * lanes, plan.n_samples)
+    gap = 0 if len(md.layers) == 1 or selection.layer_is_all else (len(md.layers) - 1) * md.tokens_per_example
+    gap += md.tokens_per_example - per_example
+    max_gap = _MAX_GAP_NBYTES // row_nbytes
+    # Places in a run where rows of an example, or layer, end.
+    n_ends = (run - 1) / max(1, per_example)
+    over, n_reads = (n_ends * gap, 1.0) if gap <= max_gap else (0.0, 1 + n_ends)
+    wanted = float(run)
+    share = common / n_readers
+    if share < 1:
+        # Several readers serve a lane, and each reads the rows that its own batches need.
+        joined = sum(g * share * (1 - share) ** g for g in range(1, max_gap + 1))
+        broken = (1 - share) ** (max_gap + 1)
+        wanted = run * share
+        n_reads = n_reads + wanted * broken
+        over = over * share + wanted * joined
+    most = max(1, min(_MAX_ROWS, _MAX_NBYTES // row_nbytes))
+    n_rows = max(1.0, wanted + over)
+    n_reads = min(max(n_reads, n_rows / most), n_rows)
+    return n_rows * row_nbytes / n_reads, n_rows / max(1.0, wanted)
+
+
+def _candidates(md: Metadata, cfg: ShuffledConfig, n_readers: int, min_read_nbytes: float) -> Iterator[Prediction]:
+    """Buffer sizes from small to large, each with the smallest blocks that are still read in large enough pieces."""
+    selection, plan = _make_plan(md, cfg)
+    last = 0
+    for exponent in range(200):
+        per_lane = max(last + 1, round(1.19**exponent))
+        last = per_lane
+        buffer_size = per_lane * cfg.n_lanes
+        trial = dataclasses.replace(cfg, buffer_size=buffer_size, block_size=1)
+        _, plan = _make_plan(md, trial)
+        block = 1
+        limit = max(1, cfg.batch_size // 8)
+        while block < limit and _predict_reads(selection, dataclasses.replace(plan, block_size=block), n_readers)[0] < (
+            min_read_nbytes
+        ):
+            block += 1
+        yield predict(md, dataclasses.replace(trial, block_size=block), n_readers)
+        if buffer_size >= plan.n_batches:
+            return
+
+
+def find_smallest(
+    md: Metadata,
+    cfg: ShuffledConfig,
+    quality: float,
+    n_readers: int = 1,
+    min_read_nbytes: float = _MIN_READ_NBYTES,
+) -> Prediction:
+    """Find the smallest memory for a wished quality.
+
+    Args:
+        md: Metadata of the shards.
+        cfg: What to keep; `buffer_size` and `block_size` are chosen anew.
+        quality: Distinct examples in a batch relative to a uniform draw, 0 to 1.
+        n_readers: Ranks times workers.
+        min_read_nbytes: Reads on average at least this large, where the data allow it.
+
+    Returns:
+        The prediction of the configuration found.
+
+    Raises:
+        ConfigError: No configuration reaches it.
+    """
+    best = None
+    for found in _candidates(md, cfg, n_readers, min_read_nbytes):
+        if found.quality >= quality:
+            return found
+        best = found if best is None or found.quality > best.quality else best
+    reached = best.quality if best else 0.0
+    raise ConfigError(
+        f"quality: expected one that can be reached, at most {reached:.3f} with reads of {min_read_nbytes / 1024:.0f} "
+        f"KiB, got {quality}; lower it, or allow smaller reads."
+    )
+
+
+def find_best(
+    md: Metadata,
+    cfg: ShuffledConfig,
+    memory_nbytes: int,
+    n_readers: int = 1,
+    min_read_nbytes: float = _MIN_READ_NBYTES,
+) -> Prediction:
+    """Find the best quality in a given memory; arguments and result as of `find_smallest`.
+
+    Raises:
+        ConfigError: Not even the smallest buffer fits.
+    """
+    fitting = [f for f in _candidates(md, cfg, n_readers, min_read_nbytes) if f.memory_nbytes <= memory_nbytes]
+    if not fitting:
+        raise ConfigError(
+            f"memory_nbytes: expected room for {cfg.n_lanes} batches or more, got {memory_nbytes}; use smaller batches "
+            "or fewer lanes."
+        )
+    return max(fitting, key=lambda found: found.quality)

@@ -1,0 +1,206 @@
+"""`python -m saev_torch repack DIR ROOT`: fewer layers, another shard size, a subset of the examples."""
+
+import argparse
+import dataclasses
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from saev_torch.errors import ConfigError, FormatError, ReadError
+from saev_torch.metadata import PROTOCOL, Metadata
+from saev_torch.progress import Progress
+from saev_torch.shards import shard_nbytes
+from saev_torch.store import ShardStore
+from saev_torch.writing.checksums import CHECKSUMS_NAME, Checksums, block_checksums
+from saev_torch.writing.writer import ShardWriter
+
+__all__ = ["add_arguments", "repack", "run"]
+
+_BATCH_NBYTES = 32 << 20
+
+
+def repack(
+    shards_dir: Path,
+    shards_root: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    examples: Sequence[int] | None = None,
+    max_tokens_per_shard: int | None = None,
+    progress: bool | None = False,
+) -> Path:
+    """Write a shard directory again, with less in it or cut into other files.
+
+    The source is read-only. Where it has checksums they are compared on the way, so damage is not carried over. The
+    new metadata differs from the old in the fields that had to change; examples are numbered anew, in the order given.
+
+    Args:
+        shards_dir: The source, of any protocol.
+        shards_root: Where the new directory `<hash>` is made.
+        layers: Recorded layers to keep, by value, in the new order; all by default.
+        examples: Examples to keep, in the new order; all by default.
+        max_tokens_per_shard: Activations (token x layer) in a file; as in the source by default.
+        progress: Draw a progress bar; None for where stderr is a terminal.
+
+    Returns:
+        The new directory.
+
+    Raises:
+        ConfigError: There is no such layer or example, or nothing would change.
+        FormatError: The source does not follow the format, or a checksum does not fit.
+        WriteError: The target is there already, or could not be written.
+    """
+    store = ShardStore(Path(shards_dir))
+    old = store.metadata
+    layers = tuple(old.layers if layers is None else layers)
+    unknown = [layer for layer in layers if layer not in old.layers]
+    if unknown or not layers:
+        raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(layers)}.")
+    chosen: Sequence[int] = range(old.n_examples) if examples is None else examples
+    if not len(chosen) or not 0 <= min(chosen) <= max(chosen) < old.n_examples:
+        raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got another or none.")
+    new = dataclasses.replace(
+        old,
+        layers=layers,
+        n_examples=len(chosen),
+        max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
+        protocol=PROTOCOL,
+    )
+    if new == old and list(chosen) == list(range(old.n_examples)):
+        raise ConfigError("layers, examples, max_tokens_per_shard: expected a change, got what the source has.")
+    has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
+    reader = _Reader(store, [old.layers.index(layer) for layer in layers])
+    checksums = Checksums.load(store.shards_dir, old) if has_checksums else None
+    n_fit = max(1, _BATCH_NBYTES // shard_nbytes(new, 1))
+    try:
+        with (
+            ShardWriter(Path(shards_root), new) as writer,
+            Progress(shard_nbytes(new, new.n_examples), "repacking", "B", progress) as bar,
+        ):
+            for start in range(0, len(chosen), n_fit):
+                part = np.array(chosen[start : start + n_fit], dtype=np.int64)
+                acts, labels = reader.read(part)
+                if checksums is not None:
+                    reader.compare(checksums, part, acts)
+                writer.write_batch(acts, start, labels)
+                bar.update(acts.nbytes)
+    finally:
+        store.close()
+    return writer.shards_dir
+
+
+class _Reader:
+    def __init__(self, store: ShardStore, layer_idxs: list[int]) -> None:
+        self._store, self._md, self._layer_idxs = store, store.metadata, layer_idxs
+        self._all = layer_idxs == list(range(self._md.n_layers))
+        self._firsts = list(itertools.accumulate((shard.n_examples for shard in store.shards), initial=0))
+
+    def read(self, examples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
+        md = self._md
+        shape = (len(examples), len(self._layer_idxs), md.tokens_per_example, md.d_model)
+        acts = np.empty(shape, dtype="<f4")
+        for at, shard_idx, row, n in self._runs(examples):
+            with self._store.opened(shard_idx) as fd:
+                if self._all:
+                    self._read_into(fd, shard_idx, acts[at : at + n], shard_nbytes(md, row))
+                    continue
+                block = shard_nbytes(md, 1) // md.n_layers
+                for i in range(n):
+                    for j, layer_idx in enumerate(self._layer_idxs):
+                        offset = ((row + i) * md.n_layers + layer_idx) * block
+                        self._read_into(fd, shard_idx, acts[at + i, j], offset)
+        return acts, self._labels(examples)
+
+    def _labels(self, examples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8] | None:
+        return self._store.read_labels(examples) if self._store.has_labels else None
+
+    def _runs(self, examples: npt.NDArray[np.int64]) -> list[tuple[int, int, int, int]]:
+        """Cut into runs of consecutive examples of one shard: place in the batch, shard, row in it, length."""
+        runs = []
+        at = 0
+        while at < len(examples):
+            shard_idx, row = divmod(int(examples[at]), self._md.examples_per_shard)
+            end = self._firsts[shard_idx + 1]
+            n = 1
+            while at + n < len(examples) and examples[at + n] == examples[at] + n < end:
+                n += 1
+            runs.append((at, shard_idx, row, n))
+            at += n
+        return runs
+
+    def _read_into(self, fd: int, shard_idx: int, rows: npt.NDArray[np.float32], offset: int) -> None:
+        view = rows.data.cast("B")
+        done, path = 0, self._store.path(shard_idx)
+        while done < len(view):
+            try:
+                n = os.preadv(fd, [view[done:]], offset + done)
+            except OSError as err:
+                raise ReadError(f"{path}: reading at byte {offset} failed: {err.strerror}") from err
+            if n == 0:
+                raise ReadError(f"{path}: expected {len(view)} bytes at {offset}, got {done}: it became shorter")
+            done += n
+
+    def compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[np.float32]) -> None:
+        expected = checksums.acts[examples][:, self._layer_idxs]
+        got = np.frombuffer(block_checksums(acts, None), ">u4").reshape(expected.shape)
+        if (expected != got).any():
+            i, j = (int(x) for x in np.argwhere(expected != got)[0])
+            layer = self._md.layers[self._layer_idxs[j]]
+            raise FormatError(
+                f"{self._store.shards_dir}: expected example {examples[i]}, layer {layer} as it was written, got other "
+                "bytes; copy it again, or see `python -m saev_torch verify`"
+            )
+
+
+def _layers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _examples(text: str) -> slice | list[int]:
+    if ":" not in text:
+        return _layers(text)
+    parts = [int(part) if part else None for part in text.split(":")]
+    if len(parts) > 3:
+        raise ValueError(text)
+    return slice(*parts)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options to its parser."""
+    parser.add_argument("dir", type=Path, help="shard directory to read")
+    parser.add_argument("root", type=Path, help="where the new directory <hash> is made")
+    parser.add_argument("--layers", type=_layers, metavar="A,B", help="layers to keep, for instance --layers=-2,11")
+    parser.add_argument(
+        "--examples", type=_examples, metavar="A:B", help="examples to keep: start:stop[:step], or a list 3,5,8"
+    )
+    parser.add_argument("--max-tokens-per-shard", type=int, metavar="N", help="activations (token x layer) in a file")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Repack a directory and print where the new one is.
+
+    Returns:
+        0.
+
+    Raises:
+        SaevTorchError: Something is wrong with the arguments, the source or the target.
+    """
+    examples = args.examples
+    if isinstance(examples, slice):
+        examples = range(Metadata.load(args.dir).n_examples)[examples]
+    if args.max_tokens_per_shard is not None and args.max_tokens_per_shard < 1:
+        raise ConfigError(f"max_tokens_per_shard: expected at least 1, got {args.max_tokens_per_shard}.")
+    shards_dir = repack(
+        args.dir,
+        args.root,
+        layers=args.layers,
+        examples=examples,
+        max_tokens_per_shard=args.max_tokens_per_shard,
+        progress=False if args.quiet else None,
+    )
+    print(shards_dir)
+    return 0

@@ -1,0 +1,1 @@
+"""From a model to a shard directory: taps, recording, crash-safe writing, labels, checksums."""
