@@ -2,7 +2,7 @@
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, make_ordered_config
-from saev_torch.datasets import IndexedDataset, OrderedActivations, ShuffledActivations
+from saev_torch.datasets import OrderedActivations, ShuffledActivations
 from saev_torch.device import DevicePrefetcher
 from saev_torch.digest import StreamDigest, batch_digest
 from saev_torch.errors import (
@@ -16,6 +16,7 @@ from saev_torch.errors import (
     WorkerLostError,
     WriteError,
 )
+from saev_torch.indexed import IndexedDataset
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.metadata import Metadata, PixelAgg
 from saev_torch.quality.metrics import batch_metrics

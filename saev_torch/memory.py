@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ReadError, WorkerLostError
 
-__all__ = ["Lease", "Slot", "SlotPool", "attach", "can_share"]
+__all__ = ["Lease", "Slot", "SlotPool", "attach", "can_share", "make_pool"]
 
 _HEADER = mmap.PAGESIZE
 _SENT, _RETURNED = 0, 1
@@ -240,3 +241,13 @@ def _map(pid: int, fd: int, nbytes: int) -> NDArray[np.uint8]:
     finally:
         os.close(own)
     return np.frombuffer(pages, dtype=np.uint8)
+
+
+_worker_pools: dict[int, SlotPool] = {}
+
+
+def make_pool(nbytes: int) -> SlotPool:
+    """Memory for batches: in a worker shared with the parent, and kept for the next epoch."""
+    if get_worker_info() is None or not can_share():
+        return SlotPool(nbytes, shared=False)
+    return _worker_pools.setdefault(nbytes, SlotPool(nbytes, shared=True))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saev_torch.config import IndexedConfig
-from saev_torch.datasets import IndexedDataset
+from saev_torch.indexed import IndexedDataset
 from saev_torch.metadata import Metadata
 from saev_torch.shards import shard_nbytes
 from saev_torch.store import ShardStore

@@ -145,7 +145,7 @@ class _Reader:
 
     def compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[np.float32]) -> None:
         expected = checksums.acts[examples][:, self._layer_idxs]
-        got = np.frombuffer(block_checksums(acts, None), ">u4").reshape(expected.shape)
+        got = np.frombuffer(block_checksums(acts, None, checksums.algorithm), ">u4").reshape(expected.shape)
         if (expected != got).any():
             i, j = (int(x) for x in np.argwhere(expected != got)[0])
             layer = self._md.layers[self._layer_idxs[j]]

@@ -18,7 +18,7 @@ from saev_torch.files import open_regular
 from saev_torch.metadata import METADATA_NAME, Metadata
 from saev_torch.progress import Progress
 from saev_torch.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, labels_nbytes, shard_nbytes
-from saev_torch.writing.checksums import CHECKSUMS_NAME, Checksums
+from saev_torch.writing.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
 
 __all__ = ["Fault", "VerifyReport", "add_arguments", "run", "verify"]
 
@@ -254,15 +254,16 @@ class _Verification:
             return faults, 0
         n_parts = 1 if piece.file_idx == _LABELS else self.md.n_layers
         width = piece.nbytes // (piece.n * n_parts)
-        sums = None
+        sums, checksum = None, find_algorithm("crc32")
         if self.checksums is not None:
+            checksum = find_algorithm(self.checksums.algorithm)
             sums = self.checksums.labels if piece.file_idx == _LABELS else self.checksums.acts
         for i in range(piece.n * n_parts):
             example, part = piece.first + i // n_parts, i % n_parts
             layer = None if piece.file_idx == _LABELS else self.md.layers[part]
             block = view[i * width : (i + 1) * width]
             if sums is not None:
-                expected, got = int(sums.flat[example * n_parts + part]), zlib.crc32(block)
+                expected, got = int(sums.flat[example * n_parts + part]), checksum(block)
                 if expected != got:
                     blame(_compare(expected, got), piece.offset + i * width, example, layer)
             if self.finite and layer is not None:

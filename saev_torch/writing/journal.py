@@ -3,9 +3,9 @@
     .unfinished              there until all is published; its lock is held for moments, to claim and to publish
     .journal-<start>-<stop>  one for each writer, by the examples that it is for; locked for as long as it lives
 
-A journal is lines `start stop has_labels checksums crc`: examples start..stop are on disk, and their checksums. A line
-is appended, and itself forced to disk, only after the data it speaks of was. What no line speaks of counts as not
-written. The locks are the kernel's, which a killed process cannot keep.
+A journal is lines `start stop has_labels algorithm checksums crc`: examples start..stop are on disk, and their
+checksums. A line is appended, and itself forced to disk, only after the data it speaks of was. What no line speaks of
+counts as not written. The locks are the kernel's, which a killed process cannot keep.
 """
 
 import contextlib
@@ -45,25 +45,29 @@ class Record(NamedTuple):
         start: The first.
         stop: The one behind the last.
         has_labels: Whether labels were written with them.
+        algorithm: That of the checksums.
         checksums: Their checksums, as `checksums.block_checksums` packs them.
     """
 
     start: int
     stop: int
     has_labels: bool
+    algorithm: str
     checksums: bytes
 
     def _to_line(self) -> bytes:
-        text = f"{self.start} {self.stop} {int(self.has_labels)} {self.checksums.hex()}"
+        text = f"{self.start} {self.stop} {int(self.has_labels)} {self.algorithm} {self.checksums.hex()}"
         return f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
 
     @classmethod
     def _from_line(cls, line: bytes) -> "Record | None":
         text, _, crc = line.rpartition(b" ")
         fields = text.split(b" ")
-        if len(fields) != 4 or crc != b"%08x\n" % zlib.crc32(text):
+        if len(fields) != 5 or crc != b"%08x\n" % zlib.crc32(text):
             return None
-        return cls(int(fields[0]), int(fields[1]), fields[2] == b"1", bytes.fromhex(fields[3].decode()))
+        return cls(
+            int(fields[0]), int(fields[1]), fields[2] == b"1", fields[3].decode(), bytes.fromhex(fields[4].decode())
+        )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """From an unfinished directory to a published one, by whichever writer finishes last."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from saev_torch.errors import WriteError
@@ -16,8 +17,8 @@ from saev_torch.shards import (
     shard_name,
     shard_nbytes,
 )
-from saev_torch.writing.checksums import CHECKSUMS_NAME, Checksums
-from saev_torch.writing.journal import CLAIM_NAME, journal_ranges, read_records
+from saev_torch.writing.checksums import ALGORITHM, CHECKSUMS_NAME, Checksums
+from saev_torch.writing.journal import CLAIM_NAME, Record, journal_ranges, read_records
 
 __all__ = [
     "is_published",
@@ -90,7 +91,7 @@ def read_progress(md: Metadata, shards_dir: Path) -> tuple[Ranges, bool | None]:
     """
     done, has_labels = Ranges(), None
     for name in journal_ranges(os.listdir(shards_dir)):
-        for record in read_records(shards_dir, name):
+        for record in _usable_records(shards_dir, name):
             n_sums = (record.stop - record.start) * (md.n_layers + record.has_labels)
             is_fit = 0 <= record.start < record.stop <= md.n_examples and len(record.checksums) == 4 * n_sums
             if not is_fit or has_labels is (not record.has_labels):
@@ -102,6 +103,11 @@ def read_progress(md: Metadata, shards_dir: Path) -> tuple[Ranges, bool | None]:
             for low, high in list(done.gaps(record.stop, record.start)):
                 done.add(low, high)
     return done, has_labels
+
+
+def _usable_records(shards_dir: Path, name: str) -> Iterator[Record]:
+    """Leave out what a process without the package xxhash has written, or one with it: that is written again."""
+    return (record for record in read_records(shards_dir, name) if record.algorithm == ALGORITHM)
 
 
 def refuse_missing(
@@ -140,7 +146,7 @@ def publish(md: Metadata, shards_dir: Path, metadata_json: bytes) -> bool:
         return False
     checksums = Checksums.make(md, bool(has_labels))
     for name in journal_ranges(os.listdir(shards_dir)):
-        for record in read_records(shards_dir, name):
+        for record in _usable_records(shards_dir, name):
             checksums.fill(record.start, record.stop, record.checksums)
     info = make_shard_info(md)
     sizes = {shard.name: shard_nbytes(md, md.examples_per_shard) for shard in info}

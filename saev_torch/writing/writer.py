@@ -17,7 +17,7 @@ from saev_torch.files import sync_dir, writing
 from saev_torch.metadata import METADATA_NAME, Metadata
 from saev_torch.ranges import Ranges
 from saev_torch.shards import LABELS_NAME, MAX_SHARDS, labels_nbytes, shard_name, shard_nbytes
-from saev_torch.writing.checksums import block_checksums
+from saev_torch.writing.checksums import ALGORITHM, block_checksums
 from saev_torch.writing.incoming import check_activations, check_example_range, check_finite, check_labels, check_start
 from saev_torch.writing.journal import CLAIM_NAME, Journal, Record, claimed, is_alive, journal_name, journal_ranges
 from saev_torch.writing.publish import (
@@ -239,7 +239,7 @@ class ShardWriter:
         if labels is not None:
             self._pwrite(LABELS_NAME, labels, start * self.md.content_tokens_per_example)
         packed = block_checksums(acts, labels) if checksums is None else checksums.result()
-        return Record(start, start + len(acts), labels is not None, packed)
+        return Record(start, start + len(acts), labels is not None, ALGORITHM, packed)
 
     def _claim(self) -> None:
         """Claim the examples of this writer, in a directory that must be vacant or, with `resume`, unfinished."""
