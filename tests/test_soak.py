@@ -4,7 +4,7 @@ import factory
 import pytest
 import soak
 
-SECONDS = 30
+SECONDS = 60
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker processes in total:UserWarning")
