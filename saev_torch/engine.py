@@ -11,7 +11,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from saev_torch.errors import ReadError, StalledReadError
 from saev_torch.memory import Slot, SlotPool
 from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.reading import Extents, announce_extents, make_sample_extents, read_cell_labels, read_extents
+from saev_torch.ring import Ring
 from saev_torch.schedule import Step
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
@@ -69,20 +69,19 @@ class _Running:
 
 @dataclasses.dataclass
 class _Task:
-    """A part of a step for one thread. What `run` refers to keeps alive the memory that is read into."""
+    """A part of a step for one thread, which may have a ring. What `run` refers to keeps alive what is read into."""
 
     step: _Running
-    run: Callable[[], None]
+    run: Callable[[Ring | None], None]
     announce: Callable[[], None] | None = None
     nbytes: int = 0
 
 
 @dataclasses.dataclass
 class _Reading:
-    """What a thread is reading, for the message about a stall."""
+    """What a thread is reading, for the message about a stall: `where` tells shard and offset."""
 
-    path: Path
-    offset: int
+    where: Callable[[], tuple[int, int]]
     since: float
 
 
@@ -263,7 +262,7 @@ class Engine:
             on_disk, cells, places = on_disk[wanted], cells[wanted], places[wanted]
 
         if self._store.has_labels:
-            yield _Task(running, lambda: self._read_labels(cells, on_disk, len(dealt), targets))
+            yield _Task(running, lambda ring: self._read_labels(cells, on_disk, len(dealt), targets))
         for extents in make_sample_extents(selection, cells, places):
             for start, stop in extents.cut(_TASK_NBYTES):
                 # The batches are named so that their memory lives as long as the task.
@@ -271,7 +270,7 @@ class Engine:
                     running,
                     functools.partial(self._read_rows, extents, start, stop, targets),
                     functools.partial(announce_extents, self._store, extents, start, stop),
-                    sum(extents.nbytes[start:stop]),
+                    int(extents.nbytes[start:stop].sum()),
                 )
 
     def _targets(self, step: Step) -> Iterator[_Target]:
@@ -287,6 +286,7 @@ class Engine:
     # The reader threads
 
     def _read(self) -> None:
+        ring = Ring.open()
         while True:
             with self._lock:
                 while not self._tasks and not self._stopped:
@@ -298,7 +298,7 @@ class Engine:
             if later is not None:
                 later()
             began = time.monotonic()
-            task.run()
+            task.run(ring)
             if task.nbytes:
                 self._is_slow = task.nbytes < _SLOW_NBYTES_PER_S * (time.monotonic() - began)
             with self._lock:
@@ -316,14 +316,14 @@ class Engine:
                 return announce
         return None
 
-    def _read_rows(self, extents: Extents, start: int, stop: int, targets: list[_Target]) -> None:
-        read_extents(self._store, extents, start, stop, self._note)
+    def _read_rows(self, extents: Extents, start: int, stop: int, targets: list[_Target], ring: Ring | None) -> None:
+        read_extents(self._store, extents, start, stop, self._note, ring)
 
-    def _note(self, shard: int, offset: int) -> None:
-        self._reading[threading.get_ident()] = _Reading(self._store.path(shard), offset, time.monotonic())
+    def _note(self, where: Callable[[], tuple[int, int]]) -> None:
+        self._reading[threading.get_ident()] = _Reading(where, time.monotonic())
 
     def _read_labels(self, cells: _Int64s, on_disk: _Int64s, n: int, targets: list[_Target]) -> None:
-        self._note(self._store.labels_idx, 0)
+        self._note(lambda: (self._store.labels_idx, 0))
         labels = np.empty(n, dtype=np.uint8)
         labels[on_disk] = read_cell_labels(self._store, self._selection, cells)
         for opened, positions, rows in targets:
@@ -381,7 +381,10 @@ class Engine:
 
     def _describe_stall(self) -> str:
         now = time.monotonic()
-        reads = [f"{r.path} at offset {r.offset} for {now - r.since:.1f} s" for r in self._reading.values()]
+        reads = []
+        for reading in tuple(self._reading.values()):
+            shard, offset = reading.where()
+            reads.append(f"{self._store.path(shard)} at offset {offset} for {now - reading.since:.1f} s")
         what = "reading " + "; ".join(reads) if reads else "no read is under way, so the machine is overloaded"
         return (
             f"batch_timeout_s: expected a batch within {self._timeout_s} s, got none: {what}. "

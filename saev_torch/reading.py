@@ -1,27 +1,39 @@
 """Scattered reads: rows of a file straight to their final places in memory.
 
-One `preadv` call reads consecutive rows of a shard into as many separate places. That is one pass over each byte:
-there is no buffer in between and nothing to gather afterwards. The calls are made through ctypes, which releases the
-GIL, with arrays of arguments that numpy made: no Python per sample, and none per block but the call itself.
+One `preadv` reads consecutive rows of a shard into as many separate places. That is one pass over each byte: there is
+no buffer in between and nothing to gather afterwards. numpy makes the arguments, and hundreds of reads are one system
+call where there is a `Ring`; else each is one through ctypes, which releases the GIL. No Python per sample.
 """
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
+from saev_torch.ring import Ring
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
 
-__all__ = ["Extents", "announce_extents", "make_extents", "make_sample_extents", "read_cell_labels", "read_extents"]
+__all__ = [
+    "Extents",
+    "announce_extents",
+    "make_extents",
+    "make_sample_extents",
+    "read_cell_labels",
+    "read_extents",
+    "unnoted",
+]
 
 _Int64s = NDArray[np.int64]
+Note = Callable[[Callable[[], tuple[int, int]]], None]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _preadv = _libc.preadv
@@ -32,6 +44,9 @@ _MAX_ROWS = 1024  # IOV_MAX of Linux
 _MAX_NBYTES = 2 << 20
 # Reading over a gap is cheaper than another call up to about this size.
 _MAX_GAP_NBYTES = 16 << 10
+# Fewer reads than this are not worth the arguments of a ring; more files than this are not held open for one call.
+_MIN_ON_RING = 8
+_MAX_SHARDS_ON_RING = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,22 +54,23 @@ class Extents:
     """Consecutive rows of shards, and where each row goes.
 
     Attributes:
-        vectors: `[n_rows, 2] int64`, address and size of the place of each row: the kernel's `struct iovec`.
+        vectors: `[n_vectors, 2] int64`, address and size of the place of each row, or of several rows whose places
+            follow each other: the kernel's `struct iovec`.
         trash: `[row_nbytes] uint8`, where the rows of small gaps go.
-        shards: Shard of each extent.
-        addresses: Address of each extent's first vector.
-        counts: Rows of each extent.
-        offsets: Byte offset of each extent in its shard.
-        nbytes: Size of each extent in bytes.
+        shards: `[n] int64`, shard of each extent.
+        firsts: `[n] int64`, number of its first vector.
+        counts: `[n] int64`, its number of vectors.
+        offsets: `[n] int64`, byte offset in the shard.
+        nbytes: `[n] int64`, size in bytes.
     """
 
     vectors: _Int64s
     trash: NDArray[np.uint8]
-    shards: list[int]
-    addresses: list[int]
-    counts: list[int]
-    offsets: list[int]
-    nbytes: list[int]
+    shards: _Int64s
+    firsts: _Int64s
+    counts: _Int64s
+    offsets: _Int64s
+    nbytes: _Int64s
 
     def cut(self, task_nbytes: int) -> list[tuple[int, int]]:
         """Divide the extents into ranges of about `task_nbytes` bytes each."""
@@ -94,22 +110,36 @@ def make_extents(shards: _Int64s, rows: _Int64s, places: _Int64s, row_nbytes: in
     ends = np.cumsum(spans)
     begins = ends - spans
     total = int(ends[-1]) if n else 0
-    vectors = np.empty((total, 2), dtype=np.int64)
-    vectors[:, 1] = row_nbytes
-    if total == n:
-        vectors[:, 0] = places
-    else:
-        vectors[:, 0] = trash.ctypes.data
-        vectors[rows + np.repeat(begins - rows[firsts], np.diff(np.append(firsts, n))), 0] = places
+    if total != n:
+        wanted = places
+        places = np.full(total, trash.ctypes.data, dtype=np.int64)
+        places[rows + np.repeat(begins - rows[firsts], np.diff(np.append(firsts, n)))] = wanted
+    vectors, heads = _join_places(places, begins, row_nbytes)
     return Extents(
         vectors=vectors,
         trash=trash,
-        shards=shards[firsts].tolist(),
-        addresses=(vectors.ctypes.data + 16 * begins).tolist(),
-        counts=spans.tolist(),
-        offsets=(rows[firsts] * row_nbytes).tolist(),
-        nbytes=(spans * row_nbytes).tolist(),
+        shards=shards[firsts],
+        firsts=heads,
+        counts=np.diff(np.append(heads, len(vectors))),
+        offsets=rows[firsts] * row_nbytes,
+        nbytes=spans * row_nbytes,
     )
+
+
+def _join_places(places: _Int64s, begins: _Int64s, row_nbytes: int) -> tuple[_Int64s, _Int64s]:
+    """Make vectors of rows, one for all rows whose places follow each other.
+
+    Returns:
+        `[n_vectors, 2] int64`, and the number of each extent's first vector.
+    """
+    is_head = np.ones(len(places), dtype=bool)
+    np.not_equal(np.diff(places), row_nbytes, out=is_head[1:])
+    is_head[begins] = True
+    heads = np.flatnonzero(is_head)
+    vectors = np.empty((len(heads), 2), dtype=np.int64)
+    vectors[:, 0] = places[heads]
+    vectors[:, 1] = np.diff(np.append(heads, len(places))) * row_nbytes
+    return vectors, np.searchsorted(heads, begins)
 
 
 def make_sample_extents(selection: Selection, cells: _Int64s, places: _Int64s) -> list[Extents]:
@@ -156,7 +186,9 @@ def read_cell_labels(store: ShardStore, selection: Selection, cells: _Int64s) ->
     return labels
 
 
-def read_extents(store: ShardStore, extents: Extents, start: int, stop: int, note: Callable[[int, int], None]) -> None:
+def read_extents(
+    store: ShardStore, extents: Extents, start: int, stop: int, note: Note, ring: Ring | None = None
+) -> None:
     """Read a range of extents to their places.
 
     Args:
@@ -164,47 +196,94 @@ def read_extents(store: ShardStore, extents: Extents, start: int, stop: int, not
         extents: What to read.
         start: First extent.
         stop: One past the last extent.
-        note: Called with shard and byte offset before reading from a shard, so that a stall can be named.
+        note: Called before reading with a function that tells, also another thread, the shard and byte offset of what
+            is read, so that a stall can be named.
+        ring: For many reads in one call.
 
     Raises:
         ReadError: A read failed for good, or a shard became shorter.
         ShardsNotFoundError: A shard is gone.
         FormatError: A shard is no longer a regular file of the right size.
     """
-    for shard, group in itertools.groupby(range(start, stop), key=extents.shards.__getitem__):
-        members = list(group)
-        part = slice(members[0], members[-1] + 1)
-        note(shard, extents.offsets[members[0]])
-        with store.opened(shard) as fd:
-            got = list(
-                map(_preadv, itertools.repeat(fd), extents.addresses[part], extents.counts[part], extents.offsets[part])
-            )
-        if got != extents.nbytes[part]:
+    if ring is None or stop - start < _MIN_ON_RING:
+        for first, last in _groups(extents, start, stop):
+            part = slice(first, last)
+            note(functools.partial(_where, extents, first))
+            with store.opened(int(extents.shards[first])) as fd:
+                addresses = (extents.vectors.ctypes.data + 16 * extents.firsts[part]).tolist()
+                offsets = extents.offsets[part].tolist()
+                got = list(map(_preadv, itertools.repeat(fd), addresses, extents.counts[part].tolist(), offsets))
             # The last error of this thread: the one of the reads that failed, or of one of them.
-            code = ctypes.get_errno()
-            for i, n in zip(members, got, strict=True):
-                if n != extents.nbytes[i]:
-                    _read_rest(store, extents, i, n, code)
+            _read_rests(store, extents, first, np.array(got, dtype=np.int64), ctypes.get_errno(), note)
+        return
+    for first, last in _ring_parts(extents, start, stop, ring.n_entries):
+        part = slice(first, last)
+        with contextlib.ExitStack() as stack:
+            fds = np.empty(last - first, dtype=np.int64)
+            for low, high in _groups(extents, first, last):
+                shard = int(extents.shards[low])
+                note(functools.partial(_where, extents, low))
+                fds[low - first : high - first] = stack.enter_context(store.opened(shard))
+            note(functools.partial(_where_on_ring, extents, first, last, ring))
+            done = ring.read(fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part])
+        _read_rests(store, extents, first, done, 0, note)
+
+
+def _where(extents: Extents, i: int) -> tuple[int, int]:
+    return int(extents.shards[i]), int(extents.offsets[i])
+
+
+def _where_on_ring(extents: Extents, first: int, last: int, ring: Ring) -> tuple[int, int]:
+    return _where(extents, first + ring.first_pending(last - first))
+
+
+def _groups(extents: Extents, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Divide a range of extents by shard."""
+    bounds = [start, *(np.flatnonzero(np.diff(extents.shards[start:stop])) + start + 1).tolist(), stop]
+    return itertools.pairwise(bounds) if start < stop else iter(())
+
+
+def _ring_parts(extents: Extents, start: int, stop: int, n_entries: int) -> Iterator[tuple[int, int]]:
+    """Divide a range of extents by what is read in one call."""
+    while start < stop:
+        end = min(stop, start + n_entries)
+        others = np.flatnonzero(np.diff(extents.shards[start:end]))
+        if len(others) >= _MAX_SHARDS_ON_RING:
+            end = start + int(others[_MAX_SHARDS_ON_RING - 1]) + 1
+        yield start, end
+        start = end
+
+
+def unnoted(where: Callable[[], tuple[int, int]]) -> None:
+    """For `read_extents` where nobody waits for a single read, so that nobody asks where it stands."""
 
 
 def announce_extents(store: ShardStore, extents: Extents, start: int, stop: int) -> None:
     """Ask the kernel to begin reading a range of extents, so that a disk has many reads to work on at a time."""
-    for shard, group in itertools.groupby(range(start, stop), key=extents.shards.__getitem__):
-        members = list(group)
-        part = slice(members[0], members[-1] + 1)
-        with store.opened(shard) as fd:
+    for first, last in _groups(extents, start, stop):
+        part = slice(first, last)
+        with store.opened(int(extents.shards[first])) as fd:
             advice = itertools.repeat(os.POSIX_FADV_WILLNEED)
-            collections.deque(
-                map(os.posix_fadvise, itertools.repeat(fd), extents.offsets[part], extents.nbytes[part], advice), 0
-            )
+            offsets, nbytes = extents.offsets[part].tolist(), extents.nbytes[part].tolist()
+            collections.deque(map(os.posix_fadvise, itertools.repeat(fd), offsets, nbytes, advice), 0)
+
+
+def _read_rests(
+    store: ShardStore, extents: Extents, first: int, got: NDArray[np.int64] | NDArray[np.int32], code: int, note: Note
+) -> None:
+    """Finish the extents from `first` on that are not complete; `code` is the error where a result has none."""
+    for i in np.flatnonzero(got != extents.nbytes[first : first + len(got)]).tolist():
+        note(functools.partial(_where, extents, first + i))
+        n = int(got[i])
+        _read_rest(store, extents, first + i, n, code or -n)
 
 
 def _read_rest(store: ShardStore, extents: Extents, i: int, n: int, code: int) -> None:
     """Finish an extent whose first read returned `n` and not all bytes, trying again where that may help."""
-    shard, offset, nbytes = extents.shards[i], extents.offsets[i], extents.nbytes[i]
+    shard, offset, nbytes = int(extents.shards[i]), int(extents.offsets[i]), int(extents.nbytes[i])
     path = store.path(shard)
-    first = (extents.addresses[i] - extents.vectors.ctypes.data) // 16
-    vectors = extents.vectors[first : first + extents.counts[i]]
+    vectors = extents.vectors[extents.firsts[i] :][: extents.counts[i]]
+    ends = np.cumsum(vectors[:, 1])
     done = tries = 0
     while True:
         if n > 0:
@@ -224,8 +303,9 @@ def _read_rest(store: ShardStore, extents: Extents, i: int, n: int, code: int) -
             )
         if done == nbytes:
             return
-        skipped, inside = divmod(done, int(vectors[0, 1]))
+        skipped = int(np.searchsorted(ends, done, side="right"))
         rest = vectors[skipped:].copy()
+        inside = done - int(ends[skipped] - vectors[skipped, 1])
         rest[0] += (inside, -inside)
         with store.opened(shard) as fd:
             n = _preadv(fd, rest.ctypes.data, len(rest), offset + done)

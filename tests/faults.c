@@ -9,6 +9,7 @@
  *   FAULT_TIMES    how often, in each process; default: always
  *   FAULT_UNTIL_OPENED  fail until the file was opened so often since the fault was switched on
  *   FAULT_SECONDS  how long a call hangs
+ *   FAULT_NO_RING  io_uring is not allowed, as in many containers: then reads are calls of pread and preadv
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -135,6 +136,19 @@ ssize_t sendfile64(int to, int from, off64_t *offset, size_t n) { return faulty_
 int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg) {
     if (decide("pthread_create") < 0) return errno;
     return REAL(pthread_create)(thread, attr, run, arg);
+}
+
+long syscall(long number, ...) {
+    long args[6];
+    va_list rest;
+    va_start(rest, number);
+    for (int i = 0; i < 6; i++) args[i] = va_arg(rest, long);
+    va_end(rest);
+    if (number == 425 && get("FAULT_NO_RING")) { /* io_uring_setup */
+        errno = EPERM;
+        return -1;
+    }
+    return REAL(syscall)(number, args[0], args[1], args[2], args[3], args[4], args[5]);
 }
 
 int memfd_create(const char *name, unsigned flags) {

@@ -33,6 +33,7 @@ LAYERS = [
     "localcopy",
     "plan",
     "schedule",
+    "ring",
     "reading",
     "world",
     "memory",

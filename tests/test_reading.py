@@ -17,7 +17,9 @@ from saev_torch.reading import (
     make_sample_extents,
     read_cell_labels,
     read_extents,
+    unnoted,
 )
+from saev_torch.ring import Ring
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
 
@@ -26,7 +28,20 @@ NARROW = Spec(n_examples=250, content_tokens=20, layers=(1, 2), d_model=1, examp
 WIDE = Spec(n_examples=5, content_tokens=7, layers=(0, 4, 11), d_model=2048, examples_per_shard=3)
 SPECS = {"narrow": NARROW, "wide": WIDE}
 
+RING: Ring | None = None
+
 many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=[False, True], ids=["calls", "ring"], autouse=True)
+def ring(request):
+    """Every test with single system calls, and with a ring of them."""
+    global RING
+    RING = Ring.open() if request.param else None
+    if request.param and RING is None:
+        pytest.skip("io_uring is not allowed here")
+    yield
+    RING = None
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +74,7 @@ def read(store, shards, rows, row_nbytes, task_nbytes=1 << 30):
     extents = make_extents(shards, rows, places, row_nbytes)
     notes = []
     for start, stop in extents.cut(task_nbytes):
-        read_extents(store, extents, start, stop, lambda *note: notes.append(note))
+        read_extents(store, extents, start, stop, lambda where: notes.append(where()), RING)
     assert np.isnan(memory[:, width]).all(), "written beside the place"
     return memory[order, :width], extents, notes
 
@@ -84,13 +99,13 @@ def test_any_rows_to_any_places(stores, name, data):
     got, extents, _ = read(stores[name], shards[chosen], rows[chosen], row_nbytes, data.draw(st.integers(1, 100_000)))
     assert got.tobytes() == acts[chosen].tobytes()
     assert sum(extents.counts) == len(extents.vectors)
-    assert all(n == count * row_nbytes for n, count in zip(extents.nbytes, extents.counts, strict=True))
+    assert (extents.nbytes == extents.counts * row_nbytes).all()
 
 
 def test_neighbours_are_read_at_once(stores):
     shards, rows, acts = flat_rows(NARROW)
     got, extents, notes = read(stores["narrow"], shards[:1000], rows[:1000], 4)
-    assert (extents.counts, notes) == ([1000], [(0, 0)])
+    assert (extents.counts.tolist(), notes) == ([1000], [(0, 0)])
     assert got.tobytes() == acts[:1000].tobytes()
 
 
@@ -99,9 +114,9 @@ def test_small_gaps_are_read_over_and_large_ones_are_not(stores):
     zeros = np.zeros(3, dtype=np.int64)
     # Up to 16 KB are cheaper to read than another call: two rows of 8 KB.
     _, extents, _ = read(stores["wide"], zeros, np.array([0, 3, 6]), row_nbytes)
-    assert extents.counts == [7]
+    assert extents.counts.tolist() == [7]
     _, extents, _ = read(stores["wide"], zeros, np.array([0, 4, 8]), row_nbytes)
-    assert extents.counts == [1, 1, 1]
+    assert extents.counts.tolist() == [1, 1, 1]
 
 
 def test_one_call_reads_no_more_than_the_kernel_takes(stores):
@@ -121,7 +136,7 @@ def test_one_call_reads_no_more_than_two_megabytes():
     assert max(extents.nbytes) == 2 << 20
     # A row may be larger than that all the same.
     extents = make_extents(*(np.arange(3) * x for x in (0, 1, 1)), 3 << 20)
-    assert extents.nbytes == [3 << 20] * 3
+    assert extents.nbytes.tolist() == [3 << 20] * 3
 
 
 def test_shards_are_not_joined(stores):
@@ -129,7 +144,7 @@ def test_shards_are_not_joined(stores):
     edge = int(np.flatnonzero(shards == 1)[0])
     around = np.arange(edge - 3, edge + 3)
     got, extents, notes = read(stores["narrow"], shards[around], rows[around], 4)
-    assert extents.counts == [3, 3]
+    assert extents.counts.tolist() == [3, 3]
     assert [shard for shard, _ in notes] == [0, 1]
     assert got.tobytes() == acts[around].tobytes()
 
@@ -137,15 +152,16 @@ def test_shards_are_not_joined(stores):
 def test_no_rows(stores):
     empty = np.zeros(0, dtype=np.int64)
     got, extents, notes = read(stores["narrow"], empty, empty, 4)
-    assert (len(got), extents.counts, notes, extents.cut(10)) == (0, [], [], [])
+    assert (len(got), extents.counts.tolist(), notes, extents.cut(10)) == (0, [], [], [])
 
 
+@many
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
 def test_cut(counts, task_nbytes):
     rows = np.concatenate([np.arange(n) for n in counts] or [np.zeros(0, dtype=np.int64)])
     shards = np.repeat(np.arange(len(counts)), counts)
     extents = make_extents(shards, rows, rows, 4)
-    assert extents.counts == counts
+    assert (extents.nbytes // 4).tolist() == counts
     cuts = extents.cut(task_nbytes)
     assert [i for start, stop in cuts for i in range(start, stop)] == list(range(len(counts)))
     # Full tasks: each reaches the next multiple of the size, or is the last.
@@ -165,7 +181,7 @@ def test_samples(stores, name, data):
     places = memory.ctypes.data + np.arange(len(samples)) * selection.n_parts * spec.d_model * 4
     for extents in make_sample_extents(selection, cells, places):
         announce_extents(stores[name], extents, 0, len(extents.counts))
-        read_extents(stores[name], extents, 0, len(extents.counts), lambda *_: None)
+        read_extents(stores[name], extents, 0, len(extents.counts), unnoted, RING)
     example, layer, token = selection.split(cells)
     for part, idx in enumerate(selection.layer_idxs[: selection.n_parts]):
         wanted = oracle(spec)[example, layer if selection.layer_is_all else idx, token]
@@ -176,6 +192,23 @@ def test_samples(stores, name, data):
 
 
 # When reading goes wrong
+
+
+def spoil_ring(monkeypatch, result):
+    """Let reads on a ring return something else, and leave in memory no more than that says."""
+    real = Ring.read
+
+    def read(self, fds, vectors, firsts, counts, offsets):
+        got = real(self, fds, vectors, firsts, counts, offsets)
+        for i, n in enumerate(got.tolist()):
+            got[i] = left = result(n)
+            for address, nbytes in vectors[firsts[i] : firsts[i] + counts[i]].tolist():
+                kept = min(max(left, 0), nbytes)
+                ctypes.memset(address + kept, 0xFF, nbytes - kept)
+                left -= kept
+        return got
+
+    monkeypatch.setattr(Ring, "read", read)
 
 
 def rows_of_one_shard(store, spec, shard):
@@ -197,6 +230,7 @@ def test_short_reads_are_finished(stores, monkeypatch, nbytes):
         return real(fd, vectors.ctypes.data, count, offset)
 
     monkeypatch.setattr(reading, "_preadv", preadv)
+    spoil_ring(monkeypatch, lambda n: min(n, nbytes))
     shards, rows, acts = flat_rows(NARROW)
     got, _, _ = read(stores["narrow"], shards[:300], rows[:300], 4)
     assert got.tobytes() == acts[:300].tobytes()
@@ -233,6 +267,7 @@ def failing(monkeypatch, codes):
 
     monkeypatch.setattr(reading, "_preadv", preadv)
     monkeypatch.setattr(retries.time, "sleep", slept.append)
+    spoil_ring(monkeypatch, lambda n: -left.pop(0) if left else n)
     return slept
 
 
@@ -256,3 +291,19 @@ def test_errors_that_stay(stores, monkeypatch, code, n_tries):
     message = rf"reading \d+ bytes at offset 0 failed after {n_tries} tries: {os.strerror(code)}"
     with pytest.raises(ReadError, match=rf"acts000000\.bin: {message}"):
         rows_of_one_shard(stores["wide"], WIDE, 0)()
+
+
+def test_shards_by_the_hundred_on_one_ring(make_shards):
+    """More files than are held open for one call, and more reads than one call takes."""
+    spec = Spec(n_examples=150, content_tokens=20, layers=(1,), d_model=1024, examples_per_shard=2, labels=False)
+    store = ShardStore(make_shards(spec))
+    shards, rows, acts = flat_rows(spec)
+    chosen = np.arange(0, len(rows), 7)
+    got, extents, _ = read(store, shards[chosen], rows[chosen], 4096)
+    assert got.tobytes() == acts[chosen].tobytes()
+    assert len(extents.counts) > 64
+    chosen = np.random.default_rng(0).permutation(len(rows))
+    got, extents, _ = read(store, shards[chosen], rows[chosen], 4096)
+    assert got.tobytes() == acts[chosen].tobytes()
+    assert len(extents.counts) > 1024
+    store.close()

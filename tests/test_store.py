@@ -8,6 +8,7 @@ from conftest import Resources
 from factory import Spec, oracle_labels
 
 from saev_torch import ConfigError, FormatError, ReadError, ShardsNotFoundError
+from saev_torch import store as store_module
 from saev_torch.store import ShardStore
 
 SPEC = Spec(n_examples=30, examples_per_shard=2)  # 15 shards, and one without examples
@@ -194,7 +195,34 @@ def test_no_labels(make_shards):
         store.read_labels(np.array([0]))
 
 
-def test_labels_that_became_shorter(store):
+def test_small_labels_are_read_once(store):
+    wanted = store.read_labels(np.arange(SPEC.n_examples))
+    assert wanted.tolist() == oracle_labels(SPEC).tolist()
+    os.truncate(store.shards_dir / "labels.bin", 0)
+    assert store.read_labels(np.arange(SPEC.n_examples)).tolist() == wanted.tolist()
+
+
+def test_small_labels_that_became_shorter_before_they_were_read(store):
+    os.truncate(store.shards_dir / "labels.bin", 100)
+    with pytest.raises(
+        ReadError, match=r"expected \d+ bytes at offset 0, got 100: the file became shorter"
+    ):
+        store.read_labels(np.array([0]))
+
+
+@pytest.fixture
+def large_labels(monkeypatch):
+    monkeypatch.setattr(store_module, "_MAX_KEPT_NBYTES", 0)
+
+
+def test_large_labels_are_read_in_runs(store, large_labels):
+    flat = oracle_labels(SPEC).ravel()
+    runs = [(0, 1), (5, 0), (179, 1), (10, 100), (10, 2)]
+    got = store.read_label_runs(*(np.array([run[i] for run in runs], dtype=np.int64) for i in (0, 1)))
+    assert got.tolist() == [int(x) for start, n in runs for x in flat[start : start + n]]
+
+
+def test_labels_that_became_shorter(store, large_labels):
     store.read_labels(np.array([0]))
     os.truncate(store.shards_dir / "labels.bin", 100)
     assert store.read_labels(np.array([15])).shape == (1, 6)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.reading import Extents, read_extents
+from saev_torch.reading import Extents, read_extents, unnoted
 from saev_torch.selection import Selection
 from saev_torch.stats.moments import Moments, NormHistogram, Piece, Scratch, measure
 from saev_torch.store import ShardStore
@@ -107,7 +107,7 @@ class Pass:
         for first, last, groups in reads.reads:
             if self._stopped:
                 return
-            read_extents(self._store, reads.extents, first, last, _ignore)
+            read_extents(self._store, reads.extents, first, last, unnoted)
             for group, row, row_stop in groups:
                 yield _Part(group, *measure(buffer[row:row_stop], scratch))
 
@@ -167,11 +167,11 @@ class _Reads:
         extents = Extents(
             vectors=vectors,
             trash=np.empty(0, dtype=np.uint8),
-            shards=shards[firsts].tolist(),
-            addresses=(vectors.ctypes.data + 16 * np.arange(len(vectors))).tolist(),
-            counts=[1] * len(vectors),
-            offsets=(rows[firsts] * row_nbytes).tolist(),
-            nbytes=(lengths * row_nbytes).tolist(),
+            shards=shards[firsts],
+            firsts=np.arange(len(vectors)),
+            counts=np.ones(len(vectors), dtype=np.int64),
+            offsets=rows[firsts] * row_nbytes,
+            nbytes=lengths * row_nbytes,
         )
         reads = []
         for first, last in zip(read_starts.tolist(), [*read_starts[1:].tolist(), len(read)], strict=True):
@@ -180,7 +180,3 @@ class _Reads:
             stop = int(places[last - 1] + lengths[last - 1])
             reads.append((first, last, list(zip(group[group_starts].tolist(), row, [*row[1:], stop], strict=True))))
         return cls(extents, reads)
-
-
-def _ignore(shard: int, offset: int) -> None:
-    """Nobody waits for a single read here, so nobody asks where it stands."""

@@ -1,0 +1,163 @@
+"""Many reads in one system call: Linux's io_uring, for reads that are as good as free once they are asked for.
+
+A read of a few KB from the page cache takes less time than it takes Python to ask for it. Here numpy writes the
+arguments of hundreds of reads into memory that the kernel shares, and one call runs them all, without Python's lock:
+16,384 single rows of 3 KB took 17 ms where one `pread` for each took 28. Where a disk is waited for, it has all of them
+to work on.
+
+Containers often forbid io_uring, and old systems lack it; then `Ring.open` returns None, and `preadv` does the same.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import sys
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.errors import ReadError
+
+__all__ = ["Ring"]
+
+_Int64s = NDArray[np.int64]
+
+_N_ENTRIES = 512
+_SETUP, _ENTER = 425, 426
+_GET_EVENTS = 1
+# Completions wait until the thread asks for them, instead of interrupting it (Linux 5.19).
+_COOP_TASKRUN = 1 << 8
+_SINGLE_MMAP, _NO_DROP = 1, 2
+_OFFSET_OF_ENTRIES = 0x10000000
+_READV, _READ = 1, 22
+
+# struct io_uring_params, io_uring_sqe and io_uring_cqe of <linux/io_uring.h>
+_PARAMS = np.dtype(
+    [("sq_entries", "u4"), ("cq_entries", "u4"), ("flags", "u4"), ("cpu", "u4"), ("idle", "u4"), ("features", "u4")]
+    + [("wq_fd", "u4"), ("reserved", "u4", 3)]
+    + [(f"sq_{name}", "u4") for name in ("head", "tail", "mask", "n", "flags", "dropped", "array", "r1", "r2", "r3")]
+    + [(f"cq_{name}", "u4") for name in ("head", "tail", "mask", "n", "overflow", "cqes", "flags", "r1", "r2", "r3")]
+)
+_ENTRY = np.dtype(
+    [("opcode", "u1"), ("flags", "u1"), ("priority", "u2"), ("fd", "i4"), ("offset", "i8"), ("address", "i8"),
+     ("length", "u4"), ("rw_flags", "u4"), ("number", "u8"), ("rest", "u8", 3)]
+)  # fmt: skip
+_RESULT = np.dtype([("number", "u8"), ("result", "i4"), ("flags", "u4")])
+
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall.restype = ctypes.c_long
+
+
+class Ring:
+    """Reads for one thread at a time; see `open`.
+
+    Args:
+        fd: Descriptor of the ring, which it closes when it is gone.
+        params: What the kernel said of it.
+    """
+
+    n_entries: int
+
+    def __init__(self, fd: int, params: Any) -> None:
+        weakref.finalize(self, os.close, fd).atexit = False
+        self._fd = fd
+        self.n_entries = int(params["sq_entries"])
+        nbytes = max(
+            int(params["sq_array"]) + 4 * self.n_entries,
+            int(params["cq_cqes"]) + _RESULT.itemsize * int(params["cq_entries"]),
+        )
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        shared = mmap.mmap(fd, nbytes, flags=flags)
+        entries = mmap.mmap(fd, _ENTRY.itemsize * self.n_entries, flags=flags, offset=_OFFSET_OF_ENTRIES)
+        self._entries = np.frombuffer(entries, dtype=_ENTRY)
+        self._results = np.frombuffer(shared, _RESULT, int(params["cq_entries"]), int(params["cq_cqes"]))
+        number = {name: np.frombuffer(shared, "u4", 1, int(params[name])) for name in ("sq_tail", "cq_head", "cq_tail")}
+        self._asked, self._taken, self._done = number["sq_tail"], number["cq_head"], number["cq_tail"]
+        np.frombuffer(shared, "u4", self.n_entries, int(params["sq_array"]))[:] = np.arange(self.n_entries)
+
+    @classmethod
+    def open(cls) -> "Ring | None":
+        """Make a ring; None where the system has none to give."""
+        if not sys.platform.startswith("linux"):
+            return None
+        for flags in (_COOP_TASKRUN, 0):
+            params = np.zeros((), dtype=_PARAMS)
+            params["flags"] = flags
+            fd = int(_syscall(_SETUP, _N_ENTRIES, ctypes.c_void_p(params.ctypes.data)))
+            if fd >= 0:
+                break
+        else:
+            return None
+        if int(params["features"]) & (_SINGLE_MMAP | _NO_DROP) != _SINGLE_MMAP | _NO_DROP:
+            os.close(fd)
+            return None
+        try:
+            return cls(fd, params)
+        except OSError:
+            return None
+
+    def read(
+        self, fds: _Int64s, vectors: _Int64s, firsts: _Int64s, counts: _Int64s, offsets: _Int64s
+    ) -> NDArray[np.int32]:
+        """Read from files, at most `n_entries` times.
+
+        Args:
+            fds: `[n] int64`, descriptor that each read is from.
+            vectors: `[n_vectors, 2] int64`, addresses and sizes: the kernel's `struct iovec`.
+            firsts: `[n] int64`, number of the first vector of each read.
+            counts: `[n] int64`, its number of vectors.
+            offsets: `[n] int64`, byte offset in its file.
+
+        Returns:
+            `[n] int32`: bytes that were read, or a negative error number.
+        """
+        n, first = len(fds), int(self._asked[0])
+        places = (first + np.arange(n)) % self.n_entries
+        # A single vector needs no detour through a list of one.
+        is_one = counts == 1
+        new = np.zeros(n, dtype=_ENTRY)
+        new["opcode"] = np.where(is_one, _READ, _READV)
+        new["fd"] = fds
+        new["offset"] = offsets
+        new["address"] = np.where(is_one, vectors[firsts, 0], vectors.ctypes.data + 16 * firsts)
+        new["length"] = np.where(is_one, vectors[firsts, 1], counts)
+        new["number"] = np.arange(n)
+        self._entries[places] = new
+        self._asked[0] = (first + n) & 0xFFFFFFFF
+        self._finish(n)
+        results = np.empty(n, dtype=np.int32)
+        done = self._look()
+        results[done["number"].astype(np.int64)] = done["result"]
+        self._taken[0] = self._done[0]
+        return results
+
+    def _finish(self, n: int) -> None:
+        """Hand the reads over, and wait until all are done: until then the kernel writes to memory."""
+        n_asked = 0
+        while self._n_done < n:
+            got = _syscall(_ENTER, self._fd, n - n_asked, n, _GET_EVENTS, None, 0)
+            code = ctypes.get_errno()
+            if got >= 0:
+                n_asked += got
+            elif code in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
+                time.sleep(0.001)  # short of memory for a moment
+            elif code != errno.EINTR:
+                raise ReadError(f"io_uring: expected {n} reads to be made, got: {os.strerror(code)}.")
+
+    @property
+    def _n_done(self) -> int:
+        return (int(self._done[0]) - int(self._taken[0])) & 0xFFFFFFFF
+
+    def _look(self) -> NDArray[Any]:
+        found: NDArray[Any] = self._results[(int(self._taken[0]) + np.arange(self._n_done)) % len(self._results)]
+        return found
+
+    def first_pending(self, n: int) -> int:
+        """Of `n` reads that another thread has asked for, the number of the first that is not done."""
+        pending = np.ones(n, dtype=bool)
+        pending[self._look()["number"].astype(np.int64)] = False
+        return int(pending.argmax())

@@ -1,0 +1,140 @@
+"""Many reads in one system call. What is made of them is in test_reading.py, with a ring and without."""
+
+import errno
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from saev_torch import ring as ring_module
+from saev_torch.errors import ReadError
+from saev_torch.ring import Ring
+
+CONTENT = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
+
+
+class Held:
+    """Stands for a ring, and lets go of it at the end of the test: pytest keeps what it was given a little longer."""
+
+    def __init__(self, held):
+        self._held = held
+
+    def __getattr__(self, name):
+        return getattr(self._held[0], name)
+
+
+@pytest.fixture
+def ring():
+    ring = Ring.open()
+    if ring is None:
+        pytest.skip("io_uring is not allowed here")
+    held = [ring]
+    del ring
+    yield Held(held)
+    held.clear()
+
+
+@pytest.fixture
+def fd(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT.tobytes())
+    fd = os.open(path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+def read(ring, fd, memory, starts, lengths, vectors_per_read=1):
+    """Read pieces of the file to the same places of memory, each with so many vectors."""
+    n = len(starts)
+    bounds = np.linspace(0, lengths, vectors_per_read + 1, axis=1).astype(np.int64)
+    vectors = np.stack((memory.ctypes.data + starts[:, None] + bounds[:, :-1], np.diff(bounds)), axis=2).reshape(-1, 2)
+    firsts = np.arange(n) * vectors_per_read
+    return ring.read(np.full(n, fd), np.ascontiguousarray(vectors), firsts, np.full(n, vectors_per_read), starts)
+
+
+@pytest.mark.parametrize("vectors_per_read", [1, 3])
+def test_any_reads(ring, fd, vectors_per_read):
+    """Many calls, so that the places in the ring are used again and again, from any of them on."""
+    generator = np.random.default_rng(1)
+    for n in [1, 5, 511, 512, 512, 7, 300, 400, 500]:
+        memory = np.zeros_like(CONTENT)
+        starts = np.sort(generator.choice(np.arange(0, len(CONTENT), 100), n, replace=False))
+        lengths = generator.integers(10, 101, n)
+        assert read(ring, fd, memory, starts, lengths, vectors_per_read).tolist() == lengths.tolist()
+        wanted = np.zeros_like(CONTENT)
+        for start, length in zip(starts, lengths, strict=True):
+            wanted[start : start + length] = CONTENT[start : start + length]
+        assert (memory == wanted).all()
+
+
+def test_the_end_of_the_file_and_errors_are_results(ring, fd):
+    memory = np.zeros(len(CONTENT) + 1000, dtype=np.uint8)
+    end = len(CONTENT)
+    starts, lengths = np.array([end - 10, end, 0, 50]), np.array([20, 20, 5, 5])
+    assert read(ring, fd, memory, starts, lengths).tolist() == [10, 0, 5, 5]
+    assert read(ring, 10_000, memory, starts, lengths).tolist() == [-errno.EBADF] * 4
+    assert read(ring, fd, memory, starts, lengths).tolist() == [10, 0, 5, 5]
+
+
+def test_what_is_pending_is_seen_by_others(ring, fd):
+    """A read from an empty pipe waits; the others are done."""
+    receiver, sender = os.pipe()
+    memory = np.zeros(4, dtype=np.uint8)
+    vectors = np.stack((memory.ctypes.data + np.arange(4), np.ones(4, dtype=np.int64)), axis=1)
+    fds, offsets = np.array([fd, fd, receiver, fd]), np.array([0, 1, -1, 3])
+    got = []
+    thread = threading.Thread(
+        target=lambda: got.extend(ring.read(fds, vectors, np.arange(4), np.ones(4, np.int64), offsets).tolist())
+    )
+    thread.start()
+    try:
+        for _ in range(500):
+            if ring._n_done == 3:
+                break
+            thread.join(0.01)
+        assert ring.first_pending(4) == 2
+        assert not got
+    finally:
+        os.write(sender, b"x")
+        thread.join(10)
+    assert got == [1, 1, 1, 1]
+    assert memory.tolist() == [CONTENT[0], CONTENT[1], ord("x"), CONTENT[3]]
+    os.close(receiver)
+    os.close(sender)
+
+
+def test_nothing_is_left(ring):
+    """Rings come and go with the threads that read."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(200):
+        Ring.open()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EMFILE])
+def test_none_where_there_is_none(monkeypatch, code):
+    def refuse(*args):
+        ring_module.ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(ring_module, "_syscall", refuse)
+    assert Ring.open() is None
+
+
+def test_a_call_that_fails(ring, fd, monkeypatch):
+    """Interrupted or short of memory it is made again; else it is our error."""
+    real, codes = ring_module._syscall, [errno.EINTR, errno.EAGAIN, errno.EINTR]
+
+    def enter(*args):
+        if codes:
+            ring_module.ctypes.set_errno(codes.pop())
+            return -1
+        return real(*args)
+
+    monkeypatch.setattr(ring_module, "_syscall", enter)
+    memory = np.zeros(100, dtype=np.uint8)
+    assert read(ring, fd, memory, np.array([0, 20]), np.array([10, 10])).tolist() == [10, 10]
+    codes.append(errno.EINVAL)
+    with pytest.raises(ReadError, match="expected 2 reads to be made, got: Invalid argument"):
+        read(ring, fd, memory, np.array([0, 20]), np.array([10, 10]))
