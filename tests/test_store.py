@@ -204,9 +204,7 @@ def test_small_labels_are_read_once(store):
 
 def test_small_labels_that_became_shorter_before_they_were_read(store):
     os.truncate(store.shards_dir / "labels.bin", 100)
-    with pytest.raises(
-        ReadError, match=r"expected \d+ bytes at offset 0, got 100: the file became shorter"
-    ):
+    with pytest.raises(ReadError, match=r"expected \d+ bytes at offset 0, got 100: the file became shorter"):
         store.read_labels(np.array([0]))
 
 
