@@ -17,11 +17,10 @@ from saev_torch import (
     OrderedConfig,
     ShuffledConfig,
     Statistics,
-    cached,
     compute_statistics,
-    moments,
 )
 from saev_torch.reading import read_extents
+from saev_torch.stats import cached, moments
 
 
 def assert_moments(found, x: np.ndarray, rtol: float = 1e-12) -> None:
