@@ -143,8 +143,9 @@ class Ring:
             code = ctypes.get_errno()
             if got >= 0:
                 n_asked += got
-            elif code in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM):
-                time.sleep(0.001)  # short of memory for a moment
+            elif code in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM) or (n_asked and code != errno.EINTR):
+                # Short of memory for a moment; or what was asked for still writes to memory, and must be waited for.
+                time.sleep(0.001)
             elif code != errno.EINTR:
                 raise ReadError(f"io_uring: expected {n} reads to be made, got: {os.strerror(code)}.")
 
@@ -158,6 +159,7 @@ class Ring:
 
     def first_pending(self, n: int) -> int:
         """Of `n` reads that another thread has asked for, the number of the first that is not done."""
-        pending = np.ones(n, dtype=bool)
+        # That thread may have gone on to more reads meanwhile.
+        pending = np.ones(self.n_entries, dtype=bool)
         pending[self._look()["number"].astype(np.int64)] = False
-        return int(pending.argmax())
+        return min(int(pending.argmax()), n - 1)

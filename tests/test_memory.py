@@ -1,6 +1,7 @@
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -344,3 +345,18 @@ def test_nothing_is_mapped_after_the_workers(make_shards):
         del _batch
     gc.collect()
     assert memory._mapped == {}
+
+
+@pytest.mark.parametrize("nbytes", [100, 5 << 20])
+def test_shared_memory_is_in_huge_pages(nbytes):
+    """Large slots begin and end where huge pages do, and are made of them where the system gives any."""
+    slot = Slot(nbytes, shared=True)
+    is_large = nbytes >= 2 << 20
+    assert os.fstat(slot.fd).st_size == (6 << 20 if is_large else 2 * 4096)
+    start = slot.address - 4096
+    assert start % (2 << 20) == 0
+    maps = Path("/proc/self/smaps").read_text()
+    (found,) = re.findall(rf"^{start:x}-.*?^ShmemPmdMapped: +(\d+) kB", maps, re.MULTILINE | re.DOTALL)
+    if is_large and not int(found):
+        pytest.skip("the system gives no huge pages on request")
+    assert int(found) == (6 << 10 if is_large else 0)

@@ -34,8 +34,9 @@ many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 
 
 @pytest.fixture(params=[False, True], ids=["calls", "ring"], autouse=True)
-def ring(request):
-    """Every test with single system calls, and with a ring of them."""
+def ring(request, monkeypatch):
+    """Every test with single system calls, and with a ring of them, however few reads there are."""
+    monkeypatch.setattr(reading, "_MIN_ON_RING", 1)
     global RING
     RING = Ring.open() if request.param else None
     if request.param and RING is None:
@@ -105,7 +106,7 @@ def test_any_rows_to_any_places(stores, name, data):
 def test_neighbours_are_read_at_once(stores):
     shards, rows, acts = flat_rows(NARROW)
     got, extents, notes = read(stores["narrow"], shards[:1000], rows[:1000], 4)
-    assert (extents.counts.tolist(), notes) == ([1000], [(0, 0)])
+    assert (extents.counts.tolist(), set(notes)) == ([1000], {(0, 0)})
     assert got.tobytes() == acts[:1000].tobytes()
 
 
@@ -145,7 +146,7 @@ def test_shards_are_not_joined(stores):
     around = np.arange(edge - 3, edge + 3)
     got, extents, notes = read(stores["narrow"], shards[around], rows[around], 4)
     assert extents.counts.tolist() == [3, 3]
-    assert [shard for shard, _ in notes] == [0, 1]
+    assert [shard for shard, _ in notes[:2]] == [0, 1]
     assert got.tobytes() == acts[around].tobytes()
 
 
