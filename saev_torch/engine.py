@@ -24,15 +24,20 @@ from saev_torch.ring import Ring
 from saev_torch.schedule import Step
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
+from saev_torch.world import count_own_cores
 
 __all__ = ["Engine", "OpenBatch", "Waits"]
 
 _Int64s = NDArray[np.int64]
 
-_TASK_NBYTES = 4 << 20
+# A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
+_TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
+_TASKS_PER_THREAD = 2
 # A reading thread that is slower than this waits for a disk: then reads are announced, this many tasks ahead.
 _SLOW_NBYTES_PER_S = 1.5e9
 _N_ANNOUNCED = 8
+# Threads beyond the number of cores begin to read when the others wait for a disk, or take this long.
+_HELP_AFTER_S = 0.02
 _N_SPARE = 2
 _MAX_TAKEN = 4
 # Another process lets go of a batch without telling.
@@ -157,10 +162,12 @@ class Engine:
         self._all_scheduled = False
         self._stopped = False
         self._is_slow = False
+        self._n_regular = min(n_threads, count_own_cores())
+        self._done_at = time.monotonic()
         self._is_full = False
         self._error: BaseException | None = None
         names = ["saev_torch scheduler"] + [f"saev_torch reader {i}" for i in range(n_threads)]
-        targets = [self._schedule] + [self._read] * n_threads
+        targets = [self._schedule] + [functools.partial(self._read, i) for i in range(n_threads)]
         # Daemons, because a read that hangs must not keep the interpreter from exiting.
         self._threads = [
             threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True)
@@ -264,7 +271,9 @@ class Engine:
         if self._store.has_labels:
             yield _Task(running, lambda ring: self._read_labels(cells, on_disk, len(dealt), targets))
         for extents in make_sample_extents(selection, cells, places):
-            for start, stop in extents.cut(_TASK_NBYTES):
+            n_wanted = _TASKS_PER_THREAD * (len(self._threads) - 1)
+            wished = min(int(extents.nbytes.sum()) // n_wanted, _MAX_TASK_NBYTES)
+            for start, stop in extents.cut(max(_TASK_NBYTES, wished)):
                 # The batches are named so that their memory lives as long as the task.
                 yield _Task(
                     running,
@@ -285,12 +294,12 @@ class Engine:
 
     # The reader threads
 
-    def _read(self) -> None:
+    def _read(self, number: int) -> None:
         ring = Ring.open()
         while True:
             with self._lock:
-                while not self._tasks and not self._stopped:
-                    self._has_task.wait()
+                while not self._stopped and (wait_s := self._wait_for_task(number)) is not None:
+                    self._has_task.wait(wait_s or None)
                 if self._stopped:
                     return
                 task = self._tasks.popleft()
@@ -299,14 +308,30 @@ class Engine:
                 later()
             began = time.monotonic()
             task.run(ring)
-            if task.nbytes:
-                self._is_slow = task.nbytes < _SLOW_NBYTES_PER_S * (time.monotonic() - began)
+            ended = time.monotonic()
             with self._lock:
+                self._done_at = ended
+                if task.nbytes:
+                    was_slow, self._is_slow = self._is_slow, task.nbytes < _SLOW_NBYTES_PER_S * (ended - began)
+                    if self._is_slow and not was_slow:
+                        self._has_task.notify_all()
                 self._reading.pop(threading.get_ident(), None)
                 task.step.n_tasks -= 1
                 if not task.step.n_tasks:
                     self._has_batch.notify_all()
             del task, later
+
+    def _wait_for_task(self, number: int) -> float | None:
+        """How long a thread is to wait before it takes a task: None if not at all, 0.0 until there is one.
+
+        Threads that share a core only take time from each other, unless they wait for a disk.
+        """
+        if not self._tasks:
+            return 0.0
+        if number < self._n_regular or self._is_slow:
+            return None
+        left = self._done_at + _HELP_AFTER_S - time.monotonic()
+        return None if left <= 0 else left
 
     def _take_unannounced(self) -> Callable[[], None] | None:
         """Something to announce to the kernel: only where reads are slow, because it takes time of its own."""

@@ -241,12 +241,20 @@ def test_a_long_epoch_is_timed_in_its_middle() -> None:
     side = _side(n_batches=200, n_settle=64, n_lanes=8, n_workers=2)
     assert side.is_long
     assert [n for n in range(1, 100) if side.may_stop(n, True)] == list(range(8, 100, 8))
-    # At the latest before the buffer empties.
+    # In the second epoch, at the latest before the buffer empties.
+    assert side.n_before == 264
     assert next(n for n in range(1, 200) if side.may_stop(n, False)) == 72
+
+
+def test_a_very_long_epoch_is_timed_in_its_first() -> None:
+    side = _side(n_batches=800, n_settle=64, n_lanes=8)
+    assert side.n_before == 128
+    assert next(n for n in range(1, 800) if side.may_stop(n, False)) == 608
 
 
 def test_a_short_epoch_is_timed_whole() -> None:
     side = _side(n_batches=80, n_settle=64, n_lanes=8)
+    assert side.n_before == 144
     assert not side.is_long
     assert [n for n in range(1, 200) if side.may_stop(n, True)] == [80, 160]
     assert not any(side.may_stop(n, False) for n in range(1, 200))

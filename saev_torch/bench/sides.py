@@ -31,6 +31,8 @@ FAMILIES = {
 
 # An epoch of so many buffers has a quarter of one to measure between the filling and the emptying.
 _LONG = 2.25
+# An epoch of so many buffers can turn over the buffer before the clock starts.
+_VERY_LONG = 8
 
 Loader = DataLoader[Any]
 
@@ -45,7 +47,7 @@ class Side:
         sample_nbytes: Size of a sample's activations in bytes.
         n_workers: Worker processes.
         n_batches: Batches in an epoch.
-        n_settle: Batches to take before the clock starts.
+        n_settle: Batches that an epoch begins with until the loader is as full as it will be.
         n_lanes: Batches that are read together; 0 for a side without a buffer that an epoch fills and empties.
     """
 
@@ -67,6 +69,13 @@ class Side:
         """Whether there is something to measure between the filling of the buffer and its emptying."""
         return self.n_batches >= _LONG * self.n_settle
 
+    @property
+    def n_before(self) -> int:
+        """Batches to take before the clock starts."""
+        if not self.has_buffer:
+            return self.n_settle
+        return 2 * self.n_settle if self.n_batches >= _VERY_LONG * self.n_settle else self.n_batches + self.n_settle
+
     def may_stop(self, n_timed: int, is_late: bool) -> bool:
         """Whether the clock may stop after so many batches.
 
@@ -78,7 +87,8 @@ class Side:
             return is_late and n_timed % self.n_batches == 0
         # What is read together, or made by workers at the same time, also comes together.
         step = math.lcm(max(1, self.n_workers), max(1, self.n_lanes))
-        is_last = self.has_buffer and self.n_settle + n_timed + step > self.n_batches - self.n_settle
+        at = self.n_before % max(1, self.n_batches) + n_timed
+        is_last = self.has_buffer and at + step > self.n_batches - self.n_settle
         return (is_late or is_last) and n_timed % step == 0
 
 

@@ -1,9 +1,11 @@
 """How the sides of the benchmark are measured.
 
 Warm: the stream of batches goes on from epoch to epoch with the same workers. The clock starts after the buffer has
-been filled once. In a long epoch it stops when the time is up or a buffer's worth is left, before the buffer empties.
-A short epoch has little or nothing between filling and emptying: there the clock stops a whole number of epochs after
-it was started. Either way the loader is as full as it was at the start. Whole batches count only, and all of them.
+been filled and everything in it has been replaced, or where an epoch is not much longer, in its second epoch: memory
+that a process has just been given is slow the first times, on virtual machines more than anywhere. In a long epoch the
+clock stops when the time is up or a buffer's worth is left, before the buffer empties. A short epoch has little or
+nothing between filling and emptying: there it stops a whole number of epochs after it was started. Either way the
+loader is as full as it was at the start. Whole batches count only, and all of them.
 
 Cold: one epoch from `iter()` to its last batch, workers' start included, after the page cache was dropped. A later
 epoch would find in memory what this one read.
@@ -64,7 +66,7 @@ def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:
         touch: Add up the activations of each batch, as a consumer that looks at them.
     """
     with _running(side.make()) as loader, contextlib.closing(_stream(loader)) as batches:
-        for _ in range(side.n_settle):
+        for _ in range(side.n_before):
             next(batches)
         before, began = Usage.now(), time.perf_counter()
         n_samples = 0
