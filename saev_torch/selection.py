@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.blocks import expand_runs
 from saev_torch.config import LayerSpec, TokenKind
 from saev_torch.errors import ConfigError
 from saev_torch.metadata import Metadata
@@ -163,21 +164,38 @@ class Selection:
     def _kept_cells(self, kept: _Kept, samples: _Int64s) -> _Int64s:
         if not len(samples):
             return samples
-        examples = np.searchsorted(kept.first_sample, samples, side="right") - 1
+        n_layers, width = self.n_grid_layers, self.md.tokens_per_example
+        heads = np.flatnonzero(np.diff(samples, prepend=samples[0] - 2) != 1)
+        starts = samples[heads]
+        stops = starts + np.diff(np.append(heads, len(samples)))
+        # Each run of samples is cut where another page, one layer of one example, begins.
+        first_page, last_page = self._pages(kept, starts), self._pages(kept, stops - 1)
+        n_pages = last_page - first_page + 1
+        pages = expand_runs(first_page, n_pages)
+        examples, layers = np.divmod(pages, n_layers)
         group_starts = np.flatnonzero(np.diff(examples, prepend=-1))
-        group = np.zeros(len(samples), dtype=np.int64)
-        group[group_starts[1:]] = 1
-        np.cumsum(group, out=group)
         mask = self._mask(kept, examples[group_starts])
-        positions = np.flatnonzero(mask)
+        tokens = np.flatnonzero(mask)
         per_group = mask.sum(axis=1)
-        group_first = np.cumsum(per_group) - per_group
-        rank = samples - kept.first_sample[examples]
-        layers, rank = np.divmod(rank, per_group[group])
-        width = self.md.tokens_per_example
-        tokens = positions[group_first[group] + rank] - group * width
-        cells: _Int64s = (examples * self.n_grid_layers + layers) * width + tokens
+        n_examples = np.diff(np.append(group_starts, len(pages)))
+        group_first = np.repeat(np.cumsum(per_group) - per_group, n_examples)
+        per_page = np.repeat(per_group, n_examples)
+        first = kept.first_sample[examples] + layers * per_page
+        start = np.maximum(first, np.repeat(starts, n_pages))
+        length = np.minimum(first + per_page, np.repeat(stops, n_pages)) - start
+        # `tokens` counts on from group to group, cells from page to page.
+        shift = (pages - np.repeat(np.arange(len(group_starts)), n_examples)) * width
+        cells: _Int64s = tokens[expand_runs(group_first + start - first, length)] + np.repeat(shift, length)
         return cells
+
+    def _pages(self, kept: _Kept, samples: _Int64s) -> _Int64s:
+        """The page, `example * n_grid_layers + layer`, that each sample is on."""
+        examples = np.searchsorted(kept.first_sample, samples, side="right") - 1
+        if self.n_grid_layers == 1:
+            return examples
+        first = kept.first_sample[examples]
+        per_page = (kept.first_sample[examples + 1] - first) // self.n_grid_layers
+        return examples * self.n_grid_layers + (samples - first) // per_page
 
     def _mask(self, kept: _Kept, examples: _Int64s) -> NDArray[np.bool_]:
         """Which stored tokens of these examples are selected: `[m, tokens_per_example] bool`."""

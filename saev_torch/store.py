@@ -229,6 +229,9 @@ class ShardStore:
                 f"{self.shards_dir / LABELS_NAME}: expected labels, because labels are asked for, got no such file; "
                 "leave ignore_labels empty, or use shards with labels."
             )
+        nbytes = self.metadata.n_examples * width
+        if nbytes <= _MAX_KEPT_NBYTES:
+            return self._keep_labels(nbytes).reshape(-1, width)[examples]
         starts = np.flatnonzero(np.diff(examples, prepend=-2) != 1)
         lengths = np.diff(np.append(starts, len(examples)))
         return self.read_label_runs(examples[starts] * width, lengths * width).reshape(len(examples), width)
