@@ -95,6 +95,10 @@ def _is_wanted(name: str, only: Sequence[str]) -> bool:
     return not only or name in only or name.partition("-")[0] in only
 
 
+def _wants_layers(only: Sequence[str]) -> bool:
+    return not only or any(name.partition("-")[0] == "layers" for name in only)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark, or the doctor.
 
@@ -133,7 +137,7 @@ def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | Non
         if args.make_gb is not None:
             folder = tempfile.TemporaryDirectory(prefix="saev_torch_bench_", dir=args.folder)
             root, n_examples = Path(stack.enter_context(folder)), made_n_examples(args.make_gb)
-            wants_layers = not args.doctor and args.layers > 1 and _is_wanted("layers", args.only)
+            wants_layers = not args.doctor and args.layers > 1 and _wants_layers(args.only)
             makes_layers = wants_layers and layers_shards is None
             with Progress(n_examples * (1 + makes_layers), "making data", "examples") as progress:
                 shards = make(root, n_examples, 1, progress.update)
