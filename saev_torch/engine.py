@@ -10,6 +10,7 @@ import functools
 import itertools
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ from saev_torch.reading import Extents, announce_extents, make_sample_extents, r
 from saev_torch.ring import Ring
 from saev_torch.schedule import Step
 from saev_torch.selection import Selection
+from saev_torch.staging import Stage
 from saev_torch.store import ShardStore
 from saev_torch.world import count_own_cores
 
@@ -77,7 +79,7 @@ class _Task:
     """A part of a step for one thread, which may have a ring. What `run` refers to keeps alive what is read into."""
 
     step: _Running
-    run: Callable[[Ring | None], None]
+    run: Callable[[Ring | None, Stage | None], None]
     announce: Callable[[], None] | None = None
     nbytes: int = 0
 
@@ -120,6 +122,7 @@ class Engine:
         n_threads: Reading threads.
         timeout_s: Seconds to wait for a batch.
         n_fills: Steps that fill a lane, to complete before the first batch.
+        past_cache: Read past the page cache, where the system has the means.
 
     `next_batch` returns batches in order, then None. `close` must be called.
     """
@@ -135,6 +138,7 @@ class Engine:
         n_threads: int,
         timeout_s: float,
         n_fills: int,
+        past_cache: bool = False,
     ) -> None:
         self._store = store
         self._selection = selection
@@ -145,6 +149,7 @@ class Engine:
         self._keep = max_open + _N_SPARE
         self._timeout_s = timeout_s
         self._fills_wanted = n_fills
+        self._past_cache = past_cache
         self.waits = Waits()
         self._sample_nbytes = selection.md.d_model * 4 * selection.n_parts
 
@@ -191,6 +196,8 @@ class Engine:
             target()
         except BaseException as caught:  # noqa: BLE001 -- the consumer raises it
             err = caught
+            # Who keeps the error does not keep what the threads read with.
+            traceback.clear_frames(caught.__traceback__)
             if isinstance(caught, MemoryError):
                 err = ReadError(f"buffer_size: no memory is left ({caught}); lower it, or the number of workers.")
                 err.__cause__ = caught
@@ -269,7 +276,7 @@ class Engine:
             on_disk, cells, places = on_disk[wanted], cells[wanted], places[wanted]
 
         if self._store.has_labels:
-            yield _Task(running, lambda ring: self._read_labels(cells, on_disk, len(dealt), targets))
+            yield _Task(running, lambda ring, stage: self._read_labels(cells, on_disk, len(dealt), targets))
         for extents in make_sample_extents(selection, cells, places):
             n_wanted = _TASKS_PER_THREAD * (len(self._threads) - 1)
             wished = min(int(extents.nbytes.sum()) // n_wanted, _MAX_TASK_NBYTES)
@@ -296,6 +303,7 @@ class Engine:
 
     def _read(self, number: int) -> None:
         ring = Ring.open()
+        stage = Stage(ring) if ring is not None and self._past_cache else None
         while True:
             with self._lock:
                 while not self._stopped and (wait_s := self._wait_for_task(number)) is not None:
@@ -303,11 +311,11 @@ class Engine:
                 if self._stopped:
                     return
                 task = self._tasks.popleft()
-                later = self._take_unannounced() if self._is_slow else None
+                later = self._take_unannounced() if self._is_slow and stage is None else None
             if later is not None:
                 later()
             began = time.monotonic()
-            task.run(ring)
+            task.run(ring, stage)
             ended = time.monotonic()
             with self._lock:
                 self._done_at = ended
@@ -341,8 +349,19 @@ class Engine:
                 return announce
         return None
 
-    def _read_rows(self, extents: Extents, start: int, stop: int, targets: list[_Target], ring: Ring | None) -> None:
-        read_extents(self._store, extents, start, stop, self._note, ring)
+    def _read_rows(
+        self,
+        extents: Extents,
+        start: int,
+        stop: int,
+        targets: list[_Target],
+        ring: Ring | None,
+        stage: Stage | None,
+    ) -> None:
+        if stage is None:
+            read_extents(self._store, extents, start, stop, self._note, ring)
+        else:
+            stage.read(self._store, extents, start, stop, self._note)
 
     def _note(self, where: Callable[[], tuple[int, int]]) -> None:
         self._reading[threading.get_ident()] = _Reading(where, time.monotonic())

@@ -114,6 +114,11 @@ class Slot:
             self._counts = np.zeros(2, dtype=np.int64)
 
     @property
+    def file_offset(self) -> int:
+        """Where the memory begins in the file that `fd` stands for."""
+        return _HEADER
+
+    @property
     def is_free(self) -> bool:
         """Whether nobody can see the memory: neither this process nor one that it was sent to."""
         return not self._held and bool(self._counts[_SENT] == self._counts[_RETURNED])

@@ -24,6 +24,7 @@ from saev_torch.store import ShardStore
 
 __all__ = [
     "Extents",
+    "Note",
     "announce_extents",
     "make_extents",
     "make_sample_extents",
@@ -34,6 +35,7 @@ __all__ = [
 
 _Int64s = NDArray[np.int64]
 Note = Callable[[Callable[[], tuple[int, int]]], None]
+"""Takes a function that tells, also another thread, the shard and byte offset of what is read from now on."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _preadv = _libc.preadv
@@ -71,6 +73,14 @@ class Extents:
     counts: _Int64s
     offsets: _Int64s
     nbytes: _Int64s
+
+    def where(self, i: int) -> tuple[int, int]:
+        """Shard and byte offset of an extent."""
+        return int(self.shards[i]), int(self.offsets[i])
+
+    def where_on_ring(self, first: int, last: int, ring: Ring) -> tuple[int, int]:
+        """Shard and byte offset of the first of some extents that a ring has not read yet."""
+        return self.where(first + ring.first_pending(last - first))
 
     def cut(self, task_nbytes: int) -> list[tuple[int, int]]:
         """Divide the extents into ranges of about `task_nbytes` bytes each."""
@@ -208,7 +218,7 @@ def read_extents(
     if ring is None or stop - start < _MIN_ON_RING:
         for first, last in _groups(extents, start, stop):
             part = slice(first, last)
-            note(functools.partial(_where, extents, first))
+            note(functools.partial(extents.where, first))
             with store.opened(int(extents.shards[first])) as fd:
                 addresses = (extents.vectors.ctypes.data + 16 * extents.firsts[part]).tolist()
                 offsets = extents.offsets[part].tolist()
@@ -222,19 +232,11 @@ def read_extents(
             fds = np.empty(last - first, dtype=np.int64)
             for low, high in _groups(extents, first, last):
                 shard = int(extents.shards[low])
-                note(functools.partial(_where, extents, low))
+                note(functools.partial(extents.where, low))
                 fds[low - first : high - first] = stack.enter_context(store.opened(shard))
-            note(functools.partial(_where_on_ring, extents, first, last, ring))
+            note(functools.partial(extents.where_on_ring, first, last, ring))
             done = ring.read(fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part])
         _read_rests(store, extents, first, done, 0, note)
-
-
-def _where(extents: Extents, i: int) -> tuple[int, int]:
-    return int(extents.shards[i]), int(extents.offsets[i])
-
-
-def _where_on_ring(extents: Extents, first: int, last: int, ring: Ring) -> tuple[int, int]:
-    return _where(extents, first + ring.first_pending(last - first))
 
 
 def _groups(extents: Extents, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -273,7 +275,7 @@ def _read_rests(
 ) -> None:
     """Finish the extents from `first` on that are not complete; `code` is the error where a result has none."""
     for i in np.flatnonzero(got != extents.nbytes[first : first + len(got)]).tolist():
-        note(functools.partial(_where, extents, first + i))
+        note(functools.partial(extents.where, first + i))
         n = int(got[i])
         _read_rest(store, extents, first + i, n, code or -n)
 

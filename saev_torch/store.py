@@ -8,6 +8,7 @@ import collections
 import contextlib
 import ctypes
 import errno
+import fcntl
 import itertools
 import os
 import resource
@@ -33,6 +34,9 @@ _pread = ctypes.CDLL(None, use_errno=True).pread
 _pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
 _pread.restype = ctypes.c_ssize_t
 
+_Key = tuple[int, bool]
+"""Number of a shard, and whether it is read past the page cache."""
+
 _LABELS = -1
 _MAX_OPEN = 256
 # A labels.bin up to this size is kept in memory once read: a block's few labels cost a read as dear as its activations.
@@ -44,7 +48,7 @@ def _limit_open() -> int:
     return _MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, min(_MAX_OPEN, soft // 8))
 
 
-def _close_all(entries: dict[int, list[int]]) -> None:
+def _close_all(entries: dict[_Key, list[int]]) -> None:
     while entries:
         os.close(entries.popitem()[1][0])
 
@@ -92,8 +96,8 @@ class ShardStore:
         self._lock = threading.Lock()
         self._labels_lock = threading.Lock()
         self._labels: NDArray[np.uint8] | None = None
-        # Number of a shard -> [descriptor, users], least recently used first.
-        self._open: collections.OrderedDict[int, list[int]] = collections.OrderedDict()
+        # -> [descriptor, users], least recently used first.
+        self._open: collections.OrderedDict[_Key, list[int]] = collections.OrderedDict()
         self._limit = _limit_open()
         weakref.finalize(self, _close_all, self._open).atexit = False
 
@@ -123,59 +127,67 @@ class ShardStore:
         return LABELS_NAME if shard_idx == _LABELS else self.shards[shard_idx].name
 
     @contextlib.contextmanager
-    def opened(self, shard_idx: int) -> Iterator[int]:
+    def opened(self, shard_idx: int, direct: bool = False) -> Iterator[int]:
         """Hold a shard open: yields its file descriptor.
+
+        Args:
+            shard_idx: The shard.
+            direct: Read past the page cache, where the file system can do so: what is read, where it is in the file,
+                and where it goes are then multiples of 4096 bytes.
 
         Raises:
             ShardsNotFoundError: The file is gone.
             FormatError: It is no longer a regular file of the right size.
             ReadError: It cannot be opened.
         """
-        entry = self._take(shard_idx)
+        key = shard_idx, direct
+        entry = self._take(key)
         if entry is None:
             # Not under the lock: opening may hang, and then `close` must not.
-            entry = self._add(shard_idx, self._open_again(shard_idx))
+            entry = self._add(key, self._open_again(key))
         try:
             yield entry[0]
         finally:
             with self._lock:
                 entry[1] -= 1
-                if self._open.get(shard_idx) is not entry and not entry[1]:
+                if self._open.get(key) is not entry and not entry[1]:
                     os.close(entry[0])
 
-    def _take(self, shard_idx: int) -> list[int] | None:
+    def _take(self, key: _Key) -> list[int] | None:
         """Use the descriptor of a shard, if there is one."""
         with self._lock:
-            entry = self._open.get(shard_idx)
+            entry = self._open.get(key)
             if entry is not None:
-                self._open.move_to_end(shard_idx)
+                self._open.move_to_end(key)
                 entry[1] += 1
             return entry
 
-    def _add(self, shard_idx: int, fd: int) -> list[int]:
+    def _add(self, key: _Key, fd: int) -> list[int]:
         """Use the descriptor of a shard that was just opened, unless another thread was faster."""
         with self._lock:
-            entry = self._open.setdefault(shard_idx, [fd, 0])
+            entry = self._open.setdefault(key, [fd, 0])
             entry[1] += 1
             if entry[0] != fd:
                 os.close(fd)
-            self._open.move_to_end(shard_idx)
+            self._open.move_to_end(key)
             self._close_unused(self._limit)
             return entry
 
     def drop(self, shard_idx: int) -> None:
         """Forget the descriptor of a shard, so that it is opened anew: a network file system may have lost it."""
         with self._lock:
-            entry = self._open.pop(shard_idx, None)
-            if entry is not None and not entry[1]:
-                os.close(entry[0])
+            for key in ((shard_idx, False), (shard_idx, True)):
+                entry = self._open.pop(key, None)
+                if entry is not None and not entry[1]:
+                    os.close(entry[0])
 
-    def _open_again(self, shard_idx: int) -> int:
+    def _open_again(self, key: _Key) -> int:
         """Open a shard, several times if that may help."""
+        shard_idx, direct = key
         tries = 0
         while True:
             try:
-                return self._open_checked(shard_idx)
+                return self._open_checked(shard_idx, direct)
             except ReadError as err:
                 code = err.__cause__.errno if isinstance(err.__cause__, OSError) else None
                 if code in (errno.EMFILE, errno.ENFILE):
@@ -185,7 +197,7 @@ class ShardStore:
                     raise
                 tries += 1
 
-    def _open_checked(self, shard_idx: int) -> int:
+    def _open_checked(self, shard_idx: int, direct: bool) -> int:
         fd = open_regular(self.shards_dir, self._name(shard_idx))
         try:
             if shard_idx != _LABELS:
@@ -200,15 +212,18 @@ class ShardStore:
                     )
                 # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                if direct:
+                    with contextlib.suppress(OSError):
+                        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
         except BaseException:
             os.close(fd)
             raise
         return fd
 
     def _close_unused(self, keep: int) -> None:
-        unused = [i for i, (_, users) in self._open.items() if not users]
-        for shard_idx in unused[: max(0, len(self._open) - keep)]:
-            os.close(self._open.pop(shard_idx)[0])
+        unused = [key for key, (_, users) in self._open.items() if not users]
+        for key in unused[: max(0, len(self._open) - keep)]:
+            os.close(self._open.pop(key)[0])
 
     def read_labels(self, examples: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Read the labels of examples.

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from saev_torch import IndexedConfig, IndexedDataset, Metadata, ShuffledConfig
+from saev_torch import IndexedConfig, IndexedDataset, Metadata, ShuffledConfig, limits
 from saev_torch.bench import machine
 from saev_torch.bench.advice import Vitals, interpolate, recommend
 from saev_torch.bench.data import BenchData, choose_ignored
@@ -365,7 +365,7 @@ def test_limits_of_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             (folder / name).write_text(limit if limit and text == "1000" else text)
     (inner / "cpu.max").write_text("max 100000")
     (outer / "cpu.max").write_text("150000 100000")
-    monkeypatch.setattr(machine, "_groups", lambda _: iter([inner, outer]))
+    monkeypatch.setattr(limits, "_groups", lambda _: iter([inner, outer]))
     found = machine.look()
     assert (found.memory_limit_nbytes, found.available_nbytes) == (1000, 700)
     assert found.cpu_quota == 1.5

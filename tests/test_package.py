@@ -20,6 +20,7 @@ PACKAGE = ROOT / "saev_torch"
 # From the bottom up: a module may import from those before it, and from no other.
 LAYERS = [
     "errors",
+    "limits",
     "files",
     "retries",
     "metadata",
@@ -37,6 +38,7 @@ LAYERS = [
     "reading",
     "world",
     "memory",
+    "staging",
     "epochs",
     "board",
     "metrics",

@@ -15,13 +15,11 @@ import numpy as np
 import torch
 
 from saev_torch.files import open_regular
+from saev_torch.limits import cpu_quota, memory
 from saev_torch.store import ShardStore
 
 __all__ = ["Machine", "Usage", "cached_share", "drop_cache", "family", "look", "opened_shards", "pss_nbytes"]
 
-_CGROUP_ROOT = Path("/sys/fs/cgroup")
-# A limit that is not set reads as about 2**63.
-_UNLIMITED = 1 << 60
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 _mincore = ctypes.CDLL(None, use_errno=True).mincore
@@ -60,10 +58,7 @@ class Machine:
 
 def look() -> Machine:
     """Look at the machine, at control groups of both versions too."""
-    total, available = _memory()
-    limit, used = _memory_limit()
-    if limit is not None:
-        available = min(available, max(0, limit - used))
+    total, available, limit = memory()
     shm = 0
     with contextlib.suppress(OSError):
         stat = os.statvfs("/dev/shm")
@@ -71,7 +66,7 @@ def look() -> Machine:
     n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Machine(
         n_affinity=len(os.sched_getaffinity(0)),
-        cpu_quota=_cpu_quota(),
+        cpu_quota=cpu_quota(),
         memory_nbytes=total,
         available_nbytes=available,
         memory_limit_nbytes=limit,
@@ -79,71 +74,6 @@ def look() -> Machine:
         n_files=n_files,
         system=f"Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}",
     )
-
-
-def _memory() -> tuple[int, int]:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(fields[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
-    return total, available
-
-
-def _groups(controller: str) -> Iterator[Path]:
-    """Folders of this process's control group and those above it, for one controller of version 1 or for version 2."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        number, controllers, name = line.split(":", 2)
-        if number == "0" and not controllers:
-            root = _CGROUP_ROOT
-        elif controller in controllers.split(","):
-            root = _CGROUP_ROOT / controller
-        else:
-            continue
-        group = root / name.strip("/")
-        # In a container the name may be that of the host: the root is what is seen of it there.
-        yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file of a control group; None if there is no such file, or it says "max"."""
-    try:
-        return int(path.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _memory_limit() -> tuple[int | None, int]:
-    """The lowest limit of the groups, and what its group uses of it without the page cache."""
-    lowest: tuple[int, int] | None = None
-    for group in _groups("memory"):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit = _number(group / limit_name)
-            if limit is None or limit >= _UNLIMITED or (lowest is not None and limit >= lowest[0]):
-                continue
-            used = _number(group / used_name) or 0
-            with contextlib.suppress(OSError):
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                prefix = "total_" if "total_inactive_file" in stat else ""
-                used -= sum(int(stat.get(f"{prefix}{key}", 0)) for key in ("inactive_file", "active_file"))
-            lowest = limit, max(0, used)
-    return (None, 0) if lowest is None else lowest
-
-
-def _cpu_quota() -> float | None:
-    quotas = []
-    for group in _groups("cpu"):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (group / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))
-        old_quota, old_period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
-        if old_quota is not None and old_period and old_quota > 0:
-            quotas.append(old_quota / old_period)
-    return min(quotas, default=None)
 
 
 def family() -> list[int]:
