@@ -16,12 +16,13 @@ from saev_torch.batch import ActivationBatch, make_batch, slot_nbytes
 from saev_torch.board import Board
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.digest import StreamDigest
-from saev_torch.engine import Engine, OpenBatch
+from saev_torch.engine import Engine
 from saev_torch.epochs import EpochCounter
 from saev_torch.errors import ConfigError, SaevTorchError, StateError
 from saev_torch.memory import make_pool
 from saev_torch.metadata import Metadata
 from saev_torch.metrics import Meter
+from saev_torch.placing import OpenBatch
 from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.schedule import Share, count_open_slots, make_steps
 from saev_torch.selection import Selection

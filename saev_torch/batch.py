@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.digest import batch_digest
-from saev_torch.engine import OpenBatch
 from saev_torch.memory import Lease, Slot, attach
+from saev_torch.placing import OpenBatch
 from saev_torch.selection import Selection
 
 __all__ = ["ActivationBatch", "make_batch", "slot_nbytes"]

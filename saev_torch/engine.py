@@ -14,11 +14,10 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from saev_torch.blocks import expand_runs
 from saev_torch.errors import ReadError, StalledReadError
 from saev_torch.memory import Slot, SlotPool
+from saev_torch.placing import OpenBatch, Placed, place
 from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.reading import Extents, announce_extents, make_sample_extents, read_cell_labels, read_extents
 from saev_torch.ring import Ring
@@ -28,9 +27,7 @@ from saev_torch.staging import Stage
 from saev_torch.store import ShardStore
 from saev_torch.world import count_own_cores
 
-__all__ = ["Engine", "OpenBatch", "Waits"]
-
-_Int64s = NDArray[np.int64]
+__all__ = ["Engine", "Waits"]
 
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
 _TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
@@ -44,26 +41,6 @@ _N_SPARE = 2
 _MAX_TAKEN = 4
 # Another process lets go of a batch without telling.
 _POLL_S = 0.002
-
-
-@dataclasses.dataclass
-class OpenBatch:
-    """A batch that is being read, or was.
-
-    Attributes:
-        slot: Its memory.
-        size: Its number of samples.
-        cells: `[size] int64`, the cell of each row; see `Selection`.
-        labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
-    """
-
-    slot: Slot
-    size: int
-    cells: _Int64s
-    labels: NDArray[np.uint8] | None
-
-
-_Target = tuple[OpenBatch, _Int64s, _Int64s]
 
 
 @dataclasses.dataclass
@@ -254,50 +231,23 @@ class Engine:
             self._has_batch.notify_all()
 
     def _divide(self, step: Step, running: _Running) -> Iterator[_Task]:
-        """Work out where every row of a step goes, in the order of the disk, and cut that into tasks."""
+        """Cut the reads of a step into tasks."""
         if not step.loads:
             return
-        selection, chunks = self._selection, [load.chunk for load in step.loads]
-        starts, lengths = (np.concatenate(x) for x in zip(*((c.starts, c.lengths) for c in chunks), strict=True))
-        order = np.argsort(starts, kind="stable")
-        on_disk = expand_runs((np.cumsum(lengths) - lengths)[order], lengths[order])
-        cells = selection.cells(expand_runs(starts[order], lengths[order]))
-
-        dealt = np.empty_like(cells)
-        dealt[on_disk] = cells
-        places = np.zeros_like(cells)
-        targets = list(self._targets(step))
-        for opened, positions, rows in targets:
-            opened.cells[rows] = dealt[positions]
-            places[positions] = rows * self._sample_nbytes + opened.slot.address
-        places = places[on_disk]
-        if not places.all():
-            wanted = np.flatnonzero(places)
-            on_disk, cells, places = on_disk[wanted], cells[wanted], places[wanted]
-
+        placed = place(step, self._open, self._selection, self._sample_nbytes)
         if self._store.has_labels:
-            yield _Task(running, lambda ring, stage: self._read_labels(cells, on_disk, len(dealt), targets))
-        for extents in make_sample_extents(selection, cells, places):
+            yield _Task(running, functools.partial(self._read_labels, placed))
+        for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
             n_wanted = _TASKS_PER_THREAD * (len(self._threads) - 1)
             wished = min(int(extents.nbytes.sum()) // n_wanted, _MAX_TASK_NBYTES)
             for start, stop in extents.cut(max(_TASK_NBYTES, wished)):
                 # The batches are named so that their memory lives as long as the task.
                 yield _Task(
                     running,
-                    functools.partial(self._read_rows, extents, start, stop, targets),
+                    functools.partial(self._read_rows, extents, start, stop, placed),
                     functools.partial(announce_extents, self._store, extents, start, stop),
                     int(extents.nbytes[start:stop].sum()),
                 )
-
-    def _targets(self, step: Step) -> Iterator[_Target]:
-        """For each batch and load: its positions in the step, and the rows that they go to."""
-        offset = 0
-        for load in step.loads:
-            chunk = load.chunk
-            for batch, d in load.targets:
-                part = slice(chunk.bounds[d], chunk.bounds[d + 1])
-                yield self._open[batch], chunk.dealt[part] + offset, chunk.rows[part]
-            offset += len(chunk.dealt)
 
     # The reader threads
 
@@ -350,13 +300,7 @@ class Engine:
         return None
 
     def _read_rows(
-        self,
-        extents: Extents,
-        start: int,
-        stop: int,
-        targets: list[_Target],
-        ring: Ring | None,
-        stage: Stage | None,
+        self, extents: Extents, start: int, stop: int, placed: Placed, ring: Ring | None, stage: Stage | None
     ) -> None:
         if stage is None:
             read_extents(self._store, extents, start, stop, self._note, ring)
@@ -366,13 +310,9 @@ class Engine:
     def _note(self, where: Callable[[], tuple[int, int]]) -> None:
         self._reading[threading.get_ident()] = _Reading(where, time.monotonic())
 
-    def _read_labels(self, cells: _Int64s, on_disk: _Int64s, n: int, targets: list[_Target]) -> None:
+    def _read_labels(self, placed: Placed, ring: Ring | None, stage: Stage | None) -> None:
         self._note(lambda: (self._store.labels_idx, 0))
-        labels = np.empty(n, dtype=np.uint8)
-        labels[on_disk] = read_cell_labels(self._store, self._selection, cells)
-        for opened, positions, rows in targets:
-            if opened.labels is not None:
-                opened.labels[rows] = labels[positions]
+        placed.deal_labels(read_cell_labels(self._store, self._selection, placed.cells))
 
     # The consumer
 

@@ -15,9 +15,9 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch, slot_nbytes
 from saev_torch.config import IndexedConfig
-from saev_torch.engine import OpenBatch
 from saev_torch.memory import Slot, SlotPool, can_share
 from saev_torch.metadata import Metadata
+from saev_torch.placing import OpenBatch
 from saev_torch.reading import make_sample_extents, read_cell_labels, read_extents, unnoted
 from saev_torch.ring import Ring
 from saev_torch.selection import IndexMap, Selection

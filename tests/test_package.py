@@ -38,6 +38,7 @@ LAYERS = [
     "reading",
     "world",
     "memory",
+    "placing",
     "staging",
     "epochs",
     "board",
