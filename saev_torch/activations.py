@@ -26,7 +26,7 @@ from saev_torch.placing import OpenBatch
 from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.schedule import Share, count_open_slots, make_steps
 from saev_torch.selection import Selection
-from saev_torch.staging import fits_page_cache
+from saev_torch.staging import reads_past_cache
 from saev_torch.state import Position, dump_state, load_state
 from saev_torch.store import ShardStore
 from saev_torch.watch import Watch
@@ -348,7 +348,7 @@ class Activations(IterableDataset[ActivationBatch]):
                 pool=make_pool(slot_nbytes(self.batch_size, self.d_model * 4 * selection.n_parts)),
                 max_open=count_open_slots(plan, share, self.cfg.buffer_size),
                 timeout_s=self.cfg.batch_timeout_s,
-                past_cache=not fits_page_cache(selection.n_samples * selection.n_parts * self.d_model * 4),
+                past_cache=reads_past_cache(store, selection, position.epoch),
                 **self._engine_options(plan, share),
             )
         batch_idx = share.first

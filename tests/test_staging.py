@@ -9,10 +9,11 @@ import pytest
 from conftest import Resources
 from factory import Spec
 
-from saev_torch import FormatError, OrderedConfig, ReadError, ShuffledConfig, activations, limits, staging
+from saev_torch import FormatError, OrderedConfig, ReadError, ShuffledConfig, limits, staging
 from saev_torch.bench.machine import cached_share, drop_cache
 from saev_torch.ring import Ring
-from saev_torch.staging import Stage, fits_page_cache
+from saev_torch.selection import Selection
+from saev_torch.staging import Stage, _fits_page_cache, reads_past_cache
 from saev_torch.store import ShardStore
 
 # Rows of 2.5 KB, so that nothing of a block is where a page begins, and shards that end within a page.
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(Ring.open() is None, reason="io_uring is not all
 @pytest.fixture
 def staged(monkeypatch):
     """Let no data fit the page cache; the sizes of what went over stages of this process."""
-    monkeypatch.setattr(activations, "fits_page_cache", lambda nbytes: False)
+    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
     sizes = []
     read = Stage.read
 
@@ -71,24 +72,42 @@ def test_a_stage_smaller_than_what_is_read(make_shards, staged, monkeypatch):
     assert len(staged) > 2
 
 
-def test_the_page_cache_is_left_alone(make_shards, staged):
-    spec = Spec(n_examples=240, content_tokens=50, layers=(7,), d_model=512, examples_per_shard=100)
-    shards = make_shards(spec)
-    store = ShardStore(shards)
+def _write_out(shards):
     for path in shards.glob("acts*"):
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-    drop_cache([store])
-    with store.opened(0) as fd, store.opened(0, direct=True) as direct:
-        is_direct = os.pread(fd, 10, 0) == os.pread(fd, 10, 0) and _fails_unaligned(direct)
-    drop_cache([store])
+
+
+@pytest.fixture
+def cold(make_shards):
+    """Shards that are not in the page cache, on a file system that can be read past it."""
+    spec = Spec(n_examples=240, content_tokens=50, cls=False, layers=(7,), d_model=512, examples_per_shard=100)
+    store = ShardStore(make_shards(spec))
+    _write_out(store.shards_dir)
+    with store.opened(0, direct=True) as direct:
+        is_direct = _fails_unaligned(direct)
     store.close()
+    drop_cache([store])
     if not is_direct or cached_share(store) > 0.1:
         pytest.skip("this file system cannot be read directly, or keeps its pages")
-    cfg = ShuffledConfig(shards=shards, layer=7, batch_size=256, buffer_size=16)
+    return spec, store
+
+
+def test_the_page_cache_is_left_alone(cold, staged):
+    spec, store = cold
+    cfg = ShuffledConfig(shards=store.shards_dir, layer=7, batch_size=256, buffer_size=16)
     contracts.check_epoch(list(contracts.make_ready(cfg)), spec, cfg)
     assert cached_share(store) < 0.1
+
+
+def test_a_second_epoch_goes_through_the_page_cache(cold):
+    spec, store = cold
+    cfg = ShuffledConfig(shards=store.shards_dir, layer=7, batch_size=256, buffer_size=16)
+    loader = contracts.make_ready(cfg, num_workers=2)
+    for share in (0.0, 1.0, 1.0):
+        contracts.check_epoch(list(loader), spec, cfg)
+        assert cached_share(store) == pytest.approx(share, abs=0.1)
 
 
 def _fails_unaligned(fd):
@@ -149,11 +168,11 @@ def test_data_fit_where_there_is_memory(monkeypatch, tmp_path, limit, room):
     if room is None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         (room,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-        assert fits_page_cache(room // 2)
-        assert not fits_page_cache(room * 2)
+        assert _fits_page_cache(room // 2)
+        assert not _fits_page_cache(room * 2)
     else:
-        assert fits_page_cache(room)
-        assert not fits_page_cache(room + 1)
+        assert _fits_page_cache(room)
+        assert not _fits_page_cache(room + 1)
 
 
 def test_where_nothing_is_known_the_page_cache_is_used(monkeypatch):
@@ -161,14 +180,45 @@ def test_where_nothing_is_known_the_page_cache_is_used(monkeypatch):
         raise OSError(errno.ENOENT, "no such file")
 
     monkeypatch.setattr(staging, "memory", fail)
-    assert fits_page_cache(1 << 60)
+    assert _fits_page_cache(1 << 60)
 
 
-def test_small_data_are_read_through_the_page_cache(make_shards, monkeypatch):
+def test_data_that_are_cached_are_read_from_there(make_shards, monkeypatch):
     monkeypatch.setattr(Stage, "read", lambda *args: pytest.fail("past the page cache"))
-    sizes = []
-    monkeypatch.setattr(activations, "fits_page_cache", lambda nbytes: sizes.append(nbytes) or fits_page_cache(nbytes))
-    for layer in (7, (3, 7)):
+    for layer in (7, (3, 7), "all"):
         list(contracts.make_ready(ShuffledConfig(shards=make_shards(SPEC), layer=layer)))
-    nbytes = SPEC.n_examples * SPEC.content_tokens * SPEC.d_model * 4
-    assert sizes == [nbytes, 2 * nbytes]
+
+
+def test_only_what_is_read_counts(cold, monkeypatch):
+    """Its size, and whether it is cached; and an error is left to those who read."""
+    spec, store = cold
+    sizes = []
+    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: sizes.append(nbytes) or True)
+    for tokens, layer in (("content", 7), ("all", (7,)), ("content", "all")):
+        selection = Selection(store.metadata, tokens, layer)
+        assert reads_past_cache(store, selection, 0)
+        assert not reads_past_cache(store, selection, 1)
+    assert set(sizes) == {spec.n_examples * 50 * 512 * 4}
+    (store.shards_dir / "acts000001.bin").unlink()
+    store.close()
+    assert not reads_past_cache(store, selection, 0)
+    store.close()
+
+
+def test_one_of_several_layers_is_cached(make_shards):
+    spec = Spec(n_examples=60, content_tokens=32, cls=False, layers=(3, 7, 9), d_model=1024, examples_per_shard=20)
+    store = ShardStore(make_shards(spec))
+    _write_out(store.shards_dir)
+    drop_cache([store])
+    if cached_share(store) > 0.1:
+        pytest.skip("this file system keeps its pages")
+    selections = [Selection(store.metadata, "content", layer) for layer in spec.layers]
+    size = 32 * 1024 * 4
+    for path in sorted(store.shards_dir.glob("acts*")):
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for example in range(20):
+            os.pread(fd, size, (3 * example + 1) * size)
+        os.close(fd)
+    assert [reads_past_cache(store, selection, 0) for selection in selections] == [True, False, True]
+    store.close()
