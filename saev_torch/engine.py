@@ -19,7 +19,7 @@ from saev_torch.errors import ReadError, StalledReadError
 from saev_torch.memory import Slot, SlotPool
 from saev_torch.placing import OpenBatch, Placed, place
 from saev_torch.plan import OrderedPlan, ShufflePlan
-from saev_torch.reading import Extents, announce_extents, make_sample_extents, read_cell_labels, read_extents
+from saev_torch.reading import Extents, Note, announce_extents, make_sample_extents, read_cell_labels, read_extents
 from saev_torch.ring import Ring
 from saev_torch.schedule import Step
 from saev_torch.selection import Selection
@@ -99,7 +99,7 @@ class Engine:
         n_threads: Reading threads.
         timeout_s: Seconds to wait for a batch.
         n_fills: Steps that fill a lane, to complete before the first batch.
-        past_cache: Read past the page cache, where the system has the means.
+        past_cache: Decides whether to read past the page cache, where the system has the means.
 
     `next_batch` returns batches in order, then None. `close` must be called.
     """
@@ -115,7 +115,7 @@ class Engine:
         n_threads: int,
         timeout_s: float,
         n_fills: int,
-        past_cache: bool = False,
+        past_cache: Callable[[Note], bool],
     ) -> None:
         self._store = store
         self._selection = selection
@@ -126,7 +126,8 @@ class Engine:
         self._keep = max_open + _N_SPARE
         self._timeout_s = timeout_s
         self._fills_wanted = n_fills
-        self._past_cache = past_cache
+        self._decide_past_cache = past_cache
+        self._past_cache = False
         self.waits = Waits()
         self._sample_nbytes = selection.md.d_model * 4 * selection.n_parts
 
@@ -185,6 +186,8 @@ class Engine:
     # The scheduler thread
 
     def _schedule(self) -> None:
+        self._past_cache = self._decide_past_cache(self._note)
+        self._reading.pop(threading.get_ident(), None)
         for step in self._steps:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self._open.keys())
             with self._lock:
@@ -253,7 +256,7 @@ class Engine:
 
     def _read(self, number: int) -> None:
         ring = Ring.open()
-        stage = Stage(ring) if ring is not None and self._past_cache else None
+        stage: Stage | None = None
         while True:
             with self._lock:
                 while not self._stopped and (wait_s := self._wait_for_task(number)) is not None:
@@ -261,9 +264,11 @@ class Engine:
                 if self._stopped:
                     return
                 task = self._tasks.popleft()
-                later = self._take_unannounced() if self._is_slow and stage is None else None
+                later = self._take_unannounced() if self._is_slow and not self._past_cache else None
             if later is not None:
                 later()
+            if stage is None and self._past_cache and ring is not None:
+                stage = Stage(ring)
             began = time.monotonic()
             task.run(ring, stage)
             ended = time.monotonic()

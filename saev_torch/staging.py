@@ -39,16 +39,17 @@ _STAGE_NBYTES = 8 << 20
 _N_PROBES, _CACHED_SHARE = 32, 0.2
 
 
-def reads_past_cache(store: ShardStore, selection: Selection, epoch: int) -> bool:
-    """Decide whether to read past the page cache; see the module.
+def reads_past_cache(store: ShardStore, selection: Selection, epoch: int, note: Note) -> bool:
+    """Decide whether to read past the page cache; see the module. This opens some files, which may take its time.
 
     Args:
         store: Where to read from.
         selection: What is read.
         epoch: Number of the epoch.
+        note: See `read_extents`.
     """
     nbytes = selection.n_samples * selection.n_parts * selection.md.d_model * 4
-    return not _fits_page_cache(nbytes) or (epoch == 0 and not _is_cached(store, selection))
+    return not _fits_page_cache(nbytes) or (epoch == 0 and not _is_cached(store, selection, note))
 
 
 def _fits_page_cache(nbytes: int) -> bool:
@@ -58,7 +59,7 @@ def _fits_page_cache(nbytes: int) -> bool:
         return True
 
 
-def _is_cached(store: ShardStore, selection: Selection) -> bool:
+def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
     """Whether a part of the data worth speaking of is in the page cache, by samples from all over; True if unknown."""
     samples = np.linspace(0, selection.n_samples - 1, min(_N_PROBES, selection.n_samples)).astype(np.int64)
     n_cached, state = 0, ctypes.c_ubyte()
@@ -67,6 +68,7 @@ def _is_cached(store: ShardStore, selection: Selection) -> bool:
         offsets = rows * (selection.md.d_model * 4) // mmap.PAGESIZE * mmap.PAGESIZE
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
             # To ask by a read that must not wait would start one.
+            note(functools.partial(_itself, (shard, offset)))
             with store.opened(shard) as fd:
                 page = np.frombuffer(mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=offset), dtype=np.uint8)
             failed = _mincore(page.ctypes.data, mmap.PAGESIZE, ctypes.byref(state))
@@ -74,7 +76,14 @@ def _is_cached(store: ShardStore, selection: Selection) -> bool:
     except (OSError, ValueError, SaevTorchError):
         # What is wrong will be told when it is read.
         return True
+    # Files are opened, and checked once more, when they are read.
+    for shard in set(shards.tolist()):
+        store.drop(shard)
     return n_cached >= _CACHED_SHARE * len(samples)
+
+
+def _itself(where: tuple[int, int]) -> tuple[int, int]:
+    return where
 
 
 class Stage:

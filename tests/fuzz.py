@@ -282,7 +282,7 @@ class Directories:
 
 def is_inside(name: str, path: Path) -> bool:
     # What the interpreter itself opens: modules on first use, and its own tables.
-    if name.endswith((".py", ".pyc", ".so")) or name.startswith(("/proc/self", "/sys/")) or name == "":
+    if name.endswith((".py", ".pyc", ".so")) or name.startswith(("/proc/self", "/proc/meminfo", "/sys/")) or name == "":
         return True
     return os.path.dirname(os.path.abspath(name)) == str(path) and not os.path.islink(name)
 
