@@ -264,7 +264,9 @@ class Engine:
                 if self._stopped:
                     return
                 task = self._tasks.popleft()
-                later = self._take_unannounced() if self._is_slow and not self._past_cache else None
+                # Only now it has been decided. Without a ring, it is the page cache.
+                is_staged = self._past_cache and ring is not None
+                later = self._take_unannounced() if self._is_slow and not is_staged else None
             if later is not None:
                 later()
             if stage is None and self._past_cache and ring is not None:

@@ -1,0 +1,103 @@
+"""Which threads read, and when."""
+
+import os
+import threading
+from types import SimpleNamespace
+
+import contracts
+import pytest
+from factory import Spec
+
+from saev_torch import ShuffledConfig, engine, world
+from saev_torch.engine import Engine
+from saev_torch.world import count_own_cores
+
+SPEC = Spec(n_examples=60, content_tokens=20, layers=(3, 7), d_model=64, examples_per_shard=17)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "ranks", "own"),
+    [(8, None, "", 8), (8, 2, "", 4), (8, 2, "2", 2), (8, 3, "", 2), (2, 8, "", 1), (8, 1, "zero", 8), (8, 1, "0", 8)],
+)
+def test_cores_are_shared(monkeypatch, cores, workers, ranks, own):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(world, "get_worker_info", lambda: workers and SimpleNamespace(num_workers=workers))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert count_own_cores() == own
+
+
+@pytest.fixture
+def cfg(make_shards, monkeypatch):
+    monkeypatch.setattr(engine, "count_own_cores", lambda: 1)
+    return ShuffledConfig(shards=make_shards(SPEC), layer=7, batch_size=32, buffer_size=8, n_threads=4)
+
+
+@pytest.fixture
+def readers(monkeypatch):
+    """The threads that read, a name for each task."""
+    names, read = [], Engine._read_rows
+
+    def note(self, *args):
+        names.append(threading.current_thread().name)
+        read(self, *args)
+
+    monkeypatch.setattr(Engine, "_read_rows", note)
+    return names
+
+
+def test_as_many_threads_as_cores_read(cfg, readers, monkeypatch):
+    monkeypatch.setattr(engine, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", 0.0)
+    contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
+    assert len(readers) > 5
+    assert set(readers) == {"saev_torch reader 0"}
+
+
+def test_all_read_where_a_disk_is_waited_for(cfg, readers, monkeypatch):
+    monkeypatch.setattr(engine, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
+    together = threading.Barrier(4)
+    read = engine.read_extents
+
+    def meet(*args):
+        # The first task, which tells that it is slow, is read alone.
+        if len(readers) in range(2, 6):
+            together.wait(10)
+        read(*args)
+
+    monkeypatch.setattr(engine, "read_extents", meet)
+    contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
+    assert set(readers) == {f"saev_torch reader {i}" for i in range(4)}
+
+
+def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
+    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", 0.0)
+    helped = threading.Event()
+    read = engine.read_extents
+
+    def hang(*args):
+        if threading.current_thread().name.endswith(" 0"):
+            assert helped.wait(10)
+        else:
+            helped.set()
+        read(*args)
+
+    monkeypatch.setattr(engine, "read_extents", hang)
+    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
+    contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
+    assert len(set(readers)) > 1
+
+
+def test_without_a_ring_reads_are_announced_however_large_the_data(cfg, monkeypatch):
+    monkeypatch.setattr(engine.Ring, "open", lambda: None)
+    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
+    announced, announce = [], engine.announce_extents
+    monkeypatch.setattr(engine, "announce_extents", lambda *args: (announced.append(args), announce(*args)))
+    monkeypatch.setattr("saev_torch.staging._fits_page_cache", lambda nbytes: False)
+    contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
+    assert announced
