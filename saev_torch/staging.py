@@ -68,7 +68,7 @@ def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
         offsets = rows * (selection.md.d_model * 4) // mmap.PAGESIZE * mmap.PAGESIZE
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
             # To ask by a read that must not wait would start one.
-            note(functools.partial(_itself, (shard, offset)))
+            note(lambda at=(shard, offset): at)
             with store.opened(shard) as fd:
                 page = np.frombuffer(mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=offset), dtype=np.uint8)
             failed = _mincore(page.ctypes.data, mmap.PAGESIZE, ctypes.byref(state))
@@ -82,10 +82,6 @@ def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
     return n_cached >= _CACHED_SHARE * len(samples)
 
 
-def _itself(where: tuple[int, int]) -> tuple[int, int]:
-    return where
-
-
 class Stage:
     """Memory of one thread that blocks are read to before their rows go to their places.
 
@@ -96,7 +92,6 @@ class Stage:
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._slot = Slot(_STAGE_NBYTES, shared=True)
-        self._offset = self._slot.file_offset
 
     def read(self, store: ShardStore, extents: Extents, start: int, stop: int, note: Note) -> None:
         """Read a range of extents to their places; see `read_extents`, which also reads what fails here.
@@ -140,7 +135,7 @@ class Stage:
         # A file may end before the last whole page.
         complete = got >= skipped + extents.nbytes[part]
         fds[:] = self._slot.fd
-        offsets = np.where(complete, self._offset + places + skipped, 0)
+        offsets = np.where(complete, self._slot.file_offset + places + skipped, 0)
         got = self._ring.read(fds, extents.vectors, extents.firsts[part], extents.counts[part], offsets)
         for i in np.flatnonzero(~complete | (got != extents.nbytes[part])).tolist():
             read_extents(store, extents, first + i, first + i + 1, note)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from saev_torch import IndexedConfig, IndexedDataset, Metadata, ShuffledConfig, limits
 from saev_torch.bench import machine
 from saev_torch.bench.advice import Vitals, interpolate, recommend
+from saev_torch.bench.command import _wants_layers
 from saev_torch.bench.data import BenchData, choose_ignored
 from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
 from saev_torch.bench.memory import MemoryUse
@@ -130,6 +131,13 @@ def test_bench_on_given_shards_and_some_sides(make_shards: Make, tmp_path: Path)
     assert set(found["warm"]["sides"]) == {"read", "gather", "shuffled-0", "layers-2"}
     assert not {"cold", "memory", "first_batch_s"} & set(found)
     assert {path: path.read_bytes() for path in shards.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("only", "wanted"), [([], True), (["layers"], True), (["memmap", "layers-2"], True), (["labels-2"], False)]
+)
+def test_data_of_several_layers_are_made_where_they_are_wanted(only: list[str], wanted: bool) -> None:
+    assert _wants_layers(only) == wanted
 
 
 def test_doctor(make_shards: Make, tmp_path: Path) -> None:
