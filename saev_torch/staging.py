@@ -68,7 +68,7 @@ def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
         offsets = rows * (selection.md.d_model * 4) // mmap.PAGESIZE * mmap.PAGESIZE
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
             # To ask by a read that must not wait would start one.
-            note(lambda at=(shard, offset): at)
+            note(functools.partial(tuple[int, int], (shard, offset)))
             with store.opened(shard) as fd:
                 page = np.frombuffer(mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=offset), dtype=np.uint8)
             failed = _mincore(page.ctypes.data, mmap.PAGESIZE, ctypes.byref(state))
