@@ -25,6 +25,7 @@ from saev_torch.metadata import Metadata
 from saev_torch.metrics import Meter
 from saev_torch.placing import OpenBatch
 from saev_torch.plan import OrderedPlan, ShufflePlan
+from saev_torch.scaling import Scaler
 from saev_torch.schedule import Share, count_open_slots, make_steps
 from saev_torch.selection import Selection
 from saev_torch.staging import reads_past_cache
@@ -339,6 +340,7 @@ class Activations(IterableDataset[ActivationBatch]):
         plan = self._plan(position.epoch)
         if position.rank == 0:
             self._advise(plan, share)
+        scaler = Scaler.find(position.scale)
         watch = Watch(self.cfg, position, share, self._board)
         with self._naming(position, share):
             engine = Engine(
@@ -350,6 +352,7 @@ class Activations(IterableDataset[ActivationBatch]):
                 max_open=count_open_slots(plan, share, self.cfg.buffer_size),
                 timeout_s=self.cfg.batch_timeout_s,
                 past_cache=functools.partial(reads_past_cache, store, selection, position.epoch),
+                scaler=scaler,
                 **self._engine_options(plan, share),
             )
         batch_idx = share.first
@@ -357,7 +360,7 @@ class Activations(IterableDataset[ActivationBatch]):
             while (opened := self._next_batch(engine, position, share)) is not None:
                 watch.count(opened.size, engine.waits, engine.fill)
                 batch = make_batch(opened, selection, self.batch_size)
-                if position.scale is not None:
+                if position.scale is not None and scaler is None:
                     act = batch["act"].numpy()
                     np.multiply(act, np.float32(position.scale), out=act)
                 # The caller alone decides how long the batch lives.

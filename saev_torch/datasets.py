@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from saev_torch.activations import Activations
+from saev_torch.compiled import find_scale_kernels
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.localcopy import local_copy
@@ -75,6 +76,8 @@ class ShuffledActivations(Activations):
         if cfg.scale_norm:
             # Here, because all workers and epochs must have the same number.
             self._board.scale = compute_scale(dataclasses.replace(cfg, shards=shards_dir))
+            # Compiled here, for all workers that are forked.
+            find_scale_kernels()
 
     def _plan(self, epoch: int) -> ShufflePlan:
         cfg = self.cfg

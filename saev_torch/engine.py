@@ -21,6 +21,7 @@ from saev_torch.placing import OpenBatch, Placed, place
 from saev_torch.plan import OrderedPlan, ShufflePlan
 from saev_torch.reading import Extents, Note, announce_extents, make_sample_extents, read_cell_labels, read_extents
 from saev_torch.ring import Ring
+from saev_torch.scaling import Scaler
 from saev_torch.schedule import Step
 from saev_torch.selection import Selection
 from saev_torch.staging import Stage
@@ -100,6 +101,7 @@ class Engine:
         timeout_s: Seconds to wait for a batch.
         n_fills: Steps that fill a lane, to complete before the first batch.
         past_cache: Decides whether to read past the page cache, where the system has the means.
+        scaler: Multiplies what is read; None for nothing.
 
     `next_batch` returns batches in order, then None. `close` must be called.
     """
@@ -116,6 +118,7 @@ class Engine:
         timeout_s: float,
         n_fills: int,
         past_cache: Callable[[Note], bool],
+        scaler: Scaler | None = None,
     ) -> None:
         self._store = store
         self._selection = selection
@@ -128,6 +131,7 @@ class Engine:
         self._fills_wanted = n_fills
         self._decide_past_cache = past_cache
         self._past_cache = False
+        self._scaler = scaler
         self.waits = Waits()
         self._sample_nbytes = selection.md.d_model * 4 * selection.n_parts
 
@@ -309,10 +313,15 @@ class Engine:
     def _read_rows(
         self, extents: Extents, start: int, stop: int, placed: Placed, ring: Ring | None, stage: Stage | None
     ) -> None:
+        if self._scaler is not None and stage is None and not self._is_slow:
+            self._scaler.read(self._store, extents, start, stop, self._note)
+            return
         if stage is None:
             read_extents(self._store, extents, start, stop, self._note, ring)
         else:
             stage.read(self._store, extents, start, stop, self._note)
+        if self._scaler is not None:
+            self._scaler.apply(extents, start, stop)
 
     def _note(self, where: Callable[[], tuple[int, int]]) -> None:
         self._reading[threading.get_ident()] = _Reading(where, time.monotonic())

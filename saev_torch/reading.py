@@ -28,8 +28,10 @@ __all__ = [
     "announce_extents",
     "make_extents",
     "make_sample_extents",
+    "opened_shards",
     "read_cell_labels",
     "read_extents",
+    "split_extents",
     "unnoted",
 ]
 
@@ -46,9 +48,10 @@ _MAX_ROWS = 1024  # IOV_MAX of Linux
 _MAX_NBYTES = 2 << 20
 # Reading over a gap is cheaper than another call up to about this size.
 _MAX_GAP_NBYTES = 16 << 10
-# Fewer reads than this are not worth the arguments of a ring; more files than this are not held open for one call.
+# Fewer reads than this are not worth the arguments of a ring.
 _MIN_ON_RING = 8
-_MAX_SHARDS_ON_RING = 16
+# More files than this are not held open for one call.
+_MAX_SHARDS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Extents:
     counts: _Int64s
     offsets: _Int64s
     nbytes: _Int64s
+
+    def vectors_of(self, start: int, stop: int) -> _Int64s:
+        """`[n, 2] int64`, the vectors of a range of extents."""
+        return self.vectors[self.firsts[start] : self.firsts[stop - 1] + self.counts[stop - 1]]
 
     def where(self, i: int) -> tuple[int, int]:
         """Shard and byte offset of an extent."""
@@ -226,17 +233,30 @@ def read_extents(
             # The last error of this thread: the one of the reads that failed, or of one of them.
             _read_rests(store, extents, first, np.array(got, dtype=np.int64), ctypes.get_errno(), note)
         return
-    for first, last in _ring_parts(extents, start, stop, ring.n_entries):
+    for first, last in split_extents(extents, start, stop, ring.n_entries):
         part = slice(first, last)
-        with contextlib.ExitStack() as stack:
-            fds = np.empty(last - first, dtype=np.int64)
-            for low, high in _groups(extents, first, last):
-                shard = int(extents.shards[low])
-                note(functools.partial(extents.where, low))
-                fds[low - first : high - first] = stack.enter_context(store.opened(shard))
+        with opened_shards(store, extents, first, last, note) as fds:
             note(functools.partial(extents.where_on_ring, first, last, ring))
             done = ring.read(fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part])
         _read_rests(store, extents, first, done, 0, note)
+
+
+@contextlib.contextmanager
+def opened_shards(
+    store: ShardStore, extents: Extents, start: int, stop: int, note: Note, direct: bool = False
+) -> Iterator[_Int64s]:
+    """Hold open what a range of extents is read from; see `read_extents`, and `ShardStore.opened` for `direct`.
+
+    Returns:
+        `[stop - start] int64`, the file descriptor of each extent.
+    """
+    with contextlib.ExitStack() as stack:
+        fds = np.empty(stop - start, dtype=np.int64)
+        for first, last in _groups(extents, start, stop):
+            note(functools.partial(extents.where, first))
+            shard = int(extents.shards[first])
+            fds[first - start : last - start] = stack.enter_context(store.opened(shard, direct))
+        yield fds
 
 
 def _groups(extents: Extents, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -245,13 +265,13 @@ def _groups(extents: Extents, start: int, stop: int) -> Iterator[tuple[int, int]
     return itertools.pairwise(bounds) if start < stop else iter(())
 
 
-def _ring_parts(extents: Extents, start: int, stop: int, n_entries: int) -> Iterator[tuple[int, int]]:
-    """Divide a range of extents by what is read in one call."""
+def split_extents(extents: Extents, start: int, stop: int, most: int) -> Iterator[tuple[int, int]]:
+    """Divide a range of extents by what is read in one call: at most `most` of them, and of not too many files."""
     while start < stop:
-        end = min(stop, start + n_entries)
+        end = min(stop, start + most)
         others = np.flatnonzero(np.diff(extents.shards[start:end]))
-        if len(others) >= _MAX_SHARDS_ON_RING:
-            end = start + int(others[_MAX_SHARDS_ON_RING - 1]) + 1
+        if len(others) >= _MAX_SHARDS:
+            end = start + int(others[_MAX_SHARDS - 1]) + 1
         yield start, end
         start = end
 

@@ -11,7 +11,6 @@ Data that fit are read so, too, in an epoch that may be the only one, if they ar
 second epoch begins they will be wanted again, and go through the page cache.
 """
 
-import contextlib
 import ctypes
 import functools
 import mmap
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from saev_torch.errors import SaevTorchError
 from saev_torch.limits import memory
 from saev_torch.memory import Slot
-from saev_torch.reading import Extents, Note, read_extents
+from saev_torch.reading import Extents, Note, opened_shards, read_extents, split_extents
 from saev_torch.ring import Ring
 from saev_torch.selection import Selection
 from saev_torch.store import ShardStore
@@ -109,8 +108,9 @@ class Stage:
         first = 0
         while first < len(sizes):
             begin = int(ends[first] - sizes[first])
-            last = int(np.searchsorted(ends, begin + _STAGE_NBYTES, side="right"))
-            last = max(first + 1, min(last, first + self._ring.n_entries))
+            most = int(np.searchsorted(ends, begin + _STAGE_NBYTES, side="right")) - first
+            most = max(1, min(most, self._ring.n_entries))
+            last = next(split_extents(extents, start + first, stop, most))[1] - start
             if sizes[first] > _STAGE_NBYTES:
                 read_extents(store, extents, start + first, start + last, note, self._ring)
             else:
@@ -124,11 +124,7 @@ class Stage:
         places = np.cumsum(sizes) - sizes
         vectors = np.stack((places + self._slot.address, sizes), axis=1)
         turns, ones = np.arange(n, dtype=np.int64), np.ones(n, dtype=np.int64)
-        with contextlib.ExitStack() as stack:
-            fds = np.empty(n, dtype=np.int64)
-            for shard in np.unique(extents.shards[part]).tolist():
-                note(functools.partial(extents.where, first + int(np.argmax(extents.shards[part] == shard))))
-                fds[extents.shards[part] == shard] = stack.enter_context(store.opened(shard, direct=True))
+        with opened_shards(store, extents, first, first + n, note, direct=True) as fds:
             note(functools.partial(extents.where_on_ring, first, first + n, self._ring))
             got = self._ring.read(fds, vectors, turns, ones, lows)
         skipped = extents.offsets[part] - lows

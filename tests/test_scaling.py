@@ -1,6 +1,9 @@
 """`scale_norm`: one number for the data set, the same for every process, and never another one after a resume."""
 
+import dataclasses
+import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -8,17 +11,29 @@ import numpy as np
 import pytest
 import torch
 from factory import Spec, write_acts
+from torch.utils.data import DataLoader
 
 from saev_torch import (
     FormatError,
+    ReadError,
     ShuffledActivations,
     ShuffledConfig,
     ShuffledDataLoader,
     StateError,
     compute_statistics,
+    engine,
+    scaling,
+    staging,
 )
+from saev_torch.compiled import find_scale_kernels
+from saev_torch.reading import make_sample_extents
+from saev_torch.ring import Ring
+from saev_torch.scaling import Scaler
+from saev_torch.selection import Selection
+from saev_torch.staging import Stage
+from saev_torch.store import ShardStore
 
-SPEC = Spec(n_examples=120, content_tokens=9, d_model=16, examples_per_shard=40)
+SPEC = Spec(n_examples=120, content_tokens=9, d_model=16, examples_per_shard=40, labels=True)
 
 
 @pytest.fixture
@@ -38,8 +53,19 @@ def norms_of(batches) -> torch.Tensor:
     return torch.cat([torch.linalg.vector_norm(b["act"].double(), dim=-1).flatten() for b in batches])
 
 
+@pytest.fixture(params=["numpy", "compiled"])
+def multiplying(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where numba is installed, activations are multiplied as they are read; else in batches."""
+    if request.param == "numpy":
+        monkeypatch.setattr(scaling, "find_scale_kernels", lambda: None)
+    else:
+        assert find_scale_kernels() is not None
+    return request.param
+
+
 @pytest.mark.parametrize("layer", [7, "all", (3, 7)])
 @pytest.mark.parametrize("tokens", ["content", "all", "special"])
+@pytest.mark.usefixtures("multiplying")
 def test_the_mean_norm_is_sqrt_d_model(shards, layer, tokens: str) -> None:
     ds = ShuffledActivations(config(shards, layer=layer, tokens=tokens, scale_norm=True))
     assert float(norms_of(ds).mean()) == pytest.approx(4.0, rel=1e-6)
@@ -52,12 +78,104 @@ def test_ignored_labels_are_not_in_the_mean(shards) -> None:
     assert float(norms_of(batches).mean()) == pytest.approx(4.0, rel=1e-6)
 
 
-def test_only_the_activations_change(shards) -> None:
-    ds = ShuffledActivations(config(shards, scale_norm=True))
-    for scaled, raw in zip(ds, ShuffledActivations(config(shards)), strict=True):
-        torch.testing.assert_close(scaled["act"], raw["act"] * np.float32(ds.scale), rtol=0, atol=0)
-        for key in raw.keys() - {"act"}:
-            assert torch.equal(scaled[key], raw[key])
+def assert_scaled(cfg: ShuffledConfig, num_workers: int = 0) -> None:
+    ds = ShuffledActivations(cfg)
+    scaled = DataLoader(ds, batch_size=None, num_workers=num_workers)
+    raw = ShuffledActivations(dataclasses.replace(cfg, scale_norm=False))
+    for found, wanted in zip(scaled, raw, strict=True):
+        # Bit for bit: a value that was multiplied twice, or not, shows.
+        torch.testing.assert_close(found["act"], wanted["act"] * np.float32(ds.scale), rtol=0, atol=0)
+        for key in wanted.keys() - {"act"}:
+            assert torch.equal(found[key], wanted[key])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "fields", [{}, {"layer": "all", "tokens": "all"}, {"layer": (7, 3)}, {"ignore_labels": [1, 2]}]
+)
+@pytest.mark.usefixtures("multiplying")
+def test_only_the_activations_change(shards, num_workers: int, fields) -> None:
+    assert_scaled(config(shards, scale_norm=True, **fields), num_workers)
+
+
+@pytest.mark.parametrize("where", ["in time", "a slow disk", "past the page cache"])
+def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch, where: str) -> None:
+    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", float("inf") if where == "a slow disk" else 0.0)
+    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: where != "past the page cache")
+    ways = set()
+    for owner, name in ((Scaler, "read"), (Scaler, "apply"), (Stage, "read")):
+        way = f"{owner.__name__}.{name}"
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name), functools.partial(ways.add, way)))
+    # Several tasks, because only the first tells that the disk is slow.
+    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1000)
+    assert_scaled(config(shards, scale_norm=True))
+    if where == "in time":
+        assert ways == {"Scaler.read"}
+    elif where == "a slow disk":
+        assert ways == {"Scaler.read", "Scaler.apply"}
+    elif Ring.open() is not None:
+        assert ways == {"Stage.read", "Scaler.apply"}
+
+
+def noting(function, note):
+    def call(*args):
+        note()
+        return function(*args)
+
+    return call
+
+
+def test_what_fails_is_read_again_and_multiplied_once(make_shards, monkeypatch) -> None:
+    """Of each call some reads fail, come short, or find the end of the file."""
+    init, calls = Scaler.__init__, []
+
+    def fail(read_and_scale, fds, *args):
+        gone = np.full_like(fds, -1)
+        kept = np.arange(len(fds)) % 3 != len(calls) % 3
+        read_and_scale(np.where(kept, fds, gone), *args)
+        args[5][~kept] = (-1, 0, 8)[len(calls) % 3]
+        calls.append(int((~kept).sum()))
+
+    def wrapped(self, *args):
+        init(self, *args)
+        self._read_and_scale = functools.partial(fail, self._read_and_scale)
+
+    monkeypatch.setattr(Scaler, "__init__", wrapped)
+    # Wide rows, which are not worth reading over.
+    wide = make_shards(Spec(n_examples=60, content_tokens=20, d_model=5000))
+    assert_scaled(config(wide, scale_norm=True, block_size=2, buffer_size=2))
+    assert sum(calls) > 10
+
+
+def test_a_file_that_became_shorter(shards) -> None:
+    batches = iter(ShuffledActivations(config(shards, scale_norm=True, batch_size=16, buffer_size=4)))
+    next(batches)
+    for path in shards.glob("acts*"):
+        os.truncate(path, 0)
+    with pytest.raises((ReadError, FormatError), match=r"acts00000\d\.bin: expected \d+ bytes"):
+        list(batches)
+
+
+def test_a_stall_is_named(shards) -> None:
+    """Where in a range of reads a compiled loop stands, another thread sees."""
+    store = ShardStore(shards)
+    selection = Selection(store.metadata, "content", 7)
+    samples = np.arange(0, 900, 90)
+    out = np.empty((10, 16), dtype=np.float32)
+    places = out.ctypes.data + 64 * np.arange(10)
+    (extents,) = make_sample_extents(selection, selection.cells(samples), places)
+    scaler, told, wheres = Scaler.find(0.5), [], []
+
+    def read(fds, vectors, firsts, counts, offsets, nbytes, got, by):
+        for i in range(len(got)):
+            told.append(wheres[-1]())
+            got[i] = nbytes[i]
+
+    scaler._read_and_scale = read
+    scaler.read(store, extents, 2, len(extents.nbytes), wheres.append)
+    store.close()
+    assert told == [extents.where(i) for i in range(2, len(extents.nbytes))]
 
 
 def test_a_sampled_scale_is_within_its_standard_error(shards) -> None:

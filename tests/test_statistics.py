@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import threading
 import time
 from pathlib import Path
 
@@ -18,9 +19,22 @@ from saev_torch import (
     ShuffledConfig,
     Statistics,
     compute_statistics,
+    staging,
 )
 from saev_torch.reading import read_extents
-from saev_torch.stats import cached, moments
+from saev_torch.ring import Ring
+from saev_torch.stats import cached, moments, streaming
+
+
+@pytest.fixture(params=["numpy", "compiled"])
+def summing(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small data are summed in numpy, large ones by compiled code: here each by both."""
+    monkeypatch.setattr(streaming, "_MIN_COMPILED_NBYTES", {"numpy": 1 << 62, "compiled": 0}[request.param])
+    find, found = streaming.find_sum_kernel, []
+    monkeypatch.setattr(streaming, "find_sum_kernel", lambda: found.append(find()) or found[-1])
+    yield
+    assert bool(found) == (request.param == "compiled")
+    assert None not in found
 
 
 def assert_moments(found, x: np.ndarray, rtol: float = 1e-12) -> None:
@@ -41,6 +55,7 @@ def assert_moments(found, x: np.ndarray, rtol: float = 1e-12) -> None:
         assert low * 0.999 <= norm <= high * 1.001
 
 
+@pytest.mark.usefixtures("summing")
 @pytest.mark.parametrize("mean_over_std", [0.0, 3.0, 1e4])
 @pytest.mark.parametrize("layer", [3, "all", (7, 3)])
 def test_agrees_with_numpy(make_shards, mean_over_std: float, layer) -> None:
@@ -63,6 +78,7 @@ def test_agrees_with_numpy(make_shards, mean_over_std: float, layer) -> None:
     assert found.mean_norm_error == 0
 
 
+@pytest.mark.usefixtures("summing")
 def test_one_constant_and_one_offset_column(make_shards) -> None:
     """A few columns of large mean among ordinary ones, as transformers have, take another route in the code."""
     rng = np.random.default_rng(1)
@@ -76,18 +92,20 @@ def test_one_constant_and_one_offset_column(make_shards) -> None:
     assert found.total.variance[5] == 0
 
 
+@pytest.mark.usefixtures("summing")
 @pytest.mark.parametrize("tokens", ["special", "content"])
 def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Many small reads and tasks, some slow, so that threads really finish out of order.
-    monkeypatch.setattr("saev_torch.stats.streaming._READ_NBYTES", 300)
-    monkeypatch.setattr("saev_torch.stats.streaming._TASK_NBYTES", 1000)
-    turns = itertools.count()
+    monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
+    monkeypatch.setattr(streaming, "_LOOK_S", 0.001)
+    turns, names = itertools.count(), set()
 
     def read(*args) -> None:
         time.sleep(0.002 * (next(turns) % 3 == 0))
+        names.add(threading.current_thread().name)
         read_extents(*args)
 
-    monkeypatch.setattr("saev_torch.stats.streaming.read_extents", read)
+    monkeypatch.setattr(streaming, "read_extents", read)
     shards = make_shards(Spec(n_examples=60))
     # No numbers whose sums are exact in any order.
     acts = np.random.default_rng(0).standard_normal((60, 2, 7, 8)).astype(np.float32)
@@ -98,13 +116,17 @@ def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytes
     else:
         cfg = ShuffledConfig(shards=shards, layer=3, ignore_labels=[2, 5])
         x = acts[:, 1:][~np.isin(labels, [2, 5])]
-    one, four = (compute_statistics(cfg, n_threads=n, cache=False) for n in (1, 4))
+    one = compute_statistics(cfg, n_threads=1, cache=False)
+    names.clear()
+    four = compute_statistics(cfg, n_threads=4, cache=False)
+    assert len(names) > 1
     assert_moments(one.total, x)
     # Bit for bit: what one machine computes with other threads is no other number.
     for name in ("mean", "variance", "mean_norm", "mean_squared_norm", "norm_quantiles"):
         np.testing.assert_equal(getattr(one.total, name), getattr(four.total, name))
 
 
+@pytest.mark.usefixtures("summing")
 def test_values_that_are_not_finite_are_counted_and_left_out(make_shards) -> None:
     acts = factory.oracle(Spec(n_examples=30)).copy()
     acts[3, 0, 2, 1] = np.nan
@@ -161,7 +183,7 @@ def test_kept_outside_the_shards_and_used_again(make_shards, cache_home, monkeyp
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("saev_torch.stats.streaming.measure", fail)
+        patched.setattr(streaming, "measure", fail)
         again = compute_statistics(cfg)
         with pytest.raises(AssertionError, match="measured again"):
             compute_statistics(dataclasses.replace(cfg, layer=7))
@@ -225,6 +247,41 @@ def test_progress_and_errors(make_shards) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         compute_statistics(cfg, cache=False, progress=stop)
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_more_threads_than_cores_work_only_where_cores_are_idle(make_shards, monkeypatch, idle: bool) -> None:
+    monkeypatch.setattr(streaming, "count_own_cores", lambda: 1)
+    monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
+    monkeypatch.setattr(streaming, "_LOOK_S", 0.0)
+    monkeypatch.setattr(streaming, "_IDLE_SHARE", 0.0 if idle else 1.0)
+    names = []
+
+    def read(*args) -> None:
+        names.append(threading.get_ident())
+        time.sleep(0.001)
+        read_extents(*args)
+
+    monkeypatch.setattr(streaming, "read_extents", read)
+    acts = np.random.default_rng(0).standard_normal((60, 2, 7, 8)).astype(np.float32)
+    shards = make_shards(Spec(n_examples=60))
+    write_acts(shards, acts)
+    assert_moments(compute_statistics(OrderedConfig(shards=shards, layer=3)).total, acts[:, 0, 1:].reshape(-1, 8))
+    assert (len(set(names)) > 1) == idle
+
+
+def test_read_past_the_page_cache(make_shards, monkeypatch) -> None:
+    if Ring.open() is None:
+        pytest.skip("io_uring is not allowed here")
+    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
+    monkeypatch.setattr(streaming, "read_extents", lambda *args: pytest.fail("through the page cache"))
+    monkeypatch.setattr(streaming, "_TASK_NBYTES", 100_000)
+    acts = np.random.default_rng(0).standard_normal((60, 2, 7, 700)).astype(np.float32)
+    shards = make_shards(Spec(n_examples=60, d_model=700))
+    write_acts(shards, acts)
+    found = compute_statistics(OrderedConfig(shards=shards, layer=(7, 3), tokens="all"))
+    assert_moments(found.groups[3, "content"], acts[:, 0, 1:].reshape(-1, 700))
+    assert_moments(found.groups[7, "special"], acts[:, 1, 0])
 
 
 def test_histogram_quantiles_are_within_a_bin() -> None:

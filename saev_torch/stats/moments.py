@@ -6,6 +6,8 @@ formulae and a pairwise algorithm for computing sample variances", which are exa
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,13 +57,15 @@ class Moments:
 
 
 class Scratch:
-    """Memory of one thread for `measure`.
+    """Memory of one thread for `measure`, and the way to sum.
 
     Args:
         d_model: Width of the vectors.
+        sum_vectors: See `compiled.find_sum_kernel`; None for numpy.
     """
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, sum_vectors: Callable[..., None] | None = None) -> None:
+        self.sum_vectors = sum_vectors
         self.n_rows = max(1, _BLOCK_VALUES // d_model)
         self.values = np.empty((self.n_rows, d_model))
         self.squares = np.empty((self.n_rows, d_model))
@@ -184,19 +188,10 @@ def measure(vectors: NDArray[np.float32], scratch: Scratch) -> tuple[Piece, _Flo
     n, d_model = vectors.shape
     total, total_squares = np.zeros(d_model), np.zeros(d_model)
     squared_norms = np.empty(n)
-    low, high = np.inf, -np.inf
-    with np.errstate(all="ignore"):
-        for start in range(0, n, scratch.n_rows):
-            block = vectors[start : start + scratch.n_rows]
-            values, squares = scratch.values[: len(block)], scratch.squares[: len(block)]
-            np.copyto(values, block)
-            np.multiply(values, values, out=squares)
-            # Products with ones are the fastest sums there are.
-            ones = scratch.row_ones[: len(block)]
-            np.dot(squares, scratch.column_ones, out=squared_norms[start : start + len(block)])
-            total += np.dot(ones, values)
-            total_squares += np.dot(ones, squares)
-            low, high = min(low, block.min()), max(high, block.max())
+    lows = np.full(d_model, np.inf, dtype=np.float32)
+    highs = -lows
+    sum_vectors = scratch.sum_vectors or functools.partial(_sum_blocks, scratch)
+    sum_vectors(vectors, total, total_squares, squared_norms, lows, highs)
     # The square of a float32 is finite in float64, so a sum is if all its values are.
     is_finite = np.isfinite(squared_norms)
     if not is_finite.all():
@@ -221,12 +216,37 @@ def measure(vectors: NDArray[np.float32], scratch: Scratch) -> tuple[Piece, _Flo
         norm_mean=norm_mean,
         norm_m2=float(norm_deviations @ norm_deviations),
         squared=float(squared_norms.sum()),
-        low=float(low),
-        high=float(high),
+        low=float(lows.min()),
+        high=float(highs.max()),
         norm_low=float(norms.min()),
         norm_high=float(norms.max()),
     )
     return piece, norms
+
+
+def _sum_blocks(
+    scratch: Scratch,
+    vectors: NDArray[np.float32],
+    sums: _Floats,
+    squares: _Floats,
+    squared_norms: _Floats,
+    lows: NDArray[np.float32],
+    highs: NDArray[np.float32],
+) -> None:
+    """Do in numpy what the compiled kernel does, but for the bounds: those of all columns are set for each."""
+    with np.errstate(all="ignore"):
+        for start in range(0, len(vectors), scratch.n_rows):
+            block = vectors[start : start + scratch.n_rows]
+            values, squared = scratch.values[: len(block)], scratch.squares[: len(block)]
+            np.copyto(values, block)
+            np.multiply(values, values, out=squared)
+            # Products with ones are the fastest sums there are.
+            ones = scratch.row_ones[: len(block)]
+            np.dot(squared, scratch.column_ones, out=squared_norms[start : start + len(block)])
+            sums += np.dot(ones, values)
+            squares += np.dot(ones, squared)
+            np.minimum(lows, block.min(), out=lows)
+            np.maximum(highs, block.max(), out=highs)
 
 
 def _deviations(vectors: NDArray[np.float32], mean: _Floats, columns: NDArray[Any], scratch: Scratch) -> _Floats:

@@ -2,30 +2,38 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.reading import Extents, read_extents, unnoted
+from saev_torch.compiled import find_sum_kernel
+from saev_torch.reading import Extents, make_extents, read_extents, unnoted
+from saev_torch.ring import Ring
 from saev_torch.selection import Selection
+from saev_torch.staging import Stage, reads_past_cache
 from saev_torch.stats.moments import Moments, NormHistogram, Piece, Scratch, measure
 from saev_torch.store import ShardStore
+from saev_torch.world import count_own_cores
 
 __all__ = ["Pass"]
 
 _Int64s = NDArray[np.int64]
 
-# What is read at once and measured while it is still in the cache of the core that read it.
-_READ_NBYTES = 2 << 20
-# What one thread plans at once, so that planning is a small part of the work.
+# What is planned, read and measured at once: large enough that Python's part does not count, less than caches hold.
 _TASK_NBYTES = 8 << 20
+# To compile takes some tenths of a second, as measuring a few of these does without it. A fixed size, so that the same
+# data give the same sums, to the last bit, whatever else the process did before.
+_MIN_COMPILED_NBYTES = 1 << 30
+# Threads beyond the number of cores work while so much of the cores is idle, which is looked at this often.
+_IDLE_SHARE, _LOOK_S = 0.4, 0.02
 
 
 @dataclasses.dataclass
 class _Part:
-    """What a thread measured of one group, in one read."""
+    """What a thread measured of one group, in one task."""
 
     group: int
     piece: Piece
@@ -51,12 +59,17 @@ class Pass:
     ) -> None:
         self._store, self._selection, self._samples, self._progress = store, selection, samples, progress
         self._n = selection.n_samples if samples is None else len(samples)
-        self._row_nbytes = selection.md.d_model * 4
-        self._per_read = max(1, _READ_NBYTES // (self._row_nbytes * selection.n_parts))
-        self._per_task = self._per_read * max(1, _TASK_NBYTES // _READ_NBYTES)
+        sample_nbytes = selection.md.d_model * 4 * selection.n_parts
+        self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
+        self._sum_vectors = find_sum_kernel() if self._n * sample_nbytes >= _MIN_COMPILED_NBYTES else None
+        # This pass may be the only one, as epoch 0 may be.
+        self._past_cache = reads_past_cache(store, selection, 0, unnoted)
         self._lock = threading.Lock()
+        self._may_take = threading.Condition(self._lock)
         self._next_task = self._next_merged = 0
         self._stopped = False
+        self._n_cores, self._are_idle = count_own_cores(), False
+        self._looked = time.monotonic(), time.process_time()
         self._done: dict[int, list[_Part]] = {}
         n_groups = 2 * len(selection.layer_idxs)
         self._pieces = [Piece.empty(selection.md.d_model) for _ in range(n_groups)]
@@ -69,11 +82,11 @@ class Pass:
             Moments of all vectors, and those by (recorded layer, "special" or "content").
         """
         with ThreadPoolExecutor(n_threads, thread_name_prefix="saev_torch statistics") as threads:
-            for done in [threads.submit(self._work) for _ in range(n_threads)]:
+            for done in [threads.submit(self._work, number) for number in range(n_threads)]:
                 try:
                     done.result()
                 except BaseException:
-                    self._stopped = True
+                    self._stop()
                     raise
         total, counts = Piece.empty(self._selection.md.d_model), NormHistogram()
         groups = {}
@@ -85,31 +98,59 @@ class Pass:
                 counts.counts += histogram.counts
         return total.moments(counts), groups
 
-    def _work(self) -> None:
-        scratch = Scratch(self._selection.md.d_model)
-        buffer = np.empty((self._per_read * self._selection.n_parts, self._selection.md.d_model), dtype="<f4")
-        while True:
-            with self._lock:
-                task, start = self._next_task, self._next_task * self._per_task
-                if start >= self._n or self._stopped:
-                    return
-                self._next_task += 1
-            try:
-                parts = list(self._measure(start, min(self._n, start + self._per_task), buffer, scratch))
-            except BaseException:
-                self._stopped = True
-                raise
-            self._merge(task, parts)
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            self._may_take.notify_all()
 
-    def _measure(self, start: int, stop: int, buffer: NDArray[np.float32], scratch: Scratch) -> Iterator[_Part]:
-        samples = np.arange(start, stop, dtype=np.int64) if self._samples is None else self._samples[start:stop]
-        reads = _Reads.plan(self._selection, samples, self._per_read, buffer.ctypes.data)
-        for first, last, groups in reads.reads:
-            if self._stopped:
-                return
-            read_extents(self._store, reads.extents, first, last, unnoted)
-            for group, row, row_stop in groups:
-                yield _Part(group, *measure(buffer[row:row_stop], scratch))
+    def _work(self, number: int) -> None:
+        md = self._selection.md
+        ring, scratch = Ring.open(), Scratch(md.d_model, self._sum_vectors)
+        stage = Stage(ring) if ring is not None and self._past_cache else None
+        buffer = np.empty((self._per_task * self._selection.n_parts, md.d_model), dtype="<f4")
+        try:
+            while (task := self._take(number)) is not None:
+                samples = self._samples_of(task)
+                extents, groups = _plan(self._selection, samples, buffer.ctypes.data)
+                n = len(extents.nbytes)
+                if stage is None:
+                    read_extents(self._store, extents, 0, n, unnoted, ring)
+                else:
+                    stage.read(self._store, extents, 0, n, unnoted)
+                self._merge(task, [_Part(g, *measure(buffer[start:stop], scratch)) for g, start, stop in groups])
+        except BaseException:
+            self._stop()
+            raise
+
+    def _take(self, number: int) -> int | None:
+        """Take the next task: None where there is none. More threads than cores help only where a disk is slow."""
+        with self._lock:
+            while not (self._stopped or self._is_all_taken()) and number >= self._n_cores and not self._are_idle:
+                self._may_take.wait()
+            if self._stopped or self._is_all_taken():
+                return None
+            self._next_task += 1
+            if self._is_all_taken():
+                self._may_take.notify_all()
+            return self._next_task - 1
+
+    def _is_all_taken(self) -> bool:
+        return self._next_task * self._per_task >= self._n
+
+    def _look(self) -> None:
+        """See whether cores are idle."""
+        since, cpu_s = self._looked
+        now = time.monotonic(), time.process_time()
+        if now[0] - since >= _LOOK_S:
+            self._are_idle = now[1] - cpu_s < (1 - _IDLE_SHARE) * self._n_cores * (now[0] - since)
+            self._looked = now
+            if self._are_idle:
+                self._may_take.notify_all()
+
+    def _samples_of(self, task: int) -> _Int64s:
+        start = task * self._per_task
+        stop = min(self._n, start + self._per_task)
+        return np.arange(start, stop, dtype=np.int64) if self._samples is None else self._samples[start:stop]
 
     def _merge(self, task: int, parts: list[_Part]) -> None:
         with self._lock:
@@ -122,61 +163,33 @@ class Pass:
                     histogram.add(part.norms)
                     self._pieces[part.group].merge(part.piece)
                 self._next_merged += 1
+            self._look()
             if self._progress is not None and not self._stopped:
                 self._progress(min(self._n, self._next_merged * self._per_task), self._n)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reads:
-    """Reads of rows to the start of a buffer, one after the other, each with the rows of a group side by side.
+def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents, list[tuple[int, int, int]]]:
+    """Work out how to read samples to an address with the rows of each group side by side.
 
-    Attributes:
-        extents: Runs of consecutive rows of one group, each to one place.
-        reads: First extent, one past the last, and the groups in the buffer then as (group, first row, stop).
+    Returns:
+        What to read, and the groups as (group, first row, stop).
     """
-
-    extents: Extents
-    reads: list[tuple[int, int, list[tuple[int, int, int]]]]
-
-    @classmethod
-    def plan(cls, selection: Selection, samples: _Int64s, per_read: int, address: int) -> "_Reads":
-        md = selection.md
-        cells = selection.cells(samples)
-        _, layers, tokens = selection.split(cells)
-        shards, rows = selection.disk_rows(cells)
-        read = np.arange(len(samples), dtype=np.int64) // per_read
-        group = 2 * layers + (tokens >= selection.n_special)
-        if selection.n_parts > 1:
-            parts = np.arange(selection.n_parts, dtype=np.int64)[:, None]
-            shift = (np.array(selection.layer_idxs) - selection.layer_idxs[0])[:, None] * md.tokens_per_example
-            rows, group = (rows + shift).ravel(), (group + 2 * parts).ravel()
-            read, shards = np.tile(read, selection.n_parts), np.tile(shards, selection.n_parts)
-        breaks = (np.diff(rows) != 1) | (np.diff(shards) != 0) | (np.diff(read) != 0) | (np.diff(group) != 0)
-        firsts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-        lengths = np.diff(np.append(firsts, len(rows)))
-        order = np.lexsort((rows[firsts], shards[firsts], group[firsts], read[firsts]))
-        firsts, lengths = firsts[order], lengths[order]
-        ends = np.cumsum(lengths)
-        read, group = read[firsts], group[firsts]
-        # Rows are numbered from the start of their read.
-        read_starts = np.flatnonzero(np.diff(read, prepend=-1))
-        base = np.repeat((ends - lengths)[read_starts], np.diff(np.append(read_starts, len(read))))
-        places = ends - lengths - base
-        row_nbytes = md.d_model * 4
-        vectors = np.stack((address + places * row_nbytes, lengths * row_nbytes), axis=1)
-        extents = Extents(
-            vectors=vectors,
-            trash=np.empty(0, dtype=np.uint8),
-            shards=shards[firsts],
-            firsts=np.arange(len(vectors)),
-            counts=np.ones(len(vectors), dtype=np.int64),
-            offsets=rows[firsts] * row_nbytes,
-            nbytes=lengths * row_nbytes,
-        )
-        reads = []
-        for first, last in zip(read_starts.tolist(), [*read_starts[1:].tolist(), len(read)], strict=True):
-            group_starts = first + np.flatnonzero(np.diff(group[first:last], prepend=-1))
-            row = places[group_starts].tolist()
-            stop = int(places[last - 1] + lengths[last - 1])
-            reads.append((first, last, list(zip(group[group_starts].tolist(), row, [*row[1:], stop], strict=True))))
-        return cls(extents, reads)
+    md = selection.md
+    cells = selection.cells(samples)
+    _, layers, tokens = selection.split(cells)
+    shards, rows = selection.disk_rows(cells)
+    group = 2 * layers + (tokens >= selection.n_special)
+    if selection.n_parts > 1:
+        parts = np.arange(selection.n_parts, dtype=np.int64)[:, None]
+        shift = (np.array(selection.layer_idxs) - selection.layer_idxs[0])[:, None] * md.tokens_per_example
+        rows, group = (rows + shift).ravel(), (group + 2 * parts).ravel()
+        shards = np.tile(shards, selection.n_parts)
+    row_nbytes = md.d_model * 4
+    places = np.arange(address, address + len(rows) * row_nbytes, row_nbytes, dtype=np.int64)
+    counts = np.bincount(group)
+    if counts[-1] != len(rows):
+        in_order = places.copy()
+        places[np.argsort(group, kind="stable")] = in_order
+    ends = np.cumsum(counts).tolist()
+    groups = [(g, ends[g] - n, ends[g]) for g, n in enumerate(counts.tolist()) if n]
+    return make_extents(shards, rows, places, row_nbytes), groups

@@ -1,0 +1,141 @@
+"""Loops that touch each value once where numpy needs several passes, compiled by numba where that is installed.
+
+numba is an extra (`pip install 'saev_torch[fast]'`). Without it the callers take the longer way to the same values;
+only sums may differ, in their last bits. Compiling takes some tenths of a second for each process; nothing is kept on
+disk. A compiled loop does not hold the interpreter lock.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ScaleKernels", "find_scale_kernels", "find_sum_kernel"]
+
+ScaleKernels = tuple[Callable[..., None], Callable[..., None]]
+
+_log = logging.getLogger("saev_torch")
+
+# Addresses are integers here: a pointer of ctypes is none to the compiler.
+_preadv = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32, ctypes.c_int64)(
+    ("preadv", ctypes.CDLL(None))
+)
+
+# Sums of more terms than this are sums of sums, so that rounding errors do not grow with the number of vectors.
+_N_SUMMED = 256
+
+
+@functools.cache
+def find_sum_kernel() -> Callable[..., None] | None:
+    """Compile `sum_vectors(vectors, sums, squares, squared_norms, lows, highs)`; None without numba.
+
+    It adds `[n, d_model] float32` vectors and their squares to `[d_model] float64` sums, lowers and raises
+    `[d_model] float32` bounds, and sets `[n] float64` squared L2 norms, which are not finite where a value is not.
+    """
+    numba = _find_numba()
+    if numba is None:
+        return None
+    signature = "void(float32[:, ::1], float64[::1], float64[::1], float64[::1], float32[::1], float32[::1])"
+    # Free to add in any order, which vector instructions need; what is not a number stays so.
+    compiled: Callable[..., None] = numba.njit(signature, nogil=True, fastmath={"reassoc", "contract"})(_sum_vectors)
+    return compiled
+
+
+@functools.cache
+def find_scale_kernels() -> ScaleKernels | None:
+    """Compile `scale_places` and `read_and_scale`; None without numba.
+
+    `scale_places(vectors, by)` multiplies the float32 values at `[n, 2] int64` places, address and size in bytes, by a
+    float32. `read_and_scale(fds, vectors, firsts, counts, offsets, nbytes, got, by)` reads extents, one `preadv` each
+    from the file descriptor in `fds`, sets what was returned in `got`, and scales the places of those that are
+    complete; see `reading.Extents` for the others, all of them `[n] int64`.
+    """
+    numba = _find_numba()
+    if numba is None:
+        return None
+
+    def make_pointer(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return numba.types.CPointer(numba.types.float32)(address), generate
+
+    pointer = numba.extending.intrinsic(make_pointer)
+
+    def scale_places(vectors: NDArray[np.int64], by: np.float32) -> None:
+        for i in range(len(vectors)):
+            values = numba.carray(pointer(vectors[i, 0]), vectors[i, 1] // 4)
+            for j in range(len(values)):
+                values[j] *= by
+
+    scale = numba.njit("void(int64[:, ::1], float32)", nogil=True)(scale_places)
+
+    def read_and_scale(
+        fds: NDArray[np.int64],
+        vectors: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
+        got: NDArray[np.int64],
+        by: np.float32,
+    ) -> None:
+        for i in range(len(fds)):
+            places = vectors[firsts[i] : firsts[i] + counts[i]]
+            got[i] = _preadv(fds[i], places.ctypes.data, counts[i], offsets[i])
+            if got[i] == nbytes[i]:
+                scale(places, by)
+
+    int64s = "int64[::1]"
+    signature = f"void({int64s}, int64[:, ::1], {int64s}, {int64s}, {int64s}, {int64s}, {int64s}, float32)"
+    return scale, numba.njit(signature, nogil=True)(read_and_scale)
+
+
+def _find_numba() -> Any:
+    try:
+        import numba
+    except ModuleNotFoundError:
+        return None
+    except ImportError as err:
+        _log.warning("numba is installed, but cannot be used: %s. Scaling and statistics take longer without it.", err)
+        return None
+    return None if numba.config.DISABLE_JIT else numba  # type: ignore[attr-defined]
+
+
+def _sum_vectors(
+    vectors: NDArray[np.float32],
+    sums: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    squared_norms: NDArray[np.float64],
+    lows: NDArray[np.float32],
+    highs: NDArray[np.float32],
+) -> None:
+    n, d_model = vectors.shape
+    for start in range(0, n, _N_SUMMED):
+        stop = min(n, start + _N_SUMMED)
+        some, some_squares = np.zeros(d_model), np.zeros(d_model)
+        # Two vectors at a time, because sums are in the cache and not in registers; the last of an odd number is its
+        # own partner, and does not count then.
+        for i in range(start, stop, 2):
+            partner = min(i + 1, stop - 1)
+            weight = np.float64(partner - i)
+            vector_a, vector_b = vectors[i], vectors[partner]
+            norm_a, norm_b = 0.0, 0.0
+            for j in range(d_model):
+                x, y = vector_a[j], vector_b[j]
+                low, high = (x, y) if x < y else (y, x)
+                lows[j] = low if low < lows[j] else lows[j]
+                highs[j] = high if high > highs[j] else highs[j]
+                a, b = np.float64(x), np.float64(y)
+                some[j] += a + weight * b
+                some_squares[j] += a * a + weight * (b * b)
+                norm_a += a * a
+                norm_b += b * b
+            squared_norms[i], squared_norms[partner] = norm_a, norm_b
+        for j in range(d_model):
+            sums[j] += some[j]
+            squares[j] += some_squares[j]
