@@ -157,13 +157,13 @@ def test_a_file_that_became_shorter(shards) -> None:
         list(batches)
 
 
-def test_a_stall_is_named(shards) -> None:
+def test_a_stall_is_named(make_shards) -> None:
     """Where in a range of reads a compiled loop stands, another thread sees."""
-    store = ShardStore(shards)
+    store = ShardStore(make_shards(Spec(n_examples=60, content_tokens=20, d_model=5000)))
     selection = Selection(store.metadata, "content", 7)
     samples = np.arange(0, 900, 90)
-    out = np.empty((10, 16), dtype=np.float32)
-    places = out.ctypes.data + 64 * np.arange(10)
+    out = np.empty((10, 5000), dtype=np.float32)
+    places = out.ctypes.data + 20_000 * np.arange(10)
     (extents,) = make_sample_extents(selection, selection.cells(samples), places)
     scaler, told, wheres = Scaler.find(0.5), [], []
 
@@ -175,6 +175,7 @@ def test_a_stall_is_named(shards) -> None:
     scaler._read_and_scale = read
     scaler.read(store, extents, 2, len(extents.nbytes), wheres.append)
     store.close()
+    assert len(told) == 8
     assert told == [extents.where(i) for i in range(2, len(extents.nbytes))]
 
 
