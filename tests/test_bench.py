@@ -35,8 +35,8 @@ from saev_torch.store import ShardStore
 Make = Callable[..., Path]
 
 _WARM_ONLY = {"read", "gather"}
-_LOADERS = {"shuffled-0", "shuffled-1", "ordered-0", "ordered-1", "indexed-1", "labels-1", "layers-1",
-            "memmap-0", "memmap-1", "samples-0", "samples-1"}  # fmt: skip
+_LOADERS = {"shuffled-0", "shuffled-1", "ordered-0", "ordered-1", "indexed-1", "scaled-0", "scaled-1", "labels-1",
+            "layers-1", "statistics", "memmap-0", "memmap-1", "samples-0", "samples-1"}  # fmt: skip
 
 
 def _bench(*args: str | Path, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -81,9 +81,11 @@ def _check_ratios(section: dict[str, Any], limit: list[float]) -> None:
         for kind in ("memmap", "samples"):
             if name in _LOADERS:
                 _check_spread(side[f"to_{kind}"], [a / b for a, b in zip(figures[1], best(kind), strict=True)])
-        if name in ("labels-1", "layers-1"):
+        if name in ("labels-1", "layers-1", "scaled-1"):
             plain = rounds("shuffled-1", "samples_per_s")
             _check_spread(side["to_shuffled"], [a / b for a, b in zip(figures[1], plain, strict=True)])
+        if name == "statistics":
+            _check_spread(side["to_ordered"], [a / b for a, b in zip(figures[1], best("ordered"), strict=True)])
 
 
 def test_bench(tmp_path: Path) -> None:
@@ -94,6 +96,7 @@ def test_bench(tmp_path: Path) -> None:
     done = _bench(*size, "--quick", "--cold", "--touch", "--json", out, TMPDIR=str(tmp_path / "tmp"))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "tmp").glob("saev_torch*")) == []
+    assert list((tmp_path / "cache").rglob("*.npz")) == []
 
     found = json.loads(out.read_text())
     assert all(math.isfinite(number) for number in _numbers(found))

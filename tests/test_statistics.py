@@ -96,13 +96,15 @@ def test_one_constant_and_one_offset_column(make_shards) -> None:
 @pytest.mark.parametrize("tokens", ["special", "content"])
 def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Many small reads and tasks, some slow, so that threads really finish out of order.
-    monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
-    monkeypatch.setattr(streaming, "_LOOK_S", 0.001)
-    turns, names = itertools.count(), set()
+    monkeypatch.setattr(streaming, "_TASK_NBYTES", 200)
+    monkeypatch.setattr(streaming, "count_own_cores", lambda: 4)
+    turns, together = itertools.count(), threading.Barrier(1)
 
     def read(*args) -> None:
-        time.sleep(0.002 * (next(turns) % 3 == 0))
-        names.add(threading.current_thread().name)
+        turn = next(turns)
+        if turn < 4:
+            together.wait(30)
+        time.sleep(0.002 * (turn % 3 == 0))
         read_extents(*args)
 
     monkeypatch.setattr(streaming, "read_extents", read)
@@ -117,9 +119,8 @@ def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytes
         cfg = ShuffledConfig(shards=shards, layer=3, ignore_labels=[2, 5])
         x = acts[:, 1:][~np.isin(labels, [2, 5])]
     one = compute_statistics(cfg, n_threads=1, cache=False)
-    names.clear()
+    turns, together = itertools.count(), threading.Barrier(4)
     four = compute_statistics(cfg, n_threads=4, cache=False)
-    assert len(names) > 1
     assert_moments(one.total, x)
     # Bit for bit: what one machine computes with other threads is no other number.
     for name in ("mean", "variance", "mean_norm", "mean_squared_norm", "norm_quantiles"):
@@ -255,10 +256,12 @@ def test_more_threads_than_cores_work_only_where_cores_are_idle(make_shards, mon
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
     monkeypatch.setattr(streaming, "_LOOK_S", 0.0)
     monkeypatch.setattr(streaming, "_IDLE_SHARE", 0.0 if idle else 1.0)
-    names = []
+    names, together = [], threading.Barrier(2)
 
     def read(*args) -> None:
         names.append(threading.get_ident())
+        if idle and len(names) in (2, 3):
+            together.wait(30)
         time.sleep(0.001)
         read_extents(*args)
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from saev_torch.progress import Progress
 __all__ = ["add_arguments", "run"]
 
 _OTHERS = {
+    "statistics": "a full pass of compute_statistics",
     "first": "time from iter() to the first batch, warm, 0 workers",
     "memory": "proportional set sizes over an epoch of ten buffers",
 }
@@ -123,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
             print(describe(findings))
             report = findings.to_json()
         else:
-            report = _bench(args, data, layers_data)
+            with _own_cache():
+                report = _bench(args, data, layers_data)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
@@ -147,8 +150,25 @@ def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | Non
         yield data, None if layers_shards is None else BenchData.open(layers_shards, None)
 
 
+@contextlib.contextmanager
+def _own_cache() -> Iterator[None]:
+    """Keep statistics that are computed on the way from the user's cache folder."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory(prefix="saev_torch_bench_") as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["XDG_CACHE_HOME"]
+            else:
+                os.environ["XDG_CACHE_HOME"] = before
+
+
 def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | None) -> dict[str, Any]:
-    settings = Settings(args.rounds, args.seconds, args.cold_limit_s, args.touch)
+    settings = Settings(
+        args.rounds, args.seconds, args.cold_limit_s, args.touch, statistics=_is_wanted("statistics", args.only)
+    )
     if args.quick:
         settings = dataclasses.replace(
             settings, n_rounds=2, seconds=0.05, window_nbytes=8_000_000, memory_workers=(0, 1)

@@ -83,7 +83,7 @@ def _best(rounds: RoundsOfSides, kind: str, figure: str) -> Spread | None:
 
 
 def _compare(rounds: RoundsOfSides, limit: Spread) -> Comparison:
-    memmap, samples = (_best(rounds, kind, "samples_per_s") for kind in ("memmap", "samples"))
+    memmap, samples, ordered = (_best(rounds, kind, "samples_per_s") for kind in ("memmap", "samples", "ordered"))
     sides: dict[str, dict[str, Spread]] = {}
     for name, all_ in rounds.items():
         kind, _, n_workers = name.partition("-")
@@ -98,8 +98,10 @@ def _compare(rounds: RoundsOfSides, limit: Spread) -> Comparison:
             if samples is not None:
                 figures["to_samples"] = _ratio(rate, samples)
         plain = rounds.get(f"shuffled-{n_workers}")
-        if kind in ("labels", "layers") and plain is not None:
+        if kind in ("labels", "layers", "scaled") and plain is not None:
             figures["to_shuffled"] = _ratio(rate, Spread(tuple(one.samples_per_s for one in plain)))
+        if kind == "statistics" and ordered is not None:
+            figures["to_ordered"] = _ratio(rate, ordered)
         sides[name] = figures
     cut = tuple(name for name, all_ in rounds.items() if any(one.is_cut for one in all_))
     return Comparison(limit, sides, cut)
@@ -116,6 +118,7 @@ _COLUMNS = (
     ("x memmap", "to_memmap", 1.0),
     ("x samples", "to_samples", 1.0),
     ("of shuffled", "to_shuffled", 1.0),
+    ("of ordered", "to_ordered", 1.0),
     ("cores", "cores_busy", 1.0),
     ("in kernel", "cores_busy_in_kernel", 1.0),
 )

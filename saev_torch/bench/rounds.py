@@ -9,8 +9,8 @@ from saev_torch.bench.memory import MemoryUse, measure_memory
 from saev_torch.bench.raw import Rate, gather_rate, layer_pieces, read_rate
 from saev_torch.bench.report import Comparison, Spread, compare_cold, compare_warm
 from saev_torch.bench.sides import Side
-from saev_torch.bench.timing import Measured, first_batch_s, measure_cold, measure_warm
-from saev_torch.config import ShuffledConfig
+from saev_torch.bench.timing import Measured, first_batch_s, measure_cold, measure_statistics, measure_warm
+from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.progress import Progress
 
 __all__ = ["Settings", "run_cold", "run_first_batch", "run_memory", "run_rounds", "run_warm", "warm_up"]
@@ -29,6 +29,7 @@ class Settings:
         touch: Add up the activations of each batch.
         window_nbytes: What `gather` takes rows from.
         memory_workers: Numbers of workers to look at the memory with.
+        statistics: Measure `compute_statistics`, too.
     """
 
     n_rounds: int
@@ -37,6 +38,7 @@ class Settings:
     touch: bool
     window_nbytes: int = 400_000_000
     memory_workers: tuple[int, ...] = (0, 1, 4)
+    statistics: bool = True
 
 
 def run_rounds(title: str, n_rounds: int, sides: Mapping[str, Callable[[], Measured]]) -> dict[str, list[Measured]]:
@@ -66,6 +68,11 @@ def warm_up(data: BenchData, layers_data: BenchData | None) -> None:
     read_rate(data.store, layer_pieces(data.store, data.layer), repeat=False)
 
 
+def _statistics(settings: Settings, data: BenchData) -> dict[str, Callable[[], Measured]]:
+    cfg = OrderedConfig(shards=data.store.shards_dir, layer=data.layer)
+    return {"statistics": lambda: measure_statistics(cfg, data.sample_nbytes)} if settings.statistics else {}
+
+
 def run_warm(settings: Settings, cores: float, data: BenchData, batch_size: int, sides: Sequence[Side]) -> Comparison:
     """Measure all that is read from the page cache, and the limits `read` and `gather`."""
     pieces, d_model = layer_pieces(data.store, data.layer), data.store.metadata.d_model
@@ -80,6 +87,7 @@ def run_warm(settings: Settings, cores: float, data: BenchData, batch_size: int,
         return lambda: measure_warm(side, settings.seconds, settings.touch)
 
     todo = {"read": read, "gather": gather, **{side.name: run_side(side) for side in sides}}
+    todo |= _statistics(settings, data)
     return compare_warm(run_rounds("warm", settings.n_rounds, todo), cores)
 
 
@@ -114,6 +122,7 @@ def run_cold(
         return dropping(lambda: measure_cold(side, settings.cold_limit_s, settings.touch))
 
     todo = {f"raw-{n}": raw(n) for n in _COLD_THREADS} | {side.name: run_side(side) for side in sides}
+    todo |= {name: dropping(measure) for name, measure in _statistics(settings, data).items()}
     return compare_cold(run_rounds("cold", settings.n_rounds, todo)), max(left)
 
 

@@ -22,6 +22,7 @@ FAMILIES = {
     "shuffled": "DataLoader(ShuffledActivations(cfg))",
     "ordered": "DataLoader(OrderedActivations(cfg))",
     "indexed": "DataLoader(IndexedDataset(cfg), batch_size=..., shuffle=True)",
+    "scaled": "shuffled, with scale_norm",
     "labels": "shuffled, with ignore_labels that leave about two thirds of the tokens",
     "layers": "shuffled, one of several recorded layers",
     "memmap": "np.memmap in a DataLoader with a sampler of shuffled index batches",
@@ -33,6 +34,7 @@ FAMILIES = {
 _LONG = 2.25
 # An epoch of so many buffers can turn over the buffer before the clock starts.
 _VERY_LONG = 8
+_N_SCALE_SAMPLES = 4096
 
 Loader = DataLoader[Any]
 
@@ -132,6 +134,9 @@ def make_sides(
     sides += [_ordered(f"ordered-{w}", OrderedConfig(shards=shards, layer=layer, batch_size=batch_size), w, data)
               for w in workers]  # fmt: skip
     sides += [_indexed(f"indexed-{w}", IndexedConfig(shards=shards, layer=layer), batch_size, w, data) for w in most]
+    # By a number that is found quickly: any other is multiplied by as fast.
+    scaled = dataclasses.replace(cfg, scale_norm=True, scale_samples=_N_SCALE_SAMPLES)
+    sides += [make_side(f"scaled-{w}", scaled, w, data) for w in workers]
     if ignored:
         cfg = shuffled(shards=shards, layer=layer, ignore_labels=list(ignored))
         sides += [make_side(f"labels-{w}", cfg, w, data) for w in most]
@@ -145,7 +150,7 @@ def make_sides(
 
 def make_side(name: str, cfg: ShuffledConfig, n_workers: int, data: BenchData) -> Side:
     """Make the side of a shuffled data set, `cfg` on `data`."""
-    n_batches = ShuffledActivations(cfg).n_batches
+    n_batches = ShuffledActivations(dataclasses.replace(cfg, scale_norm=False)).n_batches
     return Side(
         name=name,
         make=lambda: make_loader(ShuffledActivations(cfg), n_workers),

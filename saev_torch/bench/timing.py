@@ -5,7 +5,7 @@ been filled and everything in it has been replaced, or where an epoch is not muc
 that a process has just been given is slow the first times, on virtual machines more than anywhere. In a long epoch the
 clock stops when the time is up or a buffer's worth is left, before the buffer empties. A short epoch has little or
 nothing between filling and emptying: there it stops a whole number of epochs after it was started. Either way the
-loader is as full as it was at the start. Whole batches count only, and all of them.
+loader is as full as it was at the start. Whole batches count only, and all of them. Statistics are one full pass.
 
 Cold: one epoch from `iter()` to its last batch, workers' start included, after the page cache was dropped. A later
 epoch would find in memory what this one read.
@@ -19,11 +19,13 @@ from typing import Any
 
 from saev_torch.bench.machine import Usage
 from saev_torch.bench.sides import Loader, Side, allowing_many_workers, make_loader
-from saev_torch.config import ShuffledConfig
+from saev_torch.compiled import find_sum_kernel
+from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.datasets import ShuffledActivations
 from saev_torch.errors import ConfigError
+from saev_torch.stats.statistics import compute_statistics
 
-__all__ = ["Measured", "first_batch_s", "measure_cold", "measure_warm"]
+__all__ = ["Measured", "first_batch_s", "measure_cold", "measure_statistics", "measure_warm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,21 @@ def _without(whole: Measured, start: Measured, sample_nbytes: int) -> Measured:
         system_s=max(0.0, whole.system_s - start.system_s),
         is_cut=True,
     )
+
+
+def measure_statistics(cfg: OrderedConfig, sample_nbytes: int) -> Measured:
+    """Measure a full pass of `compute_statistics`; what is compiled once for a process is ready before.
+
+    Args:
+        cfg: What to measure.
+        sample_nbytes: Size of a sample's activations in bytes.
+    """
+    find_sum_kernel()
+    before, began = Usage.now(), time.perf_counter()
+    n_samples = compute_statistics(cfg, cache=False).n_selected
+    took = time.perf_counter() - began
+    used = Usage.now().since(before)
+    return Measured(n_samples, n_samples * sample_nbytes, took, used.user_s, used.system_s)
 
 
 def first_batch_s(cfg: ShuffledConfig) -> float:

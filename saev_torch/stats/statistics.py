@@ -150,7 +150,7 @@ def compute_statistics(
         cfg: What to measure: its shards, tokens, layer and ignored labels.
         n_sampled: Measure so many samples, drawn without replacement; None for all of them.
         seed: Seed of that draw.
-        n_threads: Reading and computing threads.
+        n_threads: Reading and computing threads, at most: those beyond the number of cores join where a disk is slow.
         cache: Keep the result, and use what was kept: in `$XDG_CACHE_HOME/saev_torch` (else `~/.cache/saev_torch`), in
             a folder of your own, or with False not at all. One process measures, others that ask wait for it.
         progress: Called now and then, from one thread at a time, with the samples measured and the samples in all.

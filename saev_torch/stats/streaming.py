@@ -105,10 +105,10 @@ class Pass:
 
     def _work(self, number: int) -> None:
         md = self._selection.md
-        ring, scratch = Ring.open(), Scratch(md.d_model, self._sum_vectors)
-        stage = Stage(ring) if ring is not None and self._past_cache else None
-        buffer = np.empty((self._per_task * self._selection.n_parts, md.d_model), dtype="<f4")
         try:
+            ring, scratch = Ring.open(), Scratch(md.d_model, self._sum_vectors)
+            stage = Stage(ring) if ring is not None and self._past_cache else None
+            buffer = np.empty((self._per_task * self._selection.n_parts, md.d_model), dtype="<f4")
             while (task := self._take(number)) is not None:
                 samples = self._samples_of(task)
                 extents, groups = _plan(self._selection, samples, buffer.ctypes.data)
