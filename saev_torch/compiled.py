@@ -1,8 +1,8 @@
 """Loops that touch each value once where numpy needs several passes, compiled by numba where that is installed.
 
 numba is an extra (`pip install 'saev_torch[fast]'`). Without it the callers take the longer way to the same values;
-only sums may differ, in their last bits. Compiling takes some tenths of a second for each process; nothing is kept on
-disk. A compiled loop does not hold the interpreter lock.
+only sums may differ, in their last bits. Compiling takes some tenths of a second for each process, and 130 MB that
+forked workers share; nothing is kept on disk. A compiled loop does not hold the interpreter lock.
 """
 
 import ctypes
@@ -49,8 +49,9 @@ def find_sum_kernel() -> Callable[..., None] | None:
 def find_scale_kernels() -> ScaleKernels | None:
     """Compile `scale_places` and `read_and_scale`; None without numba.
 
-    `scale_places(vectors, by)` multiplies the float32 values at `[n, 2] int64` places, address and size in bytes, by a
-    float32. `read_and_scale(fds, vectors, firsts, counts, offsets, nbytes, got, by)` reads extents, one `preadv` each
+    `scale_places(vectors, trash, by)` multiplies the float32 values at `[n, 2] int64` places, address and size in
+    bytes, by a float32, but for places at the address `trash`, whose values would shrink or grow without end.
+    `read_and_scale(fds, vectors, firsts, counts, offsets, nbytes, got, trash, by)` reads extents, one `preadv` each
     from the file descriptor in `fds`, sets what was returned in `got`, and scales the places of those that are
     complete; see `reading.Extents` for the others, all of them `[n] int64`.
     """
@@ -66,13 +67,15 @@ def find_scale_kernels() -> ScaleKernels | None:
 
     pointer = numba.extending.intrinsic(make_pointer)
 
-    def scale_places(vectors: NDArray[np.int64], by: np.float32) -> None:
+    def scale_places(vectors: NDArray[np.int64], trash: int, by: np.float32) -> None:
         for i in range(len(vectors)):
+            if vectors[i, 0] == trash:
+                continue
             values = numba.carray(pointer(vectors[i, 0]), vectors[i, 1] // 4)
             for j in range(len(values)):
                 values[j] *= by
 
-    scale = numba.njit("void(int64[:, ::1], float32)", nogil=True)(scale_places)
+    scale = numba.njit("void(int64[:, ::1], int64, float32)", nogil=True)(scale_places)
 
     def read_and_scale(
         fds: NDArray[np.int64],
@@ -82,25 +85,27 @@ def find_scale_kernels() -> ScaleKernels | None:
         offsets: NDArray[np.int64],
         nbytes: NDArray[np.int64],
         got: NDArray[np.int64],
+        trash: int,
         by: np.float32,
     ) -> None:
         for i in range(len(fds)):
             places = vectors[firsts[i] : firsts[i] + counts[i]]
             got[i] = _preadv(fds[i], places.ctypes.data, counts[i], offsets[i])
             if got[i] == nbytes[i]:
-                scale(places, by)
+                scale(places, trash, by)
 
     int64s = "int64[::1]"
-    signature = f"void({int64s}, int64[:, ::1], {int64s}, {int64s}, {int64s}, {int64s}, {int64s}, float32)"
+    signature = f"void({int64s}, int64[:, ::1], {int64s}, {int64s}, {int64s}, {int64s}, {int64s}, int64, float32)"
     return scale, numba.njit(signature, nogil=True)(read_and_scale)
 
 
+@functools.cache
 def _find_numba() -> Any:
     try:
         import numba
     except ModuleNotFoundError:
         return None
-    except ImportError as err:
+    except (ImportError, OSError) as err:
         _log.warning("numba is installed, but cannot be used: %s. Scaling and statistics take longer without it.", err)
         return None
     return None if numba.config.DISABLE_JIT else numba  # type: ignore[attr-defined]

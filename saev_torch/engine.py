@@ -313,6 +313,7 @@ class Engine:
     def _read_rows(
         self, extents: Extents, start: int, stop: int, placed: Placed, ring: Ring | None, stage: Stage | None
     ) -> None:
+        # One extent after the other, which a disk does not like.
         if self._scaler is not None and stage is None and not self._is_slow:
             self._scaler.read(self._store, extents, start, stop, self._note)
             return

@@ -39,7 +39,7 @@ class Scaler:
 
     def apply(self, extents: Extents, start: int, stop: int) -> None:
         """Multiply a range of extents that have been read to their places."""
-        self._scale_places(extents.vectors_of(start, stop), self._by)
+        self._scale_places(extents.vectors_of(start, stop), extents.trash.ctypes.data, self._by)
 
     def read(self, store: ShardStore, extents: Extents, start: int, stop: int, note: Note) -> None:
         """Read a range of extents and multiply them; see `read_extents`, which also reads what fails here."""
@@ -50,7 +50,7 @@ class Scaler:
                 note(functools.partial(_where, extents, first, got))
                 self._read_and_scale(
                     fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part],
-                    extents.nbytes[part], got, self._by,
+                    extents.nbytes[part], got, extents.trash.ctypes.data, self._by,
                 )  # fmt: skip
             for i in np.flatnonzero(got != extents.nbytes[part]).tolist():
                 read_extents(store, extents, first + i, first + i + 1, note)

@@ -9,7 +9,7 @@ from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ConfigError
 
-__all__ = ["World", "check_world", "count_own_cores", "find_world"]
+__all__ = ["World", "check_world", "count_cores", "count_own_cores", "find_world"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,17 @@ def consumer_pid() -> int:
     return os.getpid() if parent is None or parent.pid is None else parent.pid
 
 
+def count_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count_own_cores() -> int:
     """This process's part of the cores: those it may run on, divided by the workers and the ranks on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     info = get_worker_info()
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     n_processes = (1 if info is None else info.num_workers) * (int(ranks) if ranks.isdecimal() else 1)
-    return max(1, cores // max(1, n_processes))
+    return max(1, count_cores() // max(1, n_processes))
 
 
 def find_world(rank: int | None, world_size: int | None, known: World | None = None) -> World:

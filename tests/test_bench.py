@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from saev_torch import IndexedConfig, IndexedDataset, Metadata, ShuffledConfig, limits
+from saev_torch import IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig, limits
 from saev_torch.bench import machine
 from saev_torch.bench.advice import Vitals, interpolate, recommend
 from saev_torch.bench.command import _wants_layers
@@ -29,7 +29,8 @@ from saev_torch.bench.memory import MemoryUse
 from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate
 from saev_torch.bench.report import compare_cold, compare_warm
 from saev_torch.bench.sides import Side
-from saev_torch.bench.timing import Measured
+from saev_torch.bench.timing import Measured, measure_statistics
+from saev_torch.stats import streaming
 from saev_torch.store import ShardStore
 
 Make = Callable[..., Path]
@@ -242,6 +243,17 @@ def test_ignored_labels_are_about_a_third(make_shards: Make) -> None:
 
 
 # The clock and the ratios
+
+
+@pytest.mark.parametrize(("limit_s", "is_cut"), [(60.0, False), (0.0, True)])
+def test_statistics_are_one_pass_or_what_the_time_allows(make_shards: Make, monkeypatch, limit_s, is_cut) -> None:
+    monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
+    cfg = OrderedConfig(shards=make_shards(n_examples=60), layer=7)
+    found = measure_statistics(cfg, 32, limit_s)
+    assert found.is_cut == is_cut
+    assert found.nbytes == 32 * found.n_samples
+    assert 0 < found.n_samples <= 360
+    assert (found.n_samples < 360) == is_cut
 
 
 def _side(n_batches: int, n_settle: int, n_lanes: int, n_workers: int = 0) -> Side:

@@ -167,7 +167,7 @@ def test_a_stall_is_named(make_shards) -> None:
     (extents,) = make_sample_extents(selection, selection.cells(samples), places)
     scaler, told, wheres = Scaler.find(0.5), [], []
 
-    def read(fds, vectors, firsts, counts, offsets, nbytes, got, by):
+    def read(fds, vectors, firsts, counts, offsets, nbytes, got, trash, by):
         for i in range(len(got)):
             told.append(wheres[-1]())
             got[i] = nbytes[i]
@@ -177,6 +177,24 @@ def test_a_stall_is_named(make_shards) -> None:
     store.close()
     assert len(told) == 8
     assert told == [extents.where(i) for i in range(2, len(extents.nbytes))]
+
+
+def test_gaps_are_read_over_and_not_scaled(shards, monkeypatch) -> None:
+    """What is read between two samples goes to one place, and would be multiplied again and again there."""
+    ends = []
+    apply = Scaler.apply
+
+    def note(self, extents, start, stop):
+        before = extents.trash.copy()
+        apply(self, extents, start, stop)
+        assert np.array_equal(extents.trash, before)
+        ends.append(int((extents.vectors[:, 0] == extents.trash.ctypes.data).sum()))
+
+    monkeypatch.setattr(Scaler, "apply", note)
+    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
+    assert_scaled(config(shards, scale_norm=True, ignore_labels=[1, 2, 4]))
+    if Ring.open() is not None:
+        assert sum(ends) > 10
 
 
 def test_a_sampled_scale_is_within_its_standard_error(shards) -> None:

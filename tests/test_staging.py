@@ -1,5 +1,6 @@
 """Reading past the page cache gives what reading through it gives. That it is chosen is tested here, too."""
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from conftest import Resources
 from factory import Spec
 
-from saev_torch import FormatError, OrderedConfig, ReadError, ShuffledConfig, limits, staging
+from saev_torch import FormatError, OrderedConfig, ReadError, ShuffledConfig, compute_statistics, limits, staging
 from saev_torch.bench.machine import cached_share, drop_cache
 from saev_torch.reading import unnoted
 from saev_torch.ring import Ring
@@ -109,6 +110,16 @@ def test_a_second_epoch_goes_through_the_page_cache(cold):
     for share in (0.0, 1.0, 1.0):
         contracts.check_epoch(list(loader), spec, cfg)
         assert cached_share(store) == pytest.approx(share, abs=0.1)
+
+
+def test_what_is_measured_for_a_scale_is_read_once(cold):
+    """An epoch is certain to follow, unlike after statistics that somebody asked for."""
+    _, store = cold
+    cfg = ShuffledConfig(shards=store.shards_dir, layer=7, batch_size=256, buffer_size=16)
+    compute_statistics(cfg, cache=False)
+    assert cached_share(store) < 0.1
+    contracts.make_ready(dataclasses.replace(cfg, scale_norm=True))
+    assert cached_share(store) > 0.9
 
 
 def _fails_unaligned(fd):

@@ -1,6 +1,7 @@
 """Statistics against numpy in float64 over the whole array; where they are kept; what breaks them."""
 
 import dataclasses
+import gc
 import itertools
 import math
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 import factory
 import numpy as np
 import pytest
+from conftest import Resources
 from factory import Spec, write_acts
 
 from saev_torch import (
@@ -97,7 +99,8 @@ def test_one_constant_and_one_offset_column(make_shards) -> None:
 def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Many small reads and tasks, some slow, so that threads really finish out of order.
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 200)
-    monkeypatch.setattr(streaming, "count_own_cores", lambda: 4)
+    monkeypatch.setattr(streaming, "count_cores", lambda: 4)
+    monkeypatch.setattr(streaming, "reads_past_cache", lambda *args: False)
     turns, together = itertools.count(), threading.Barrier(1)
 
     def read(*args) -> None:
@@ -121,6 +124,7 @@ def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytes
     one = compute_statistics(cfg, n_threads=1, cache=False)
     turns, together = itertools.count(), threading.Barrier(4)
     four = compute_statistics(cfg, n_threads=4, cache=False)
+    assert next(turns) > 4
     assert_moments(one.total, x)
     # Bit for bit: what one machine computes with other threads is no other number.
     for name in ("mean", "variance", "mean_norm", "mean_squared_norm", "norm_quantiles"):
@@ -252,17 +256,18 @@ def test_progress_and_errors(make_shards) -> None:
 
 @pytest.mark.parametrize("idle", [True, False])
 def test_more_threads_than_cores_work_only_where_cores_are_idle(make_shards, monkeypatch, idle: bool) -> None:
-    monkeypatch.setattr(streaming, "count_own_cores", lambda: 1)
+    monkeypatch.setattr(streaming, "count_cores", lambda: 1)
+    monkeypatch.setattr(streaming, "reads_past_cache", lambda *args: False)
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
     monkeypatch.setattr(streaming, "_LOOK_S", 0.0)
-    monkeypatch.setattr(streaming, "_IDLE_SHARE", 0.0 if idle else 1.0)
-    names, together = [], threading.Barrier(2)
+    monkeypatch.setattr(streaming, "_IDLE_SHARE", -1e9 if idle else 1.0)
+    names, turns, together = set(), itertools.count(), threading.Barrier(2)
 
     def read(*args) -> None:
-        names.append(threading.get_ident())
-        if idle and len(names) in (2, 3):
+        names.add(threading.get_ident())
+        # It takes two looks to see that cores are idle.
+        if next(turns) in (2, 3) and idle:
             together.wait(30)
-        time.sleep(0.001)
         read_extents(*args)
 
     monkeypatch.setattr(streaming, "read_extents", read)
@@ -270,7 +275,30 @@ def test_more_threads_than_cores_work_only_where_cores_are_idle(make_shards, mon
     shards = make_shards(Spec(n_examples=60))
     write_acts(shards, acts)
     assert_moments(compute_statistics(OrderedConfig(shards=shards, layer=3)).total, acts[:, 0, 1:].reshape(-1, 8))
-    assert (len(set(names)) > 1) == idle
+    assert next(turns) > 4
+    assert (len(names) > 1) == idle
+
+
+@pytest.mark.parametrize("past_cache", [True, False])
+def test_an_error_keeps_nothing_open(make_shards, monkeypatch, past_cache: bool) -> None:
+    """Also without the garbage collector, which may not come for a long time."""
+    monkeypatch.setattr(streaming, "reads_past_cache", lambda *args: past_cache)
+    cfg = OrderedConfig(shards=make_shards(Spec(n_examples=60)), layer=3)
+
+    def fail(done: int, total: int) -> None:
+        raise ValueError("enough")
+
+    before = Resources.now().held
+    gc.disable()
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="enough") as caught:
+                compute_statistics(cfg, cache=False, progress=fail)
+            # Nor does who keeps the error.
+            assert caught.value.__traceback__ is not None
+            assert Resources.now().held.keys() == before.keys()
+    finally:
+        gc.enable()
 
 
 def test_read_past_the_page_cache(make_shards, monkeypatch) -> None:

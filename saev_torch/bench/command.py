@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", type=_names, default=(), metavar="NAME,...", help="run some sides only; the limits always run")
     add("--cold", action="store_true", help="also measure whole epochs after dropping the page cache")
     add("--no-warm", action="store_true", help="leave out all that is measured warm")
-    limit = "stop a cold epoch after this time (default: %(default)s)"
+    limit = "stop a cold epoch, or a pass of statistics, after this time (default: %(default)s)"
     add("--cold-limit-s", type=_positive_float, default=120.0, metavar="S", help=limit)
     add("--touch", action="store_true", help="add up the activations of each batch; else nothing looks at them")
     add("--json", type=Path, metavar="FILE", help="write all figures to a file, too")

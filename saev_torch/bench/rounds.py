@@ -25,7 +25,7 @@ class Settings:
     Attributes:
         n_rounds: Rounds.
         seconds: Least time of a warm side in a round.
-        cold_limit_s: Most time of a cold side in a round.
+        cold_limit_s: Most time of a cold side in a round, and of statistics.
         touch: Add up the activations of each batch.
         window_nbytes: What `gather` takes rows from.
         memory_workers: Numbers of workers to look at the memory with.
@@ -70,7 +70,8 @@ def warm_up(data: BenchData, layers_data: BenchData | None) -> None:
 
 def _statistics(settings: Settings, data: BenchData) -> dict[str, Callable[[], Measured]]:
     cfg = OrderedConfig(shards=data.store.shards_dir, layer=data.layer)
-    return {"statistics": lambda: measure_statistics(cfg, data.sample_nbytes)} if settings.statistics else {}
+    limit_s = settings.cold_limit_s
+    return {"statistics": lambda: measure_statistics(cfg, data.sample_nbytes, limit_s)} if settings.statistics else {}
 
 
 def run_warm(settings: Settings, cores: float, data: BenchData, batch_size: int, sides: Sequence[Side]) -> Comparison:

@@ -127,19 +127,36 @@ def _without(whole: Measured, start: Measured, sample_nbytes: int) -> Measured:
     )
 
 
-def measure_statistics(cfg: OrderedConfig, sample_nbytes: int) -> Measured:
-    """Measure a full pass of `compute_statistics`; what is compiled once for a process is ready before.
+class _LateError(Exception):
+    """The time is up."""
+
+
+def measure_statistics(cfg: OrderedConfig, sample_nbytes: int, limit_s: float) -> Measured:
+    """Measure a full pass of `compute_statistics`; what is compiled, once for a process and 1 GiB or more, is ready.
 
     Args:
         cfg: What to measure.
         sample_nbytes: Size of a sample's activations in bytes.
+        limit_s: Stop after so long.
     """
     find_sum_kernel()
+    n_samples = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal n_samples
+        n_samples = done
+        if done < total and time.perf_counter() - began > limit_s:
+            raise _LateError
+
     before, began = Usage.now(), time.perf_counter()
-    n_samples = compute_statistics(cfg, cache=False).n_selected
+    is_cut = False
+    try:
+        compute_statistics(cfg, cache=False, progress=count)
+    except _LateError:
+        is_cut = True
     took = time.perf_counter() - began
     used = Usage.now().since(before)
-    return Measured(n_samples, n_samples * sample_nbytes, took, used.user_s, used.system_s)
+    return Measured(n_samples, n_samples * sample_nbytes, took, used.user_s, used.system_s, is_cut)
 
 
 def first_batch_s(cfg: ShuffledConfig) -> float:

@@ -176,7 +176,7 @@ class NormHistogram:
 
 
 def measure(vectors: NDArray[np.float32], scratch: Scratch) -> tuple[Piece, _Floats]:
-    """Measure some vectors, a few thousand at most.
+    """Measure some vectors, some megabytes of them.
 
     Args:
         vectors: `[n, d_model] float32`.

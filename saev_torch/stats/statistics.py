@@ -150,7 +150,8 @@ def compute_statistics(
         cfg: What to measure: its shards, tokens, layer and ignored labels.
         n_sampled: Measure so many samples, drawn without replacement; None for all of them.
         seed: Seed of that draw.
-        n_threads: Reading and computing threads, at most: those beyond the number of cores join where a disk is slow.
+        n_threads: Reading and computing threads, at most: those beyond the number of cores join while cores are idle,
+            as they are where a disk is slow.
         cache: Keep the result, and use what was kept: in `$XDG_CACHE_HOME/saev_torch` (else `~/.cache/saev_torch`), in
             a folder of your own, or with False not at all. One process measures, others that ask wait for it.
         progress: Called now and then, from one thread at a time, with the samples measured and the samples in all.
@@ -162,6 +163,19 @@ def compute_statistics(
         ConfigError: A bad value, or a cache folder inside the shard directory.
         ShardsNotFoundError, FormatError, ReadError: The shards cannot be read.
     """
+    return _compute(cfg, n_sampled, seed, n_threads, cache, progress, is_only=True)
+
+
+def _compute(
+    cfg: _Config,
+    n_sampled: int | None,
+    seed: int = 0,
+    n_threads: int = _N_THREADS,
+    cache: bool | Path = True,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    is_only: bool,
+) -> Statistics:
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
@@ -178,7 +192,7 @@ def compute_statistics(
 
         def run() -> dict[str, NDArray[Any]]:
             samples = None if n_sampled is None else _draw(selection.n_samples, n_sampled, seed)
-            total, groups = Pass(store, selection, samples, progress).run(n_threads)
+            total, groups = Pass(store, selection, samples, progress, is_only).run(n_threads)
             return _to_arrays(Statistics(total, groups, selection.n_samples * selection.n_parts, fingerprint))
 
         path, arrays = get_or_make(cfg.shards, "statistics", fingerprint, cache, run)
@@ -198,7 +212,8 @@ def compute_scale(cfg: ShuffledConfig) -> float:
         md = Metadata.load(cfg.shards)
         nbytes = md.n_examples * md.tokens_per_example * md.d_model * 4 * len(resolve_layers(md, cfg.layer))
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
-    return compute_statistics(cfg, n_sampled=n_sampled).scale
+    # The epoch that follows finds in the page cache what was read for this.
+    return _compute(cfg, n_sampled, is_only=False).scale
 
 
 def _draw(n: int, n_sampled: int, seed: int) -> _Int64s:

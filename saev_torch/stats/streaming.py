@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from saev_torch.selection import Selection
 from saev_torch.staging import Stage, reads_past_cache
 from saev_torch.stats.moments import Moments, NormHistogram, Piece, Scratch, measure
 from saev_torch.store import ShardStore
-from saev_torch.world import count_own_cores
+from saev_torch.world import count_cores
 
 __all__ = ["Pass"]
 
@@ -48,6 +49,7 @@ class Pass:
         selection: Which samples there are.
         samples: Numbers of the samples to measure, ascending; None for all.
         progress: Called with the samples measured and the samples in all.
+        is_only: Nothing will be read again soon.
     """
 
     def __init__(
@@ -56,20 +58,22 @@ class Pass:
         selection: Selection,
         samples: _Int64s | None,
         progress: Callable[[int, int], None] | None,
+        is_only: bool,
     ) -> None:
         self._store, self._selection, self._samples, self._progress = store, selection, samples, progress
         self._n = selection.n_samples if samples is None else len(samples)
         sample_nbytes = selection.md.d_model * 4 * selection.n_parts
         self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
         self._sum_vectors = find_sum_kernel() if self._n * sample_nbytes >= _MIN_COMPILED_NBYTES else None
-        # This pass may be the only one, as epoch 0 may be.
-        self._past_cache = reads_past_cache(store, selection, 0, unnoted)
+        # As an epoch that may be the only one, or one that is followed by others.
+        self._past_cache = reads_past_cache(store, selection, 0 if is_only else 1, unnoted)
         self._lock = threading.Lock()
         self._may_take = threading.Condition(self._lock)
         self._next_task = self._next_merged = 0
         self._stopped = False
-        self._n_cores, self._are_idle = count_own_cores(), False
-        self._looked = time.monotonic(), time.process_time()
+        # All of them: where there are several ranks, the others wait for the result.
+        self._n_cores, self._are_idle = count_cores(), False
+        self._looked: tuple[float, float] | None = None
         self._done: dict[int, list[_Part]] = {}
         n_groups = 2 * len(selection.layer_idxs)
         self._pieces = [Piece.empty(selection.md.d_model) for _ in range(n_groups)]
@@ -82,12 +86,11 @@ class Pass:
             Moments of all vectors, and those by (recorded layer, "special" or "content").
         """
         with ThreadPoolExecutor(n_threads, thread_name_prefix="saev_torch statistics") as threads:
-            for done in [threads.submit(self._work, number) for number in range(n_threads)]:
-                try:
-                    done.result()
-                except BaseException:
-                    self._stop()
-                    raise
+            try:
+                list(threads.map(self._work, range(n_threads)))
+            except BaseException:
+                self._stop()
+                raise
         total, counts = Piece.empty(self._selection.md.d_model), NormHistogram()
         groups = {}
         for i, (piece, histogram) in enumerate(zip(self._pieces, self._histograms, strict=True)):
@@ -104,23 +107,31 @@ class Pass:
             self._may_take.notify_all()
 
     def _work(self, number: int) -> None:
-        md = self._selection.md
         try:
-            ring, scratch = Ring.open(), Scratch(md.d_model, self._sum_vectors)
-            stage = Stage(ring) if ring is not None and self._past_cache else None
-            buffer = np.empty((self._per_task * self._selection.n_parts, md.d_model), dtype="<f4")
-            while (task := self._take(number)) is not None:
-                samples = self._samples_of(task)
-                extents, groups = _plan(self._selection, samples, buffer.ctypes.data)
-                n = len(extents.nbytes)
-                if stage is None:
-                    read_extents(self._store, extents, 0, n, unnoted, ring)
-                else:
-                    stage.read(self._store, extents, 0, n, unnoted)
-                self._merge(task, [_Part(g, *measure(buffer[start:stop], scratch)) for g, start, stop in groups])
-        except BaseException:
+            task = self._take(number)
+            if task is not None:
+                self._measure(task, number)
+        except BaseException as err:
             self._stop()
+            # Who keeps the error does not keep what this thread read with.
+            traceback.clear_frames(err.__traceback__)
             raise
+
+    def _measure(self, task: int | None, number: int) -> None:
+        """Measure a task, and others as long as there are any."""
+        md = self._selection.md
+        ring, scratch = Ring.open(), Scratch(md.d_model, self._sum_vectors)
+        stage = Stage(ring) if ring is not None and self._past_cache else None
+        buffer = np.empty((self._per_task * self._selection.n_parts, md.d_model), dtype="<f4")
+        while task is not None:
+            extents, groups = _plan(self._selection, self._samples_of(task), buffer.ctypes.data)
+            n = len(extents.nbytes)
+            if stage is None:
+                read_extents(self._store, extents, 0, n, unnoted, ring)
+            else:
+                stage.read(self._store, extents, 0, n, unnoted)
+            self._merge(task, [_Part(g, *measure(buffer[start:stop], scratch)) for g, start, stop in groups])
+            task = self._take(number)
 
     def _take(self, number: int) -> int | None:
         """Take the next task: None where there is none. More threads than cores help only where a disk is slow."""
@@ -138,9 +149,9 @@ class Pass:
         return self._next_task * self._per_task >= self._n
 
     def _look(self) -> None:
-        """See whether cores are idle."""
-        since, cpu_s = self._looked
+        """See whether this process leaves cores idle."""
         now = time.monotonic(), time.process_time()
+        since, cpu_s = self._looked = self._looked or now
         if now[0] - since >= _LOOK_S:
             self._are_idle = now[1] - cpu_s < (1 - _IDLE_SHARE) * self._n_cores * (now[0] - since)
             self._looked = now
