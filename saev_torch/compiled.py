@@ -105,7 +105,7 @@ def _find_numba() -> Any:
         import numba
     except ModuleNotFoundError:
         return None
-    except (ImportError, OSError) as err:
+    except Exception as err:  # noqa: BLE001 -- an installation that is broken raises whatever it likes
         _log.warning("numba is installed, but cannot be used: %s. Scaling and statistics take longer without it.", err)
         return None
     return None if numba.config.DISABLE_JIT else numba  # type: ignore[attr-defined]

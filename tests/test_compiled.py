@@ -93,8 +93,8 @@ def test_only_what_was_read_completely_is_scaled(tmp_path) -> None:
             "numba is installed, but cannot be used: numba needs another numpy.",
         ),
         (
-            "open('numba.py', 'w').write('raise OSError(\"cannot open shared object file\")'); sys.path.insert(0, '.')",
-            "numba is installed, but cannot be used: cannot open shared object file.",
+            "open('numba.py', 'w').write('raise SystemError(\"no _internal\")'); sys.path.insert(0, '.')",
+            "numba is installed, but cannot be used: no _internal.",
         ),
     ],
 )
