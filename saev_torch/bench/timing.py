@@ -137,7 +137,7 @@ def measure_statistics(cfg: OrderedConfig, sample_nbytes: int, limit_s: float) -
     Args:
         cfg: What to measure.
         sample_nbytes: Size of a sample's activations in bytes.
-        limit_s: Stop after so long.
+        limit_s: Stop after so long, and the first samples at least.
     """
     find_sum_kernel()
     n_samples = 0
@@ -145,7 +145,7 @@ def measure_statistics(cfg: OrderedConfig, sample_nbytes: int, limit_s: float) -
     def count(done: int, total: int) -> None:
         nonlocal n_samples
         n_samples = done
-        if done < total and time.perf_counter() - began > limit_s:
+        if 0 < done < total and time.perf_counter() - began > limit_s:
             raise _LateError
 
     before, began = Usage.now(), time.perf_counter()
