@@ -1,5 +1,6 @@
 """The benchmark and the doctor: that they run, and that what they say follows from what they measured."""
 
+import ctypes
 import dataclasses
 import json
 import math
@@ -19,17 +20,20 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from saev_torch import IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig, limits
-from saev_torch.bench import machine
+from saev_torch import FormatError, IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig, limits
+from saev_torch.bench import machine, raw
 from saev_torch.bench.advice import Vitals, interpolate, recommend
 from saev_torch.bench.command import _wants_layers
 from saev_torch.bench.data import BenchData, choose_ignored
 from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
 from saev_torch.bench.memory import MemoryUse
-from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate
+from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.report import compare_cold, compare_warm
 from saev_torch.bench.sides import Side
 from saev_torch.bench.timing import Measured, measure_statistics
+from saev_torch.reading import Extents
+from saev_torch.ring import Ring
+from saev_torch.staging import Stage
 from saev_torch.stats import streaming
 from saev_torch.store import ShardStore
 
@@ -340,6 +344,40 @@ def test_pieces_cover_the_layer_and_the_shards(make_shards: Make) -> None:
     assert whole == acts.tobytes()
     rate = read_rate(store, grid_pieces(store, 100), n_threads=3, repeat=False)
     assert rate.nbytes == acts.nbytes
+
+
+@pytest.mark.skipif(Ring.open() is None, reason="io_uring is not allowed here")
+@pytest.mark.parametrize("task_nbytes", [1000, 1 << 20])
+def test_reads_as_the_loader_does_have_every_byte(make_shards: Make, monkeypatch, task_nbytes: int) -> None:
+    store = ShardStore(make_shards(d_model=100, n_examples=60, examples_per_shard=16))
+    acts = factory.oracle(store.metadata)
+    monkeypatch.setattr(raw, "_TASK_NBYTES", task_nbytes)
+    found: dict[tuple[int, int], bytes] = {}
+    read = Stage.read
+
+    def note(stage: Stage, opened: ShardStore, extents: Extents, *args: Any) -> None:
+        read(stage, opened, extents, *args)
+        for (address, nbytes), shard, offset in zip(extents.vectors, extents.shards, extents.offsets, strict=True):
+            found[int(shard), int(offset)] = ctypes.string_at(int(address), int(nbytes))
+
+    monkeypatch.setattr(Stage, "read", note)
+    pieces = grid_pieces(store, 700)
+    rate = staged_rate(store, pieces[::-1], n_threads=3, seconds=60.0)
+    assert rate is not None
+    assert rate.nbytes == acts.nbytes
+    assert b"".join(found[where] for where in sorted(found)) == acts.tobytes()
+    cut = staged_rate(store, pieces, n_threads=1, seconds=0.0)
+    assert cut is not None
+    assert 0 < cut.nbytes <= min(acts.nbytes, max(700, task_nbytes))
+    os.truncate(store.path(1), 500)
+    with pytest.raises(FormatError, match="acts000001"):
+        staged_rate(store, pieces, n_threads=2, seconds=60.0)
+
+
+def test_without_a_ring_there_is_no_such_rate(make_shards: Make, monkeypatch) -> None:
+    monkeypatch.setattr(Ring, "open", lambda: None)
+    store = ShardStore(make_shards())
+    assert staged_rate(store, grid_pieces(store, 700), n_threads=2, seconds=60.0) is None
 
 
 def test_the_page_cache_is_looked_at(make_shards: Make) -> None:

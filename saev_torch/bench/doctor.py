@@ -11,7 +11,7 @@ from typing import Any
 from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import Machine, cached_share, drop_cache, look
-from saev_torch.bench.raw import Piece, gather_rate, grid_pieces, layer_pieces, read_rate
+from saev_torch.bench.raw import Piece, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.sides import make_side
 from saev_torch.bench.timing import measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
@@ -157,7 +157,10 @@ def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Prog
             progress.begin(f"{'warm' if is_warm else 'cold'}, {n_threads} threads, blocks of {nbytes >> 10} KB")
             if not is_warm:
                 drop_cache([store])
-            rate = read_rate(store, pieces, n_threads=n_threads, seconds=seconds, repeat=is_warm, reads_ahead=False)
+            rate = None if is_warm else staged_rate(store, pieces, n_threads=n_threads, seconds=seconds)
+            rate = rate or read_rate(
+                store, pieces, n_threads=n_threads, seconds=seconds, repeat=is_warm, reads_ahead=False
+            )
             rates[n_threads, nbytes] = rate.gb_per_s
             progress.update(1)
     return rates

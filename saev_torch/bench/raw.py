@@ -1,24 +1,31 @@
 """The limits that a loader is held against: reading files, gathering rows, and nothing else."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from saev_torch.bench.machine import opened_shards
 from saev_torch.errors import ReadError
+from saev_torch.reading import Extents, unnoted
+from saev_torch.ring import Ring
 from saev_torch.selection import resolve_layers
+from saev_torch.staging import Stage
 from saev_torch.store import ShardStore
 
-__all__ = ["BUFFER_NBYTES", "Piece", "Rate", "gather_rate", "grid_pieces", "layer_pieces", "read_rate"]
+__all__ = ["BUFFER_NBYTES", "Piece", "Rate", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
 
 BUFFER_NBYTES = 4 << 20
 _N_INDEX_SETS = 8
+_TASK_NBYTES = 8 << 20
 
 Piece = tuple[int, int, int]
 """A part of a data set: number of the file, byte offset, bytes."""
@@ -130,6 +137,63 @@ def read_rate(
     if failures:
         raise ReadError(f"{store.shards_dir}: expected to read it, got: {failures[0]}; check the file system.")
     return Rate(sum(done), took)
+
+
+def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, seconds: float) -> Rate | None:
+    """Read pieces of the shards past the page cache, some megabytes of them at a time, as the loader does.
+
+    Args:
+        store: The shards.
+        pieces: What to read; the threads take some of them in turn.
+        n_threads: Threads.
+        seconds: Stop after so long, or after all pieces.
+
+    Returns:
+        The rate; None where the system has not the means, and the loader reads through the page cache, too.
+
+    Raises:
+        SaevTorchError: A read failed, or a file became shorter.
+    """
+    rings = [ring for ring in (Ring.open() for _ in range(n_threads)) if ring is not None]
+    if len(rings) < n_threads:
+        return None
+    largest = max(nbytes for _, _, nbytes in pieces)
+    at_once = max(1, _TASK_NBYTES // largest)
+    tasks = iter([pieces[start : start + at_once] for start in range(0, len(pieces), at_once)])
+    # Memory that has been used before, as that of a loader that has run for a while.
+    buffers = [np.ones(at_once * largest, dtype=np.uint8) for _ in rings]
+
+    def read(stage: Stage, buffer: NDArray[np.uint8]) -> int:
+        done = 0
+        for task in tasks:
+            extents = _to_extents(store, task, buffer)
+            stage.read(opened, extents, 0, len(task), unnoted)
+            done += int(extents.nbytes.sum())
+            if time.perf_counter() > deadline:
+                break
+        return done
+
+    with contextlib.closing(store.clone()) as opened, ThreadPoolExecutor(n_threads) as threads:
+        stages = [Stage(ring) for ring in rings]
+        began = time.perf_counter()
+        deadline = began + seconds
+        nbytes = sum(threads.map(read, stages, buffers))
+        return Rate(nbytes, time.perf_counter() - began)
+
+
+def _to_extents(store: ShardStore, pieces: Sequence[Piece], buffer: NDArray[np.uint8]) -> Extents:
+    """Pieces as one extent each, one behind the other in a buffer."""
+    files, offsets, nbytes = np.array(pieces, dtype=np.int64).T.copy()
+    shards = np.array([i for i, shard in enumerate(store.shards) if shard.n_examples], dtype=np.int64)
+    return Extents(
+        vectors=np.stack((buffer.ctypes.data + np.cumsum(nbytes) - nbytes, nbytes), axis=1),
+        trash=buffer[:0],
+        shards=shards[files],
+        firsts=np.arange(len(pieces), dtype=np.int64),
+        counts=np.ones(len(pieces), dtype=np.int64),
+        offsets=offsets,
+        nbytes=nbytes,
+    )
 
 
 def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Rate:
