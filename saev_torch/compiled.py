@@ -103,12 +103,14 @@ def find_scale_kernels() -> ScaleKernels | None:
 def _find_numba() -> Any:
     try:
         import numba
+
+        is_disabled = numba.config.DISABLE_JIT  # type: ignore[attr-defined]
     except ModuleNotFoundError:
         return None
     except Exception as err:  # noqa: BLE001 -- an installation that is broken raises whatever it likes
         _log.warning("numba is installed, but cannot be used: %s. Scaling and statistics take longer without it.", err)
         return None
-    return None if numba.config.DISABLE_JIT else numba  # type: ignore[attr-defined]
+    return None if is_disabled else numba
 
 
 def _sum_vectors(

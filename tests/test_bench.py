@@ -252,6 +252,9 @@ def test_ignored_labels_are_about_a_third(make_shards: Make) -> None:
 @pytest.mark.parametrize(("limit_s", "is_cut"), [(60.0, False), (0.0, True)])
 def test_statistics_are_one_pass_or_what_the_time_allows(make_shards: Make, monkeypatch, limit_s, is_cut) -> None:
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
+    # One thread, so that no other one goes on while it is stopped.
+    monkeypatch.setattr(streaming, "count_cores", lambda: 1)
+    monkeypatch.setattr(streaming, "_IDLE_SHARE", 1.0)
     cfg = OrderedConfig(shards=make_shards(n_examples=60), layer=7)
     found = measure_statistics(cfg, 32, limit_s)
     assert found.is_cut == is_cut

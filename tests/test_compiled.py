@@ -96,6 +96,7 @@ def test_only_what_was_read_completely_is_scaled(tmp_path) -> None:
             "open('numba.py', 'w').write('raise SystemError(\"no _internal\")'); sys.path.insert(0, '.')",
             "numba is installed, but cannot be used: no _internal.",
         ),
+        ("sys.modules['numba'] = type(sys)('numba')", "numba is installed, but cannot be used: module 'numba' has no"),
     ],
 )
 def test_without_numba(tmp_path, before: str, logged: str) -> None:

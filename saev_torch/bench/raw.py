@@ -144,9 +144,9 @@ def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, s
 
     Args:
         store: The shards.
-        pieces: What to read; the threads take some of them in turn.
+        pieces: What to read; the threads take some of them in turn, and read those in the order of the disk.
         n_threads: Threads.
-        seconds: Stop after so long, or after all pieces.
+        seconds: Stop after so long, and a turn of each thread at least, or after all pieces.
 
     Returns:
         The rate; None where the system has not the means, and the loader reads through the page cache, too.
@@ -159,7 +159,7 @@ def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, s
         return None
     largest = max(nbytes for _, _, nbytes in pieces)
     at_once = max(1, _TASK_NBYTES // largest)
-    tasks = iter([pieces[start : start + at_once] for start in range(0, len(pieces), at_once)])
+    tasks = iter([sorted(pieces[start : start + at_once]) for start in range(0, len(pieces), at_once)])
     # Memory that has been used before, as that of a loader that has run for a while.
     buffers = [np.ones(at_once * largest, dtype=np.uint8) for _ in rings]
 

@@ -44,7 +44,7 @@ class Comparison:
     Attributes:
         limit: GB/s that they are held against: warm `cores / (1/read + 1/gather)`, cold the best raw read.
         sides: For each side its figures by name: rates, and ratios `to_...`.
-        cut: Sides that were stopped before the end of a cold epoch.
+        cut: Sides that were stopped before the end of a cold epoch, or of a pass of statistics.
     """
 
     limit: Spread
@@ -143,7 +143,7 @@ def format_table(title: str, limit_name: str, comparison: Comparison) -> str:
         cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
     if comparison.cut:
-        lines.append("* stopped before the end of the epoch")
+        lines.append("* stopped before its end")
     return "\n".join(lines)
 
 

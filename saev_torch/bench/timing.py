@@ -38,7 +38,7 @@ class Measured:
         seconds: Time that they took.
         user_s: Processor time of all processes, outside the kernel.
         system_s: Processor time of all processes, in the kernel.
-        is_cut: Whether a cold epoch was stopped before its end.
+        is_cut: Whether a cold epoch, or a pass of statistics, was stopped before its end.
     """
 
     n_samples: int

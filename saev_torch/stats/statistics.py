@@ -169,11 +169,10 @@ def compute_statistics(
 def _compute(
     cfg: _Config,
     n_sampled: int | None,
-    seed: int = 0,
-    n_threads: int = _N_THREADS,
-    cache: bool | Path = True,
-    progress: Callable[[int, int], None] | None = None,
-    *,
+    seed: int,
+    n_threads: int,
+    cache: bool | Path,
+    progress: Callable[[int, int], None] | None,
     is_only: bool,
 ) -> Statistics:
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
@@ -213,7 +212,7 @@ def compute_scale(cfg: ShuffledConfig) -> float:
         nbytes = md.n_examples * md.tokens_per_example * md.d_model * 4 * len(resolve_layers(md, cfg.layer))
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
     # The epoch that follows finds in the page cache what was read for this.
-    return _compute(cfg, n_sampled, is_only=False).scale
+    return _compute(cfg, n_sampled, 0, _N_THREADS, True, None, is_only=False).scale
 
 
 def _draw(n: int, n_sampled: int, seed: int) -> _Int64s:
