@@ -499,6 +499,12 @@ def test_doctor_makes_blocks_larger_on_a_disk_that_needs_it() -> None:
     assert "distinct examples" in found.reasons["block_size"]
 
 
+@pytest.mark.parametrize(("share", "is_larger"), [(0.8, False), (0.7, True)])
+def test_doctor_leaves_mixing_alone_for_the_last_of_a_disk(share: float, is_larger: bool) -> None:
+    cold = {(t, kb << 10): share if kb < 4096 else 1.0 for t in (1, 16) for kb in (48, 768, 4096)}
+    assert (recommend(_vitals(cold=cold)).block_size is not None) == is_larger
+
+
 def test_doctor_lowers_the_buffer_to_what_fits() -> None:
     found = recommend(_vitals(available_nbytes=6 * _GB))
     assert 8 <= found.buffer_size < 64

@@ -18,8 +18,9 @@ _N_LANES = 8
 _NEARLY = 0.9
 # The training process and the page cache want memory, too.
 _SHARE_FOR_LOADER = 0.5
-# What share of the distinct examples in a batch must stay when reading is made faster.
-_MIXING_KEPT = 0.5
+# Blocks of twice the size cost up to half of the mixing, so they are not for the last quarter of a disk's rate; and so
+# much of the distinct examples in a batch must stay in any case.
+_FAST_ENOUGH, _MIXING_KEPT = 0.75, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +221,11 @@ def _choose_block(vitals: Vitals, n_workers: int, buffer_size: int, reasons: dic
     if vitals.fits(n_workers, buffer_size):
         reasons["block_size"] = f"{here}, and after the first epoch the data are in the page cache"
         return None
-    if rate >= _NEARLY * min(best, copying):
+    if rate >= _FAST_ENOUGH * min(best, copying):
         reasons["block_size"] = f"{here}; the disk gives at most {best:.2f}, and the loader copies {copying:.2f}"
         return None
     found = default
-    while rate < _NEARLY * min(best, copying):
+    while rate < _FAST_ENOUGH * min(best, copying):
         larger = vitals.predict(n_workers, buffer_size, 2 * (found.cfg.block_size or 1))
         if larger.read_nbytes <= found.read_nbytes or larger.quality < _MIXING_KEPT * default.quality:
             break
