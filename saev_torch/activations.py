@@ -351,7 +351,7 @@ class Activations(IterableDataset[ActivationBatch]):
                 pool=make_pool(slot_nbytes(self.batch_size, self.d_model * 4 * selection.n_parts)),
                 max_open=count_open_slots(plan, share, self.cfg.buffer_size),
                 timeout_s=self.cfg.batch_timeout_s,
-                past_cache=functools.partial(reads_past_cache, store, selection, position.epoch),
+                past_cache=functools.partial(reads_past_cache, store, selection, position.epoch == 0),
                 scaler=scaler,
                 **self._engine_options(plan, share),
             )

@@ -38,17 +38,17 @@ _STAGE_NBYTES = 8 << 20
 _N_PROBES, _CACHED_SHARE = 32, 0.2
 
 
-def reads_past_cache(store: ShardStore, selection: Selection, epoch: int, note: Note) -> bool:
+def reads_past_cache(store: ShardStore, selection: Selection, is_only: bool, note: Note) -> bool:
     """Decide whether to read past the page cache; see the module. This opens some files, which may take its time.
 
     Args:
         store: Where to read from.
         selection: What is read.
-        epoch: Number of the epoch.
+        is_only: Whether the data may not be read again: in a first epoch, or where somebody asks for statistics.
         note: See `read_extents`.
     """
     nbytes = selection.n_samples * selection.n_parts * selection.md.d_model * 4
-    return not _fits_page_cache(nbytes) or (epoch == 0 and not _is_cached(store, selection, note))
+    return not _fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, note))
 
 
 def _fits_page_cache(nbytes: int) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from saev_torch import FormatError, IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig, limits
-from saev_torch.bench import machine, raw
+from saev_torch.bench import doctor, machine, raw
 from saev_torch.bench.advice import Vitals, interpolate, recommend
 from saev_torch.bench.command import _wants_layers
 from saev_torch.bench.data import BenchData, choose_ignored
@@ -29,8 +29,9 @@ from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
 from saev_torch.bench.memory import MemoryUse
 from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.report import compare_cold, compare_warm
-from saev_torch.bench.sides import Side
+from saev_torch.bench.sides import Side, make_sides
 from saev_torch.bench.timing import Measured, measure_statistics
+from saev_torch.progress import Progress
 from saev_torch.reading import Extents
 from saev_torch.ring import Ring
 from saev_torch.staging import Stage
@@ -347,6 +348,24 @@ def test_pieces_cover_the_layer_and_the_shards(make_shards: Make) -> None:
     assert whole == acts.tobytes()
     rate = read_rate(store, grid_pieces(store, 100), n_threads=3, repeat=False)
     assert rate.nbytes == acts.nbytes
+
+
+def test_the_scaled_sides_scale(make_shards: Make) -> None:
+    data = BenchData.open(make_shards(), 7)
+    for side in make_sides(data, None, 8, 4, [0], []):
+        scale = getattr(side.make().dataset, "scale", None)
+        assert (scale is not None) == side.name.startswith("scaled")
+
+
+@pytest.mark.parametrize("has_ring", [True, False])
+def test_the_doctor_reads_a_cold_disk_as_the_loader_does(make_shards: Make, monkeypatch, has_ring: bool) -> None:
+    data, rates = BenchData.open(make_shards(), 7), {"staged": raw.Rate(7 * _GB, 1.0), "raw": raw.Rate(3 * _GB, 1.0)}
+    monkeypatch.setattr(doctor, "staged_rate", lambda *args, **kwargs: rates["staged"] if has_ring else None)
+    monkeypatch.setattr(doctor, "read_rate", lambda *args, **kwargs: rates["raw"])
+    with Progress(100, "doctor", "steps") as progress:
+        cold, warm = (doctor._measure_grid(data, 0.01, is_warm, progress) for is_warm in (False, True))
+    assert set(warm.values()) == {3.0}
+    assert set(cold.values()) == {7.0 if has_ring else 3.0}
 
 
 @pytest.mark.skipif(Ring.open() is None, reason="io_uring is not allowed here")

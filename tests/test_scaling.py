@@ -157,6 +157,14 @@ def test_a_file_that_became_shorter(shards) -> None:
         list(batches)
 
 
+def test_what_is_compiled_is_there_before_workers_are_forked(shards) -> None:
+    find_scale_kernels.cache_clear()
+    ShuffledActivations(config(shards))
+    assert not find_scale_kernels.cache_info().currsize
+    ShuffledActivations(config(shards, scale_norm=True))
+    assert find_scale_kernels.cache_info().currsize
+
+
 def test_a_stall_is_named(make_shards) -> None:
     """Where in a range of reads a compiled loop stands, another thread sees."""
     store = ShardStore(make_shards(Spec(n_examples=60, content_tokens=20, d_model=5000)))

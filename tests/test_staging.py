@@ -208,12 +208,12 @@ def test_only_what_is_read_counts(cold, monkeypatch):
     monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: sizes.append(nbytes) or True)
     for tokens, layer in (("content", 7), ("all", (7,)), ("content", "all")):
         selection = Selection(store.metadata, tokens, layer)
-        assert reads_past_cache(store, selection, 0, unnoted)
-        assert not reads_past_cache(store, selection, 1, unnoted)
+        assert reads_past_cache(store, selection, True, unnoted)
+        assert not reads_past_cache(store, selection, False, unnoted)
     assert set(sizes) == {spec.n_examples * 50 * 512 * 4}
     (store.shards_dir / "acts000001.bin").unlink()
     store.close()
-    assert not reads_past_cache(store, selection, 0, unnoted)
+    assert not reads_past_cache(store, selection, True, unnoted)
     store.close()
 
 
@@ -232,5 +232,5 @@ def test_one_of_several_layers_is_cached(make_shards):
         for example in range(20):
             os.pread(fd, size, (3 * example + 1) * size)
         os.close(fd)
-    assert [reads_past_cache(store, selection, 0, unnoted) for selection in selections] == [True, False, True]
+    assert [reads_past_cache(store, selection, True, unnoted) for selection in selections] == [True, False, True]
     store.close()

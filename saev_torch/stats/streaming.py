@@ -49,7 +49,7 @@ class Pass:
         selection: Which samples there are.
         samples: Numbers of the samples to measure, ascending; None for all.
         progress: Called with the samples measured and the samples in all.
-        is_only: Nothing will be read again soon.
+        is_only: Whether the data may not be read again.
     """
 
     def __init__(
@@ -65,8 +65,7 @@ class Pass:
         sample_nbytes = selection.md.d_model * 4 * selection.n_parts
         self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
         self._sum_vectors = find_sum_kernel() if self._n * sample_nbytes >= _MIN_COMPILED_NBYTES else None
-        # As an epoch that may be the only one, or one that is followed by others.
-        self._past_cache = reads_past_cache(store, selection, 0 if is_only else 1, unnoted)
+        self._past_cache = reads_past_cache(store, selection, is_only, unnoted)
         self._lock = threading.Lock()
         self._may_take = threading.Condition(self._lock)
         self._next_task = self._next_merged = 0
@@ -134,7 +133,7 @@ class Pass:
             task = self._take(number)
 
     def _take(self, number: int) -> int | None:
-        """Take the next task: None where there is none. More threads than cores help only where a disk is slow."""
+        """Take the next task: None where there is none. More threads than cores help only where cores are idle."""
         with self._lock:
             while not (self._stopped or self._is_all_taken()) and number >= self._n_cores and not self._are_idle:
                 self._may_take.wait()
