@@ -42,7 +42,7 @@ COMMANDS = {
         "saev_torch.tools.inspect", "say what is in a shard directory, with a picture if wanted", extra="demo"
     ),
     "plan": Command(
-        "saev_torch.quality.command", "predict how well a configuration mixes, reads and fits in memory", extra="plot"
+        "saev_torch.tools.plan", "predict how well a configuration mixes, reads and fits in memory", extra="plot"
     ),
     "repack": Command(
         "saev_torch.tools.repack", "write a shard directory again: fewer layers, other files, some examples"

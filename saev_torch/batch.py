@@ -8,15 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from saev_torch.digest import batch_digest
-from saev_torch.memory import Lease, Slot, attach
-from saev_torch.placing import OpenBatch
-from saev_torch.selection import Selection
+from saev_torch.order.selection import Selection
+from saev_torch.order.steps import N_COLUMNS, slot_nbytes
+from saev_torch.reading.placing import OpenBatch
+from saev_torch.reading.slots import Lease, Slot, attach
+from saev_torch.resume import batch_digest
 
-__all__ = ["ActivationBatch", "make_batch", "slot_nbytes"]
-
-_ALIGN = 64
-_N_COLUMNS = 4
+__all__ = ["ActivationBatch", "make_batch"]
 
 _Field = tuple[str, str, int, tuple[int, ...]]
 """Key, numpy dtype, byte offset and shape of a tensor in a slot."""
@@ -67,12 +65,6 @@ class ActivationBatch(dict[str, torch.Tensor]):
         return type(self), (dict(self),)
 
 
-def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
-    """Size of the memory that holds any batch of a selection, in bytes."""
-    act = -(-batch_size * sample_nbytes // _ALIGN) * _ALIGN
-    return act + _N_COLUMNS * 8 * batch_size
-
-
 def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     memory = lease.array()
     batch = ActivationBatch()
@@ -105,7 +97,7 @@ def make_batch(
     if selection.layer_is_all:
         columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
-    act_nbytes = slot_nbytes(batch_size, selection.n_parts * md.d_model * 4) - _N_COLUMNS * 8 * batch_size
+    act_nbytes = slot_nbytes(batch_size, selection.n_parts * md.d_model * 4) - N_COLUMNS * 8 * batch_size
     fields: list[_Field] = [("act", "<f4", 0, shape)]
     fields += [(key, "<i8", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]
     batch = _from_memory(opened.slot.lease(), tuple(fields))

@@ -13,16 +13,17 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from saev_torch.batch import ActivationBatch, make_batch, slot_nbytes
+from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import IndexedConfig
-from saev_torch.memory import Slot, SlotPool, can_share
-from saev_torch.metadata import Metadata
-from saev_torch.placing import OpenBatch
-from saev_torch.reading import make_sample_extents, read_cell_labels, read_extents, unnoted
-from saev_torch.ring import Ring
-from saev_torch.selection import IndexMap, Selection
-from saev_torch.store import ShardStore
-from saev_torch.watch import log_to_stderr
+from saev_torch.format.metadata import Metadata
+from saev_torch.order.selection import IndexMap, Selection
+from saev_torch.order.steps import slot_nbytes
+from saev_torch.processes.counters import log_to_stderr
+from saev_torch.reading.extents import make_sample_extents, read_cell_labels, read_extents, unnoted
+from saev_torch.reading.placing import OpenBatch
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.slots import Slot, SlotPool, can_share
+from saev_torch.reading.store import ShardStore
 
 __all__ = ["IndexedDataset"]
 

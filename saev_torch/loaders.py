@@ -10,11 +10,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.datasets import OrderedActivations, ShuffledActivations
-from saev_torch.digest import StreamDigest
 from saev_torch.errors import SaevTorchError
-from saev_torch.metadata import Metadata
-from saev_torch.state import Position, dump_state
+from saev_torch.format.metadata import Metadata
+from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.resume import Position, StreamDigest, dump_state
 
 __all__ = ["CountedBatches", "OrderedDataLoader", "ShuffledDataLoader"]
 

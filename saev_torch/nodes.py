@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from torchdata.nodes import BaseNode
 
 from saev_torch.batch import ActivationBatch
-from saev_torch.datasets import OrderedActivations, ShuffledActivations
+from saev_torch.iterable import OrderedActivations, ShuffledActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 
 __all__ = ["ActivationsNode"]

@@ -8,8 +8,8 @@ from torch.utils.data.graph import traverse_dps
 from torch.utils.data.graph_settings import get_all_graph_pipes
 
 from saev_torch.batch import ActivationBatch
-from saev_torch.datasets import OrderedActivations, ShuffledActivations
 from saev_torch.errors import ConfigError
+from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
 __all__ = ["ActivationsPipe", "StatefulPipe"]
 

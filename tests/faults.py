@@ -29,7 +29,8 @@ import factory
 from conftest import Resources
 from torch.utils.data import DataLoader
 
-from saev_torch import OrderedConfig, ShuffledConfig, store
+from saev_torch import OrderedConfig, ShuffledConfig
+from saev_torch.reading import store
 
 AFTER = 3
 """Batches that are taken before the fault begins."""

@@ -3,9 +3,9 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from saev_torch.blocks import expand_runs
-from saev_torch.plan import OrderedPlan, ShufflePlan
-from saev_torch.schedule import Share, make_steps
+from saev_torch.order.runs import expand_runs
+from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
+from saev_torch.order.steps import Share, make_steps
 
 Plan = OrderedPlan | ShufflePlan
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import factory
 
-from saev_torch.metadata import Metadata
+from saev_torch.format.metadata import Metadata
 from saev_torch.writing.writer import ShardWriter
 
 SPEC = factory.Spec(n_examples=121, examples_per_shard=17, d_model=16)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from saev_torch import FormatError, IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig, limits
+from saev_torch import FormatError, IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig
 from saev_torch.bench import doctor, machine, raw
 from saev_torch.bench.advice import Vitals, interpolate, recommend
 from saev_torch.bench.command import _wants_layers
@@ -31,12 +31,13 @@ from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_ra
 from saev_torch.bench.report import compare_cold, compare_warm
 from saev_torch.bench.sides import Side, make_sides
 from saev_torch.bench.timing import Measured, measure_statistics
-from saev_torch.progress import Progress
-from saev_torch.reading import Extents
-from saev_torch.ring import Ring
-from saev_torch.staging import Stage
+from saev_torch.processes import machine as limits
+from saev_torch.reading.direct import Stage
+from saev_torch.reading.extents import Extents
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.store import ShardStore
 from saev_torch.stats import streaming
-from saev_torch.store import ShardStore
+from saev_torch.writing.progress import Progress
 
 Make = Callable[..., Path]
 

@@ -10,9 +10,9 @@ import pytest
 from factory import Spec, oracle, oracle_labels
 
 from saev_torch.errors import WriteError
-from saev_torch.metadata import Metadata
+from saev_torch.format.checksums import CHECKSUMS_NAME
+from saev_torch.format.metadata import Metadata
 from saev_torch.tools.verify import verify
-from saev_torch.writing.checksums import CHECKSUMS_NAME
 from saev_torch.writing.writer import ShardWriter
 
 SPEC = Spec(n_examples=11, d_model=16)

@@ -11,7 +11,7 @@ import pytest
 from factory import Spec, oracle, oracle_labels
 
 from saev_torch.errors import ConfigError, FormatError
-from saev_torch.metadata import Metadata
+from saev_torch.format.metadata import Metadata
 from saev_torch.tools.repack import repack
 from saev_torch.tools.verify import verify
 from saev_torch.writing.writer import ShardWriter

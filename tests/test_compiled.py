@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from saev_torch.compiled import find_scale_kernels, find_sum_kernel
+from saev_torch.reading.compiled import find_scale_kernels, find_sum_kernel
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 255, 256, 257, 770])
@@ -103,7 +103,7 @@ def test_without_numba(tmp_path, before: str, logged: str) -> None:
     code = f"""
 import os, sys
 {before}
-from saev_torch.compiled import find_scale_kernels, find_sum_kernel
+from saev_torch.reading.compiled import find_scale_kernels, find_sum_kernel
 assert find_scale_kernels() is None and find_sum_kernel() is None
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -37,8 +37,8 @@ from saev_torch import (
     ShuffledConfig,
     StalledReadError,
     WriteError,
-    reading,
 )
+from saev_torch.reading import extents as reading
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [OrderedConfig, ShuffledConfig]
@@ -495,7 +495,7 @@ def test_use_tmpdir_of_a_changed_original(make_shards, tmpdir_env):
 def test_use_tmpdir_in_several_processes(make_shards, tmpdir_env):
     """They all ask at once: one copies, the others wait, all read the same."""
     script = (
-        "import sys, time, contracts; from saev_torch import *; from saev_torch import localcopy\n"
+        "import sys, time, contracts; from saev_torch import *; from saev_torch.format import localcopy\n"
         "copy_file = localcopy._copy_file\n"
         "def copy_slowly(*args):\n"
         "    time.sleep(0.1)\n"

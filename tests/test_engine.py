@@ -8,9 +8,11 @@ import contracts
 import pytest
 from factory import Spec
 
-from saev_torch import ShuffledConfig, engine, world
-from saev_torch.engine import Engine
-from saev_torch.world import count_own_cores
+from saev_torch import ShuffledConfig
+from saev_torch.processes import world
+from saev_torch.processes.world import count_own_cores
+from saev_torch.reading import engine
+from saev_torch.reading.engine import Engine
 
 SPEC = Spec(n_examples=60, content_tokens=20, layers=(3, 7), d_model=64, examples_per_shard=17)
 
@@ -98,6 +100,6 @@ def test_without_a_ring_reads_are_announced_however_large_the_data(cfg, monkeypa
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
     announced, announce = [], engine.announce_extents
     monkeypatch.setattr(engine, "announce_extents", lambda *args: (announced.append(args), announce(*args)))
-    monkeypatch.setattr("saev_torch.staging._fits_page_cache", lambda nbytes: False)
+    monkeypatch.setattr("saev_torch.reading.direct._fits_page_cache", lambda nbytes: False)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert announced

@@ -14,7 +14,7 @@ from factory import Spec
 from torch.utils.data import DataLoader
 
 from saev_torch import ShuffledActivations, ShuffledConfig
-from saev_torch.epochs import EpochCounter
+from saev_torch.processes.epochs import EpochCounter
 
 pytestmark = pytest.mark.filterwarnings(contracts.MANY_WORKERS)
 

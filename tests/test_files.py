@@ -8,9 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saev_torch import files
 from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError, WriteError
-from saev_torch.files import check_name, first_repeated, open_regular, read_json, short, sync_dir, write_atomic, writing
+from saev_torch.format import files
+from saev_torch.format.files import (
+    check_name,
+    first_repeated,
+    open_regular,
+    read_json,
+    short,
+    sync_dir,
+    write_atomic,
+    writing,
+)
 
 
 def read(directory: Path, name: str) -> bytes:

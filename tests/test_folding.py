@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from saev_torch import ConfigError, fold
+from saev_torch import ConfigError
+from saev_torch.stats.folding import fold
 
 D_MODEL, D_SAE, K = 48, 192, 16
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saev_torch.metadata import PixelAgg
+from saev_torch.format.metadata import PixelAgg
 from saev_torch.writing.labels import pixel_to_token_labels
 
 

@@ -16,8 +16,9 @@ from conftest import Resources
 from factory import Spec
 from torch.utils.data import DataLoader
 
-from saev_torch import ReadError, ShuffledActivations, ShuffledConfig, WorkerLostError, memory
-from saev_torch.memory import Slot, SlotPool, attach, can_share
+from saev_torch import ReadError, ShuffledActivations, ShuffledConfig, WorkerLostError
+from saev_torch.reading import slots as memory
+from saev_torch.reading.slots import Slot, SlotPool, attach, can_share
 
 ROOT = Path(__file__).parent.parent
 NBYTES = 1 << 16

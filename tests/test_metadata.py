@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
-from saev_torch.metadata import Metadata, PixelAgg
+from saev_torch.format.metadata import Metadata, PixelAgg
 
 FIELDS = {
     "family": "clip",

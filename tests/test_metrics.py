@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from saev_torch import ConfigError, OrderedConfig, OrderedDataLoader, ShuffledConfig, ShuffledDataLoader
-from saev_torch.board import Board
-from saev_torch.metrics import Meter
+from saev_torch.processes.counters import Board, Meter
 
 NAMES = {
     "loader/samples_per_s", "loader/bytes_per_s", "loader/read_mb", "loader/read_mb_s", "loader/buffer_fill",
@@ -93,7 +92,7 @@ def test_lightning(make_shards, tmp_path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")
     from lightning.pytorch.loggers.logger import DummyLogger
 
-    from saev_torch.lightning_metrics import LoaderMetrics
+    from saev_torch.lightning import LoaderMetrics
 
     class Logged(DummyLogger):
         def __init__(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saev_torch.permute import Bijection, make_key, shuffled
+from saev_torch.order.permute import Bijection, make_key, shuffled
 
 
 def chi_square(counts: np.ndarray, n_cells: int) -> float:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saev_torch.blocks import choose_block_size, expand_runs
-from saev_torch.plan import OrderedPlan, ShufflePlan
+from saev_torch.order.runs import choose_block_size, expand_runs
+from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 
 many = settings(deadline=None, max_examples=100)
 few = settings(many, max_examples=50)

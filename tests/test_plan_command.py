@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from test_planner import make_metadata
 
-from saev_torch import ShuffledConfig, predict
+from saev_torch import ShuffledConfig
 from saev_torch.__main__ import main
-from saev_torch.quality.figure import draw_mixtures, draw_plan
-from saev_torch.quality.mixing import class_mixtures
+from saev_torch.order.mixing import class_mixtures
+from saev_torch.order.predict import predict
+from saev_torch.tools.plan_figure import draw_mixtures, draw_plan
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from saev_torch import ConfigError, Metadata, ShuffledConfig, find_best, find_smallest, predict
-from saev_torch.plan import ShufflePlan
+from saev_torch import ConfigError, Metadata, ShuffledConfig
+from saev_torch.order.predict import find_best, find_smallest, predict
+from saev_torch.order.shuffle import ShufflePlan
 
 
 def make_metadata(**fields) -> Metadata:

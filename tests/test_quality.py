@@ -9,8 +9,7 @@ import torch
 from test_planner import make_metadata
 
 from saev_torch import ConfigError, ShuffledActivations, ShuffledConfig, batch_metrics
-from saev_torch.quality.metrics import expected_distinct, expected_entropy
-from saev_torch.quality.mixing import class_mixtures
+from saev_torch.order.mixing import class_mixtures, expected_distinct, expected_entropy
 
 
 def make_batch(examples, tokens, **columns) -> dict[str, torch.Tensor]:

@@ -10,8 +10,11 @@ from factory import Spec, oracle, oracle_labels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saev_torch import ReadError, reading, retries
-from saev_torch.reading import (
+from saev_torch import ReadError
+from saev_torch.order.selection import Selection
+from saev_torch.reading import extents as reading
+from saev_torch.reading import retries
+from saev_torch.reading.extents import (
     announce_extents,
     make_extents,
     make_sample_extents,
@@ -19,9 +22,8 @@ from saev_torch.reading import (
     read_extents,
     unnoted,
 )
-from saev_torch.ring import Ring
-from saev_torch.selection import Selection
-from saev_torch.store import ShardStore
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.store import ShardStore
 
 # Rows of 4 bytes: thousands to a shard. Rows of 8 KB: a gap of three is too large to read over.
 NARROW = Spec(n_examples=250, content_tokens=20, layers=(1, 2), d_model=1, examples_per_shard=100)

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from saev_torch.config import OrderedConfig
-from saev_torch.datasets import OrderedActivations
 from saev_torch.errors import ConfigError, ShardsNotFoundError, WriteError
-from saev_torch.metadata import Metadata
+from saev_torch.format.metadata import Metadata
+from saev_torch.iterable import OrderedActivations
 from saev_torch.writing.recorder import record, token_windows
 from saev_torch.writing.taps import find_blocks
 

@@ -19,8 +19,8 @@ import torch
 from factory import Spec, oracle, oracle_labels
 
 from saev_torch.errors import ShardsNotFoundError, WriteError
-from saev_torch.metadata import Metadata
-from saev_torch.shards import ShardInfo
+from saev_torch.format.metadata import Metadata
+from saev_torch.format.shards import ShardInfo
 from saev_torch.writing import writer as writer_module
 from saev_torch.writing.writer import ShardWriter
 

@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
-from saev_torch import ring as ring_module
 from saev_torch.errors import ReadError
-from saev_torch.ring import Ring
+from saev_torch.reading import ring as ring_module
+from saev_torch.reading.ring import Ring
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
 

@@ -21,17 +21,16 @@ from saev_torch import (
     ShuffledDataLoader,
     StateError,
     compute_statistics,
-    engine,
-    scaling,
-    staging,
 )
-from saev_torch.compiled import find_scale_kernels
-from saev_torch.reading import make_sample_extents
-from saev_torch.ring import Ring
-from saev_torch.scaling import Scaler
-from saev_torch.selection import Selection
-from saev_torch.staging import Stage
-from saev_torch.store import ShardStore
+from saev_torch.order.selection import Selection
+from saev_torch.reading import direct as staging
+from saev_torch.reading import engine, scaling
+from saev_torch.reading.compiled import find_scale_kernels
+from saev_torch.reading.direct import Stage
+from saev_torch.reading.extents import make_sample_extents
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.scaling import Scaler
+from saev_torch.reading.store import ShardStore
 
 SPEC = Spec(n_examples=120, content_tokens=9, d_model=16, examples_per_shard=40, labels=True)
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saev_torch.plan import OrderedPlan, ShufflePlan
-from saev_torch.schedule import Share, count_open_slots, make_steps
+from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
+from saev_torch.order.steps import Share, count_open_slots, make_steps
 
 many = settings(deadline=None, max_examples=60)
 

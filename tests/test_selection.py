@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saev_torch import ConfigError, IndexMap, Metadata
-from saev_torch.selection import Selection, resolve_layers
+from saev_torch.order.selection import Selection, resolve_layers
 
 many = settings(deadline=None, max_examples=150)
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saev_torch.errors import FormatError, ReadError, SaevTorchError, ShardsNotFoundError, WriteError
-from saev_torch.metadata import Metadata
-from saev_torch.shards import Shard, ShardInfo, check_nbytes, labels_nbytes, shard_name, shard_nbytes
+from saev_torch.format.metadata import Metadata
+from saev_torch.format.shards import Shard, ShardInfo, check_nbytes, labels_nbytes, shard_name, shard_nbytes
 
 # What saev 0.1 wrote, byte for byte: no newline at the end.
 TRAILING_EMPTY = """\

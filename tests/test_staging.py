@@ -10,13 +10,15 @@ import pytest
 from conftest import Resources
 from factory import Spec
 
-from saev_torch import FormatError, OrderedConfig, ReadError, ShuffledConfig, compute_statistics, limits, staging
+from saev_torch import FormatError, OrderedConfig, ReadError, ShuffledConfig, compute_statistics
 from saev_torch.bench.machine import cached_share, drop_cache
-from saev_torch.reading import unnoted
-from saev_torch.ring import Ring
-from saev_torch.selection import Selection
-from saev_torch.staging import Stage, _fits_page_cache, reads_past_cache
-from saev_torch.store import ShardStore
+from saev_torch.order.selection import Selection
+from saev_torch.processes import machine as limits
+from saev_torch.reading import direct as staging
+from saev_torch.reading.direct import Stage, _fits_page_cache, reads_past_cache
+from saev_torch.reading.extents import unnoted
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.store import ShardStore
 
 # Rows of 2.5 KB, so that nothing of a block is where a page begins, and shards that end within a page.
 SPEC = Spec(n_examples=60, content_tokens=20, cls=True, layers=(3, 7), d_model=640, examples_per_shard=17, labels=True)

@@ -24,8 +24,8 @@ from saev_torch import (
     ShuffledDataLoader,
     StateError,
     StreamDigest,
-    batch_digest,
 )
+from saev_torch.resume import batch_digest
 
 pytestmark = pytest.mark.filterwarnings(contracts.MANY_WORKERS)
 
@@ -341,7 +341,7 @@ def test_resuming_reads_one_buffer(
 ) -> None:
     """Bytes from the state to the first batch, in the middle of an epoch: the least of three times, and none is far."""
     # The system does not count what is read by io_uring; without it the same is read.
-    monkeypatch.setattr("saev_torch.ring.Ring.open", lambda: None)
+    monkeypatch.setattr("saev_torch.reading.ring.Ring.open", lambda: None)
     buffer_nbytes = 64 * 24 * 128 * 4
     state = ShuffledActivations(wide).state_dict(n_batches=500, epoch=0)
     where = ShuffledActivations(wide).locate(500)

@@ -14,17 +14,10 @@ import pytest
 from conftest import Resources
 from factory import Spec, write_acts
 
-from saev_torch import (
-    ConfigError,
-    FormatError,
-    OrderedConfig,
-    ShuffledConfig,
-    Statistics,
-    compute_statistics,
-    staging,
-)
-from saev_torch.reading import read_extents
-from saev_torch.ring import Ring
+from saev_torch import ConfigError, FormatError, OrderedConfig, ShuffledConfig, Statistics, compute_statistics
+from saev_torch.reading import direct as staging
+from saev_torch.reading.extents import read_extents
+from saev_torch.reading.ring import Ring
 from saev_torch.stats import cached, moments, streaming
 
 

@@ -8,8 +8,8 @@ from conftest import Resources
 from factory import Spec, oracle_labels
 
 from saev_torch import ConfigError, FormatError, ReadError, ShardsNotFoundError
-from saev_torch import store as store_module
-from saev_torch.store import ShardStore
+from saev_torch.reading import store as store_module
+from saev_torch.reading.store import ShardStore
 
 SPEC = Spec(n_examples=30, examples_per_shard=2)  # 15 shards, and one without examples
 

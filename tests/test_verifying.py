@@ -7,9 +7,9 @@ import pytest
 from factory import Spec, oracle, oracle_labels
 
 from saev_torch.errors import FormatError, ShardsNotFoundError
-from saev_torch.metadata import Metadata
+from saev_torch.format.checksums import Checksums
+from saev_torch.format.metadata import Metadata
 from saev_torch.tools.verify import verify
-from saev_torch.writing.checksums import Checksums
 from saev_torch.writing.writer import ShardWriter
 
 SPEC = Spec(n_examples=11, d_model=16)

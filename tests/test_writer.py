@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saev_torch.errors import SaevTorchError, ShardsNotFoundError, WriteError
-from saev_torch.metadata import Metadata
-from saev_torch.shards import MAX_SHARDS, Shard, ShardInfo, shard_name
+from saev_torch.format.metadata import Metadata
+from saev_torch.format.shards import MAX_SHARDS, Shard, ShardInfo, shard_name
 from saev_torch.writing.writer import ShardWriter
 
 # The files that saev 0.1 wrote for the formula of factory.py, by the first 16 hex digits of their SHA-256.

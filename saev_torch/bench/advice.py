@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from saev_torch.bench.memory import PROCESS_NBYTES
 from saev_torch.config import ShuffledConfig
-from saev_torch.metadata import Metadata
-from saev_torch.quality.planner import Prediction, predict
+from saev_torch.format.metadata import Metadata
+from saev_torch.order.predict import Prediction, predict
 
 __all__ = ["Forecast", "Grid", "Recommended", "Vitals", "interpolate", "recommend"]
 

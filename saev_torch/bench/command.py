@@ -18,7 +18,7 @@ from saev_torch.bench.rounds import Settings, run_cold, run_first_batch, run_mem
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.progress import Progress
+from saev_torch.writing.progress import Progress
 
 __all__ = ["add_arguments", "run"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from saev_torch.errors import ConfigError
-from saev_torch.metadata import Metadata
-from saev_torch.store import ShardStore
+from saev_torch.format.metadata import Metadata
+from saev_torch.reading.store import ShardStore
 from saev_torch.writing.writer import ShardWriter
 
 __all__ = ["D_MODEL", "N_CONTENT", "BenchData", "choose_ignored", "made_n_examples", "make"]

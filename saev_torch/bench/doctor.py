@@ -15,8 +15,8 @@ from saev_torch.bench.raw import Piece, gather_rate, grid_pieces, layer_pieces, 
 from saev_torch.bench.sides import make_side
 from saev_torch.bench.timing import measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
-from saev_torch.memory import can_share
-from saev_torch.progress import Progress
+from saev_torch.reading.slots import can_share
+from saev_torch.writing.progress import Progress
 
 __all__ = ["BLOCKS_NBYTES", "THREADS", "Findings", "describe", "examine"]
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from saev_torch.files import open_regular
-from saev_torch.limits import cpu_quota, memory
-from saev_torch.store import ShardStore
+from saev_torch.format.files import open_regular
+from saev_torch.processes.machine import cpu_quota, memory
+from saev_torch.reading.store import ShardStore
 
 __all__ = ["Machine", "Usage", "cached_share", "drop_cache", "family", "look", "opened_shards", "pss_nbytes"]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from saev_torch.bench.data import BenchData
-from saev_torch.selection import resolve_layers
+from saev_torch.order.selection import resolve_layers
 
 __all__ = ["IndexBatches", "MemmapBatches", "MemmapSamples"]
 

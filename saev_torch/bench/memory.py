@@ -10,7 +10,7 @@ from typing import Any
 from saev_torch.bench.machine import family, pss_nbytes
 from saev_torch.bench.sides import allowing_many_workers, make_loader
 from saev_torch.config import ShuffledConfig
-from saev_torch.datasets import ShuffledActivations
+from saev_torch.iterable import ShuffledActivations
 
 __all__ = ["N_BATCHES_PER_PROCESS", "PROCESS_NBYTES", "MemoryUse", "measure_memory"]
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from saev_torch.bench.machine import opened_shards
 from saev_torch.errors import ReadError
-from saev_torch.reading import Extents, unnoted
-from saev_torch.ring import Ring
-from saev_torch.selection import resolve_layers
-from saev_torch.staging import Stage
-from saev_torch.store import ShardStore
+from saev_torch.order.selection import resolve_layers
+from saev_torch.reading.direct import Stage
+from saev_torch.reading.extents import Extents, unnoted
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.store import ShardStore
 
 __all__ = ["BUFFER_NBYTES", "Piece", "Rate", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
 

@@ -11,7 +11,7 @@ from saev_torch.bench.report import Comparison, Spread, compare_cold, compare_wa
 from saev_torch.bench.sides import Side
 from saev_torch.bench.timing import Measured, first_batch_s, measure_cold, measure_statistics, measure_warm
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.progress import Progress
+from saev_torch.writing.progress import Progress
 
 __all__ = ["Settings", "run_cold", "run_first_batch", "run_memory", "run_rounds", "run_warm", "warm_up"]
 

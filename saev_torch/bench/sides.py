@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
-from saev_torch.datasets import OrderedActivations, ShuffledActivations
 from saev_torch.indexed import IndexedDataset
+from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
 __all__ = ["FAMILIES", "Loader", "Side", "allowing_many_workers", "make_loader", "make_side", "make_sides"]
 

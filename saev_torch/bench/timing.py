@@ -19,10 +19,10 @@ from typing import Any
 
 from saev_torch.bench.machine import Usage
 from saev_torch.bench.sides import Loader, Side, allowing_many_workers, make_loader
-from saev_torch.compiled import find_sum_kernel
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.datasets import ShuffledActivations
 from saev_torch.errors import ConfigError
+from saev_torch.iterable import ShuffledActivations
+from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
 
 __all__ = ["Measured", "first_batch_s", "measure_cold", "measure_statistics", "measure_warm"]

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
-from saev_torch.datasets import OrderedActivations, ShuffledActivations
 from saev_torch.demo.figure import Firings, Report, draw, find_meanings
 from saev_torch.demo.record import LAYERS, N_CONTENT, make_corpus, record, split
 from saev_torch.demo.sae import Recipe, Step, TopKSAE, explained_variance, train
 from saev_torch.errors import ConfigError
+from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
 __all__ = ["add_arguments", "run"]
 

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from saev_torch.errors import ConfigError
-from saev_torch.metadata import Metadata
+from saev_torch.format.metadata import Metadata
 from saev_torch.writing.writer import ShardWriter
 
 __all__ = ["LAYERS", "N_CONTENT", "Corpus", "make_corpus", "record", "split"]

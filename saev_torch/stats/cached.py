@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
-from saev_torch.files import write_atomic, writing
-from saev_torch.shards import LABELS_NAME
-from saev_torch.store import ShardStore
+from saev_torch.format.files import write_atomic, writing
+from saev_torch.format.shards import LABELS_NAME
+from saev_torch.reading.store import ShardStore
 
 __all__ = ["cache_dir", "get_or_make", "load_arrays", "make_fingerprint", "save_arrays"]
 

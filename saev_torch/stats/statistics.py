@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError, FormatError
-from saev_torch.metadata import Metadata
-from saev_torch.permute import Bijection, make_key
-from saev_torch.selection import Selection, resolve_layers
+from saev_torch.format.metadata import Metadata
+from saev_torch.order.permute import Bijection, make_key
+from saev_torch.order.selection import Selection, resolve_layers
+from saev_torch.reading.store import ShardStore
 from saev_torch.stats.cached import get_or_make, load_arrays, make_fingerprint, save_arrays
 from saev_torch.stats.moments import Moments
 from saev_torch.stats.streaming import Pass
-from saev_torch.store import ShardStore
 
 __all__ = ["Statistics", "compute_scale", "compute_statistics"]
 

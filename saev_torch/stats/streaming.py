@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.compiled import find_sum_kernel
-from saev_torch.reading import Extents, make_extents, read_extents, unnoted
-from saev_torch.ring import Ring
-from saev_torch.selection import Selection
-from saev_torch.staging import Stage, reads_past_cache
+from saev_torch.order.selection import Selection
+from saev_torch.processes.world import count_cores
+from saev_torch.reading.compiled import find_sum_kernel
+from saev_torch.reading.direct import Stage, reads_past_cache
+from saev_torch.reading.extents import Extents, make_extents, read_extents, unnoted
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.store import ShardStore
 from saev_torch.stats.moments import Moments, NormHistogram, Piece, Scratch, measure
-from saev_torch.store import ShardStore
-from saev_torch.world import count_cores
 
 __all__ = ["Pass"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from saev_torch.config import IndexedConfig
+from saev_torch.format.checksums import CHECKSUMS_NAME
+from saev_torch.format.metadata import Metadata
+from saev_torch.format.shards import shard_nbytes
 from saev_torch.indexed import IndexedDataset
-from saev_torch.metadata import Metadata
-from saev_torch.shards import shard_nbytes
-from saev_torch.store import ShardStore
-from saev_torch.writing.checksums import CHECKSUMS_NAME
+from saev_torch.reading.store import ShardStore
 
 __all__ = ["LayerSample", "Overview", "overlook"]
 

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from saev_torch.errors import ConfigError, FormatError, ReadError
-from saev_torch.metadata import PROTOCOL, Metadata
-from saev_torch.progress import Progress
-from saev_torch.shards import shard_nbytes
-from saev_torch.store import ShardStore
-from saev_torch.writing.checksums import CHECKSUMS_NAME, Checksums, block_checksums
+from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
+from saev_torch.format.metadata import PROTOCOL, Metadata
+from saev_torch.format.shards import shard_nbytes
+from saev_torch.reading.store import ShardStore
+from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
 
 __all__ = ["add_arguments", "repack", "run"]

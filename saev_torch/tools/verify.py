@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError
-from saev_torch.files import open_regular
-from saev_torch.metadata import METADATA_NAME, Metadata
-from saev_torch.progress import Progress
-from saev_torch.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, labels_nbytes, shard_nbytes
-from saev_torch.writing.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
+from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
+from saev_torch.format.files import open_regular
+from saev_torch.format.metadata import METADATA_NAME, Metadata
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, labels_nbytes, shard_nbytes
+from saev_torch.writing.progress import Progress
 
 __all__ = ["Fault", "VerifyReport", "add_arguments", "run", "verify"]
 

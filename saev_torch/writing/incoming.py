@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 
 from saev_torch.errors import WriteError
-from saev_torch.files import short
-from saev_torch.metadata import Metadata
+from saev_torch.format.files import short
+from saev_torch.format.metadata import Metadata
 
 __all__ = ["check_activations", "check_example_range", "check_finite", "check_labels", "check_start"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saev_torch.errors import WriteError
-from saev_torch.files import open_regular
+from saev_torch.format.files import open_regular
 
 __all__ = ["CLAIM_NAME", "Journal", "Record", "claimed", "is_alive", "journal_name", "journal_ranges", "read_records"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from saev_torch.metadata import PixelAgg
+from saev_torch.format.metadata import PixelAgg
 
 __all__ = ["pixel_to_token_labels"]
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saev_torch.errors import WriteError
-from saev_torch.files import short, sync_dir, write_atomic, writing
-from saev_torch.metadata import METADATA_NAME, Metadata
-from saev_torch.ranges import Ranges
-from saev_torch.shards import (
+from saev_torch.format.checksums import ALGORITHM, CHECKSUMS_NAME, Checksums
+from saev_torch.format.files import short, sync_dir, write_atomic, writing
+from saev_torch.format.metadata import METADATA_NAME, Metadata
+from saev_torch.format.shards import (
     LABELS_NAME,
     SHARDS_NAME,
     Shard,
@@ -17,8 +17,8 @@ from saev_torch.shards import (
     shard_name,
     shard_nbytes,
 )
-from saev_torch.writing.checksums import ALGORITHM, CHECKSUMS_NAME, Checksums
 from saev_torch.writing.journal import CLAIM_NAME, Record, journal_ranges, read_records
+from saev_torch.writing.ranges import Ranges
 
 __all__ = [
     "is_published",

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from saev_torch.errors import ConfigError
-from saev_torch.metadata import Metadata, PixelAgg
-from saev_torch.progress import Progress
-from saev_torch.world import find_world
+from saev_torch.format.metadata import Metadata, PixelAgg
+from saev_torch.processes.world import find_world
+from saev_torch.writing.progress import Progress
 from saev_torch.writing.taps import Taps
 from saev_torch.writing.writer import ShardWriter
 

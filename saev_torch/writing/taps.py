@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from saev_torch.errors import ConfigError
-from saev_torch.files import short
+from saev_torch.format.files import short
 
 __all__ = ["Taps", "find_blocks"]
 

@@ -13,11 +13,10 @@ import numpy.typing as npt
 import torch
 
 from saev_torch.errors import WriteError
-from saev_torch.files import sync_dir, writing
-from saev_torch.metadata import METADATA_NAME, Metadata
-from saev_torch.ranges import Ranges
-from saev_torch.shards import LABELS_NAME, MAX_SHARDS, labels_nbytes, shard_name, shard_nbytes
-from saev_torch.writing.checksums import ALGORITHM, block_checksums
+from saev_torch.format.checksums import ALGORITHM, block_checksums
+from saev_torch.format.files import sync_dir, writing
+from saev_torch.format.metadata import METADATA_NAME, Metadata
+from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, labels_nbytes, shard_name, shard_nbytes
 from saev_torch.writing.incoming import check_activations, check_example_range, check_finite, check_labels, check_start
 from saev_torch.writing.journal import CLAIM_NAME, Journal, Record, claimed, is_alive, journal_name, journal_ranges
 from saev_torch.writing.publish import (
@@ -29,6 +28,7 @@ from saev_torch.writing.publish import (
     remove_claim,
     strangers,
 )
+from saev_torch.writing.ranges import Ranges
 
 __all__ = ["ShardWriter"]
 

@@ -16,19 +16,27 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from saev_torch.errors import ReadError, StalledReadError
-from saev_torch.memory import Slot, SlotPool
-from saev_torch.placing import OpenBatch, Placed, place
-from saev_torch.plan import OrderedPlan, ShufflePlan
-from saev_torch.reading import Extents, Note, announce_extents, make_sample_extents, read_cell_labels, read_extents
-from saev_torch.ring import Ring
-from saev_torch.scaling import Scaler
-from saev_torch.schedule import Step
-from saev_torch.selection import Selection
-from saev_torch.staging import Stage
-from saev_torch.store import ShardStore
-from saev_torch.world import count_own_cores
+from saev_torch.order.selection import Selection
+from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
+from saev_torch.order.steps import Step
+from saev_torch.processes.counters import Waits
+from saev_torch.processes.world import count_own_cores
+from saev_torch.reading.direct import Stage
+from saev_torch.reading.extents import (
+    Extents,
+    Note,
+    announce_extents,
+    make_sample_extents,
+    read_cell_labels,
+    read_extents,
+)
+from saev_torch.reading.placing import OpenBatch, Placed, place
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.scaling import Scaler
+from saev_torch.reading.slots import Slot, SlotPool
+from saev_torch.reading.store import ShardStore
 
-__all__ = ["Engine", "Waits"]
+__all__ = ["Engine"]
 
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
 _TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
@@ -68,23 +76,6 @@ class _Reading:
 
     where: Callable[[], tuple[int, int]]
     since: float
-
-
-@dataclasses.dataclass
-class Waits:
-    """What an engine waited for, in seconds since it began.
-
-    Attributes:
-        disk_s: The consumer waited, while reads were under way.
-        plan_s: The consumer waited, while it was being worked out what to read.
-        consumer_s: Nothing was left to read, until the consumer took a batch.
-        nbytes: Bytes of activations that were handed out.
-    """
-
-    disk_s: float = 0.0
-    plan_s: float = 0.0
-    consumer_s: float = 0.0
-    nbytes: int = 0
 
 
 class Engine:

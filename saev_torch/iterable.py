@@ -1,9 +1,10 @@
-"""What the ordered and the shuffled data set share: everything but the plan."""
+"""The two iterable data sets: batches in file order, and in a seeded random order."""
 
 import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,28 +14,28 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from saev_torch.batch import ActivationBatch, make_batch, slot_nbytes
-from saev_torch.board import Board
+from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.digest import StreamDigest
-from saev_torch.engine import Engine
-from saev_torch.epochs import EpochCounter
 from saev_torch.errors import ConfigError, SaevTorchError, StateError
-from saev_torch.memory import make_pool
-from saev_torch.metadata import Metadata
-from saev_torch.metrics import Meter
-from saev_torch.placing import OpenBatch
-from saev_torch.plan import OrderedPlan, ShufflePlan
-from saev_torch.scaling import Scaler
-from saev_torch.schedule import Share, count_open_slots, make_steps
-from saev_torch.selection import Selection
-from saev_torch.staging import reads_past_cache
-from saev_torch.state import Position, dump_state, load_state
-from saev_torch.store import ShardStore
-from saev_torch.watch import Watch
-from saev_torch.world import World, check_world, consumer_pid, find_world
+from saev_torch.format.localcopy import local_copy
+from saev_torch.format.metadata import Metadata
+from saev_torch.order.selection import Selection
+from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
+from saev_torch.order.steps import Share, count_open_slots, make_steps, slot_nbytes
+from saev_torch.processes.counters import Board, Meter, Watch
+from saev_torch.processes.epochs import EpochCounter
+from saev_torch.processes.world import World, check_world, consumer_pid, find_world
+from saev_torch.reading.compiled import find_scale_kernels
+from saev_torch.reading.direct import reads_past_cache
+from saev_torch.reading.engine import Engine
+from saev_torch.reading.placing import OpenBatch
+from saev_torch.reading.scaling import Scaler
+from saev_torch.reading.slots import make_pool
+from saev_torch.reading.store import ShardStore
+from saev_torch.resume import Position, StreamDigest, dump_state, load_state
+from saev_torch.stats.statistics import compute_scale
 
-__all__ = ["Activations"]
+__all__ = ["Activations", "OrderedActivations", "ShuffledActivations"]
 
 _log = logging.getLogger("saev_torch")
 _ORDERED_THREADS = 4
@@ -341,7 +342,7 @@ class Activations(IterableDataset[ActivationBatch]):
         if position.rank == 0:
             self._advise(plan, share)
         scaler = Scaler.find(position.scale)
-        watch = Watch(self.cfg, position, share, self._board)
+        watch = Watch(self.cfg, position.epoch, position.batch, position.rank, share, self._board)
         with self._naming(position, share):
             engine = Engine(
                 store=store,
@@ -406,3 +407,78 @@ class Activations(IterableDataset[ActivationBatch]):
                 "n_lanes=%d.",
                 share.stride, plan.n_lanes, good, share.stride,
             )  # fmt: skip
+
+
+class OrderedActivations(Activations):
+    """Whole batches in file order.
+
+    Args:
+        cfg: What to read.
+        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        world_size: Number of ranks; given with `rank`.
+
+    Attributes:
+        cfg: The config.
+        n_samples: Samples in the selection.
+
+    Raises:
+        ShardsNotFoundError: The directory or one of its files is missing.
+        FormatError: A file does not follow the format, or has the wrong size.
+        ConfigError: The config asks for what these shards do not hold.
+    """
+
+    cfg: OrderedConfig
+
+    def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        super().__init__(cfg, cfg.shards, (), rank, world_size)
+
+    def _plan(self, epoch: int) -> OrderedPlan:
+        return OrderedPlan(self.n_samples, self.batch_size)
+
+
+class ShuffledActivations(Activations):
+    """Whole batches in a seeded random order, another in each epoch; see `saev_torch.order.shuffle`.
+
+    Args:
+        cfg: What to read.
+        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        world_size: Number of ranks; given with `rank`.
+
+    Attributes:
+        cfg: The config.
+        n_samples: Samples in the selection.
+
+    Raises:
+        ShardsNotFoundError: The directory or one of its files is missing.
+        FormatError: A file does not follow the format, or has the wrong size.
+        ConfigError: The config asks for what these shards do not hold.
+    """
+
+    cfg: ShuffledConfig
+
+    def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        recorded = Metadata.load(cfg.shards).layers
+        if cfg.layer == -1 and -1 not in recorded:
+            raise ConfigError(
+                f"ShuffledConfig.layer: expected one of the recorded layers {list(recorded)}, got -1, the default, "
+                "which must be changed; choose a layer."
+            )
+        shards_dir = local_copy(cfg.shards) if cfg.use_tmpdir else cfg.shards
+        super().__init__(cfg, shards_dir, cfg.ignore_labels, rank, world_size)
+        if cfg.scale_norm:
+            # Here, because all workers and epochs must have the same number.
+            self._board.scale = compute_scale(dataclasses.replace(cfg, shards=shards_dir))
+            # Compiled here, for all workers that are forked.
+            find_scale_kernels()
+
+    def _plan(self, epoch: int) -> ShufflePlan:
+        cfg = self.cfg
+        return ShufflePlan.make(
+            self.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, epoch
+        )
+
+    def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
+        n_lanes = plan.n_lanes if isinstance(plan, ShufflePlan) else 1
+        lanes_here = n_lanes // math.gcd(share.stride, n_lanes)
+        lanes_here = min(lanes_here, len(range(share.first, share.stop, share.stride)))
+        return {"n_threads": self.cfg.n_threads, "n_fills": math.ceil(self.cfg.min_buffer_fill * lanes_here)}

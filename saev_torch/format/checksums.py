@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from saev_torch.errors import ConfigError, FormatError
-from saev_torch.files import read_json, short, write_atomic
-from saev_torch.metadata import METADATA_NAME, Metadata
-from saev_torch.shards import SHARDS_NAME
+from saev_torch.format.files import read_json, short, write_atomic
+from saev_torch.format.metadata import METADATA_NAME, Metadata
+from saev_torch.format.shards import SHARDS_NAME
 
 try:
     from xxhash import xxh3_64_intdigest

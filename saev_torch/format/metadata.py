@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
-from saev_torch.files import read_json, short, write_atomic, writing
+from saev_torch.format.files import read_json, short, write_atomic, writing
 
 __all__ = ["Metadata", "PixelAgg"]
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
-from saev_torch.ring import Ring
-from saev_torch.selection import Selection
-from saev_torch.store import ShardStore
+from saev_torch.order.selection import Selection
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.store import ShardStore
 
 __all__ = [
     "Extents",

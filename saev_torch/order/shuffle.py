@@ -31,8 +31,8 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.blocks import Chunk, choose_block_size, divisor_at_most, expand_runs
-from saev_torch.permute import Bijection, make_key, shuffled
+from saev_torch.order.permute import Bijection, make_key, shuffled
+from saev_torch.order.runs import Chunk, choose_block_size, divisor_at_most, expand_runs
 
 __all__ = ["OrderedPlan", "ShufflePlan"]
 

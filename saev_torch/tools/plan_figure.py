@@ -10,9 +10,9 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from saev_torch.files import write_atomic
-from saev_torch.quality.mixing import Mixture
-from saev_torch.quality.planner import Prediction
+from saev_torch.format.files import write_atomic
+from saev_torch.order.mixing import Mixture
+from saev_torch.order.predict import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.compiled import ScaleKernels, find_scale_kernels
-from saev_torch.reading import Extents, Note, opened_shards, read_extents, split_extents
-from saev_torch.store import ShardStore
+from saev_torch.reading.compiled import ScaleKernels, find_scale_kernels
+from saev_torch.reading.extents import Extents, Note, opened_shards, read_extents, split_extents
+from saev_torch.reading.store import ShardStore
 
 __all__ = ["Scaler"]
 

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from saev_torch.blocks import Chunk
-from saev_torch.plan import OrderedPlan, ShufflePlan
+from saev_torch.order.runs import Chunk
+from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 
-__all__ = ["Load", "Share", "Step", "count_open_slots", "make_steps"]
+__all__ = ["N_COLUMNS", "Load", "Share", "Step", "count_open_slots", "make_steps", "slot_nbytes"]
+
+_ALIGN = 64
+N_COLUMNS = 4
+"""Columns of a batch beside its activations, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,12 @@ def count_open_slots(plan: ShufflePlan | OrderedPlan, share: Share, buffer_size:
         return min(3, max(2, buffer_size))
     turns = max(plan.depth(lane) for lane in range(plan.n_lanes)) + plan.reads_lanes_together
     return -(-turns * plan.n_lanes // share.stride) + (0 if plan.reads_lanes_together else 2)
+
+
+def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
+    """Size of the memory that holds any batch of a selection, in bytes."""
+    act = -(-batch_size * sample_nbytes // _ALIGN) * _ALIGN
+    return act + N_COLUMNS * 8 * batch_size
 
 
 def _ordered(plan: OrderedPlan, own: range, offset: int) -> Iterator[Step]:

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.batch import slot_nbytes
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.metadata import Metadata
-from saev_torch.plan import ShufflePlan
-from saev_torch.quality.metrics import expected_distinct
-from saev_torch.schedule import Share, count_open_slots
-from saev_torch.selection import Selection
+from saev_torch.format.metadata import Metadata
+from saev_torch.order.mixing import expected_distinct
+from saev_torch.order.selection import Selection
+from saev_torch.order.shuffle import ShufflePlan
+from saev_torch.order.steps import Share, count_open_slots, slot_nbytes
 
 __all__ = ["Prediction", "find_best", "find_smallest", "predict"]
 

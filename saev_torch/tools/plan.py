@@ -8,9 +8,9 @@ from pathlib import Path
 
 from saev_torch.config import LayerSpec, ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.metadata import Metadata
-from saev_torch.quality.mixing import class_mixtures
-from saev_torch.quality.planner import Prediction, find_best, find_smallest, predict
+from saev_torch.format.metadata import Metadata
+from saev_torch.order.mixing import class_mixtures
+from saev_torch.order.predict import Prediction, find_best, find_smallest, predict
 
 __all__ = ["add_arguments", "run"]
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(describe(chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
-        from saev_torch.quality.figure import draw_mixtures, draw_plan
+        from saev_torch.tools.plan_figure import draw_mixtures, draw_plan
 
         if args.plot:
             draw_plan(chosen, _others(md, cfg, args.readers), args.plot)

@@ -9,8 +9,8 @@ from typing import overload
 import orjson
 
 from saev_torch.errors import FormatError
-from saev_torch.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
-from saev_torch.metadata import METADATA_NAME, Metadata
+from saev_torch.format.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
+from saev_torch.format.metadata import METADATA_NAME, Metadata
 
 __all__ = ["Shard", "ShardInfo", "check_nbytes", "labels_nbytes", "shard_name", "shard_nbytes"]
 

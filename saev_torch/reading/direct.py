@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import SaevTorchError
-from saev_torch.limits import memory
-from saev_torch.memory import Slot
-from saev_torch.reading import Extents, Note, opened_shards, read_extents, split_extents
-from saev_torch.ring import Ring
-from saev_torch.selection import Selection
-from saev_torch.store import ShardStore
+from saev_torch.order.selection import Selection
+from saev_torch.processes.machine import memory
+from saev_torch.reading.extents import Extents, Note, opened_shards, read_extents, split_extents
+from saev_torch.reading.ring import Ring
+from saev_torch.reading.slots import Slot
+from saev_torch.reading.store import ShardStore
 
 __all__ = ["Stage", "reads_past_cache"]
 

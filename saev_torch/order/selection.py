@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.blocks import expand_runs
 from saev_torch.config import LayerSpec, TokenKind
 from saev_torch.errors import ConfigError
-from saev_torch.metadata import Metadata
+from saev_torch.format.metadata import Metadata
+from saev_torch.order.runs import expand_runs
 
 __all__ = ["Index", "IndexMap", "LabelRows", "Selection", "resolve_layers"]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.blocks import expand_runs
-from saev_torch.memory import Slot
-from saev_torch.schedule import Step
-from saev_torch.selection import Selection
+from saev_torch.order.runs import expand_runs
+from saev_torch.order.selection import Selection
+from saev_torch.order.steps import Step
+from saev_torch.reading.slots import Slot
 
 __all__ = ["OpenBatch", "Placed", "place"]
 

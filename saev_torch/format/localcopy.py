@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from saev_torch.errors import ReadError, WriteError
-from saev_torch.files import open_regular
-from saev_torch.metadata import METADATA_NAME, Metadata
-from saev_torch.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
+from saev_torch.format.files import open_regular
+from saev_torch.format.metadata import METADATA_NAME, Metadata
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
 
 __all__ = ["local_copy"]
 

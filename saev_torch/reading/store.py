@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.blocks import expand_runs
 from saev_torch.errors import ConfigError, FormatError, ReadError
-from saev_torch.files import open_regular
-from saev_torch.metadata import Metadata
-from saev_torch.retries import Retries
-from saev_torch.shards import LABELS_NAME, ShardInfo, check_nbytes
+from saev_torch.format.files import open_regular
+from saev_torch.format.metadata import Metadata
+from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes
+from saev_torch.order.runs import expand_runs
+from saev_torch.reading.retries import Retries
 
 __all__ = ["ShardStore"]
 

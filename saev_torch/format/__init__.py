@@ -1,0 +1,1 @@
+"""What lies on disk: metadata, shards, checksums, and safe access to files that a stranger may have written."""

@@ -1,0 +1,220 @@
+"""What the readers of a data set did, on a page that they share: for `metrics`, and for lines in the log.
+
+Each figure has one writer, so there are no locks: a worker that is killed leaves nothing behind, and who looks sees
+figures that are at most one batch old.
+"""
+
+import dataclasses
+import logging
+import mmap
+import os
+import time
+import weakref
+from multiprocessing import context, reduction
+from typing import Any
+
+import numpy as np
+
+from saev_torch.config import OrderedConfig, ShuffledConfig
+from saev_torch.order.steps import Share
+
+__all__ = ["Board", "Meter", "Row", "Waits", "Watch", "log_to_stderr"]
+
+_N_ROWS = 256
+_HEADER = np.dtype([("scale", np.float64)])
+_ROW = np.dtype(
+    [
+        ("rank", np.int64),  # 1 more than the rank; 0: not in use
+        ("is_active", np.int64),
+        ("began", np.float64),  # on the clock that all processes of a machine share
+        ("n_samples", np.int64),
+        ("nbytes", np.int64),
+        ("fill", np.float64),
+        ("disk_s", np.float64),
+        ("plan_s", np.float64),
+        ("consumer_s", np.float64),
+    ]
+)
+_SUMS = ("n_samples", "nbytes", "disk_s", "plan_s", "consumer_s")
+
+Row = Any
+"""A structured numpy scalar with the fields of the page's rows; writing to it writes to the page."""
+
+
+class Board:
+    """Figures of a data set and its copies in workers.
+
+    Pickled to a worker it stays the same page; pickled or copied otherwise it becomes one of its own.
+    """
+
+    def __init__(self) -> None:
+        self._attach(os.memfd_create("saev_torch", os.MFD_CLOEXEC))
+
+    def _attach(self, fd: int) -> None:
+        self._fd = fd
+        weakref.finalize(self, os.close, fd).atexit = False
+        nbytes = _HEADER.itemsize + _N_ROWS * _ROW.itemsize
+        os.ftruncate(fd, nbytes)
+        pages = mmap.mmap(fd, nbytes)
+        self._header = np.frombuffer(pages, dtype=_HEADER, count=1)[0:1]
+        self._rows = np.frombuffer(pages, dtype=_ROW, offset=_HEADER.itemsize)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if context.get_spawning_popen() is not None:
+            return {"fd": reduction.DupFd(self._fd)}
+        return {"scale": self.scale}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "fd" in state:
+            self._attach(state["fd"].detach())
+        else:
+            self.__init__()  # type: ignore[misc]
+            self.scale = state["scale"]
+
+    @property
+    def scale(self) -> float | None:
+        """What activations are multiplied with; None for nothing."""
+        return float(self._header["scale"][0]) or None
+
+    @scale.setter
+    def scale(self, value: float | None) -> None:
+        self._header["scale"][0] = value or 0.0
+
+    def begin(self, rank: int, reader: int) -> Row:
+        """Take the row of a reader for an iteration; what it counts goes on from the last one."""
+        row = self._rows[reader % _N_ROWS]
+        row["rank"], row["is_active"], row["fill"], row["began"] = rank + 1, 1, 0.0, time.monotonic()
+        return row
+
+    def sums(self, rank: int) -> dict[str, float]:
+        """Sums over the readers of a rank.
+
+        Returns:
+            `n_samples`, `nbytes`, `disk_s`, `plan_s`, `consumer_s`; the number of readers `n_active` that are at work,
+            their mean `fill`, and `began`, the earliest time at which they began.
+        """
+        mine = self._rows[self._rows["rank"] == rank + 1]
+        active = mine[mine["is_active"] != 0]
+        found = {name: float(mine[name].sum()) for name in _SUMS}
+        return {
+            **found,
+            "n_active": float(len(active)),
+            "fill": float(active["fill"].mean()) if len(active) else 0.0,
+            "began": float((active if len(active) else mine)["began"].min(initial=np.inf)),
+        }
+
+
+_WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
+
+
+class Meter:
+    """Turns the sums of a board into rates since the last look, or since the iteration began.
+
+    Args:
+        board: Where the readers count.
+    """
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._last: tuple[float, dict[str, float]] | None = None
+
+    def read(self, rank: int) -> dict[str, float]:
+        """Look.
+
+        Args:
+            rank: Whose readers.
+
+        Returns:
+            `loader/samples_per_s` and `loader/bytes_per_s` (of activations), as the readers finish batches;
+            `loader/read_mb`, all megabytes so far, and `loader/read_mb_s`, as `saev` has them; `loader/buffer_fill`,
+            the share of the batches that may be open that are; `loader/wait_disk`, `loader/wait_plan` and
+            `loader/wait_consumer`, the share of the readers' time in which a batch was awaited from the disk or from
+            planning, or nothing was left to read until the consumer took one; `loader/n_readers`, those at work.
+        """
+        now, sums = time.monotonic(), self._board.sums(rank)
+        then, before = self._last or (min(now, sums["began"]), dict.fromkeys(sums, 0.0))
+        self._last = now, sums
+        spent = max(now - then, 1e-9)
+        n_readers = max(1.0, sums["n_active"])
+        found = {
+            "loader/samples_per_s": (sums["n_samples"] - before["n_samples"]) / spent,
+            "loader/bytes_per_s": (sums["nbytes"] - before["nbytes"]) / spent,
+            "loader/read_mb": sums["nbytes"] / 1e6,
+            "loader/read_mb_s": (sums["nbytes"] - before["nbytes"]) / spent / 1e6,
+            "loader/buffer_fill": sums["fill"],
+            "loader/n_readers": sums["n_active"],
+        }
+        for name, key in _WAITS.items():
+            found[f"loader/{name}"] = min(1.0, (sums[key] - before[key]) / spent / n_readers)
+        return found
+
+
+_log = logging.getLogger("saev_torch")
+
+
+def log_to_stderr() -> None:
+    """With `debug` and no logging set up, say it on stderr."""
+    if not _log.handlers and not logging.getLogger().handlers:
+        _log.addHandler(logging.StreamHandler())
+    _log.setLevel(logging.DEBUG)
+
+
+@dataclasses.dataclass
+class Waits:
+    """What an engine waited for, in seconds since it began.
+
+    Attributes:
+        disk_s: The consumer waited, while reads were under way.
+        plan_s: The consumer waited, while it was being worked out what to read.
+        consumer_s: Nothing was left to read, until the consumer took a batch.
+        nbytes: Bytes of activations that were handed out.
+    """
+
+    disk_s: float = 0.0
+    plan_s: float = 0.0
+    consumer_s: float = 0.0
+    nbytes: int = 0
+
+
+class Watch:
+    """Counts what was done for `metrics`, and logs it every `log_every_s` seconds."""
+
+    def __init__(
+        self, cfg: OrderedConfig | ShuffledConfig, epoch: int, start: int, rank: int, share: Share, board: Board
+    ) -> None:
+        self._row = board.begin(rank, share.first % share.stride)
+        self._waits = Waits()
+        self._every_s = cfg.log_every_s
+        self._name = f"{cfg.shards}: epoch {epoch}, rank {rank}, reader {share.first}/{share.stride}"
+        self._n_samples = 0
+        self._began = self._logged = time.monotonic()
+        if cfg.debug:
+            log_to_stderr()
+            _log.debug("%s: begins at batch %d of %d", self._name, start, share.stop)
+
+    def count(self, n_samples: int, waits: Waits, fill: float) -> None:
+        """Count a batch that was made, with what was waited for since the iteration began."""
+        self._n_samples += n_samples
+        row, before = self._row, self._waits
+        row["n_samples"] += n_samples
+        row["nbytes"] += waits.nbytes - before.nbytes
+        row["disk_s"] += waits.disk_s - before.disk_s
+        row["plan_s"] += waits.plan_s - before.plan_s
+        row["consumer_s"] += waits.consumer_s - before.consumer_s
+        row["fill"] = fill
+        self._waits = dataclasses.replace(waits)
+        now = time.monotonic()
+        if now - self._logged < self._every_s:
+            return
+        self._logged = now
+        spent = now - self._began
+        shares = {"disk": waits.disk_s, "planning": waits.plan_s, "the consumer": waits.consumer_s}
+        _log.info(
+            "%s: %.0f samples/s, %.2f GB/s; waited for %s",
+            self._name, self._n_samples / spent, waits.nbytes / spent / 1e9,
+            ", ".join(f"{name} {100 * seconds / spent:.0f}%" for name, seconds in shares.items()),
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """The iteration ended."""
+        self._row["is_active"] = 0
