@@ -97,8 +97,8 @@ def make_batch(
     if selection.layer_is_all:
         columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
-    act_nbytes = slot_nbytes(batch_size, selection.n_parts * md.d_model * 4) - N_COLUMNS * 8 * batch_size
-    fields: list[_Field] = [("act", "<f4", 0, shape)]
+    act_nbytes = slot_nbytes(batch_size, selection.sample_nbytes) - N_COLUMNS * 8 * batch_size
+    fields: list[_Field] = [("act", md.value_type.storage, 0, shape)]
     fields += [(key, "<i8", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]
     batch = _from_memory(opened.slot.lease(), tuple(fields))
     for key, column in columns.items():

@@ -150,7 +150,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         try:
             order = np.argsort(samples)
             cells = selection.cells(samples[order])
-            places = slot.address + order * (self.d_model * 4 * selection.n_parts)
+            places = slot.address + order * selection.sample_nbytes
             # For each call anew: that takes 50 us, and nothing is left to be closed.
             ring = Ring.open() if n >= _MIN_PARALLEL else None
             jobs = [
@@ -178,7 +178,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         return _Samples(batch)
 
     def _acquire(self, n: int) -> Slot:
-        nbytes = slot_nbytes(n, self.d_model * 4 * self._selection.n_parts)
+        nbytes = slot_nbytes(n, self._selection.sample_nbytes)
         if n < _MIN_PARALLEL:
             return Slot(nbytes, shared=False)
         if self._pool is None or self._pool.nbytes < nbytes:

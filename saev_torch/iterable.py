@@ -349,7 +349,7 @@ class Activations(IterableDataset[ActivationBatch]):
                 selection=selection,
                 plan=plan,
                 steps=make_steps(plan, share),
-                pool=make_pool(slot_nbytes(self.batch_size, self.d_model * 4 * selection.n_parts)),
+                pool=make_pool(slot_nbytes(self.batch_size, selection.sample_nbytes)),
                 max_open=count_open_slots(plan, share, self.cfg.buffer_size),
                 timeout_s=self.cfg.batch_timeout_s,
                 past_cache=functools.partial(reads_past_cache, store, selection, position.epoch == 0),

@@ -47,12 +47,12 @@ class Vitals:
     def nbytes(self) -> int:
         """Bytes of an epoch."""
         md = self.metadata
-        return md.n_examples * md.content_tokens_per_example * md.d_model * 4
+        return md.n_examples * md.content_tokens_per_example * md.row_nbytes
 
     @property
     def batch_nbytes(self) -> int:
         """Bytes of a batch."""
-        return self.cfg.batch_size * self.metadata.d_model * 4
+        return self.cfg.batch_size * self.metadata.row_nbytes
 
     def predict(self, n_workers: int, buffer_size: int, block_size: int | None = None) -> Prediction:
         """How the shuffle mixes, reads and takes memory with these options."""

@@ -64,7 +64,7 @@ class BenchData:
     @property
     def sample_nbytes(self) -> int:
         """Size of a sample in bytes."""
-        return self.store.metadata.d_model * 4
+        return self.store.metadata.row_nbytes
 
     @property
     def nbytes(self) -> int:

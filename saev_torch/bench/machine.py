@@ -147,7 +147,7 @@ def drop_cache(stores: Sequence[ShardStore]) -> None:
 def cached_share(store: ShardStore) -> float:
     """Share of the examples' pages that are in the page cache, 0.0 to 1.0."""
     md = store.metadata
-    example_nbytes = md.n_layers * md.tokens_per_example * md.d_model * 4
+    example_nbytes = md.example_nbytes
     sizes = [shard.n_examples * example_nbytes for shard in store.shards if shard.n_examples]
     n_pages = n_cached = 0
     with opened_shards(store) as fds:

@@ -46,7 +46,7 @@ class _Memmaps(Dataset[dict[str, Any]]):
         if not self._opened:
             md = self._md
             self._opened = [
-                np.memmap(path, "<f4", "r", shape=(n * md.n_layers * md.tokens_per_example, md.d_model))
+                np.memmap(path, md.value_type.storage, "r", shape=(n * md.n_layers * md.tokens_per_example, md.d_model))
                 for path, n in self._files
             ]
         return self._opened

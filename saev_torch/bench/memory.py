@@ -85,7 +85,7 @@ def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
     return MemoryUse(
         n_workers=n_workers,
         buffer_size=cfg.buffer_size,
-        batch_nbytes=cfg.batch_size * dataset.d_model * 4,
+        batch_nbytes=cfg.batch_size * dataset.metadata.row_nbytes,
         n_batches=n_batches,
         deciles_nbytes=tuple(round(statistics.median(tenth)) for tenth in tenths if tenth),
         peak_nbytes=max(nbytes for _, nbytes in probes),

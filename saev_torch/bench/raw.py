@@ -50,7 +50,7 @@ def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
     With several recorded layers these are runs of an example's tokens each, with gaps between them.
     """
     md = store.metadata
-    run_nbytes = md.tokens_per_example * md.d_model * 4
+    run_nbytes = md.tokens_per_example * md.row_nbytes
     (layer_idx,) = resolve_layers(md, layer)
     runs = []
     for i, shard in enumerate(shard for shard in store.shards if shard.n_examples):
@@ -64,7 +64,7 @@ def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
 def grid_pieces(store: ShardStore, block_nbytes: int) -> list[Piece]:
     """All bytes of the shards in blocks of one size."""
     md = store.metadata
-    example_nbytes = md.n_layers * md.tokens_per_example * md.d_model * 4
+    example_nbytes = md.example_nbytes
     sizes = [shard.n_examples * example_nbytes for shard in store.shards if shard.n_examples]
     return [piece for i, nbytes in enumerate(sizes) for piece in _cut((i, 0, nbytes), block_nbytes)]
 

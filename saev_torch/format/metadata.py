@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
+from saev_torch.format.dtypes import DTYPES, ValueType
 from saev_torch.format.files import read_json, short, write_atomic, writing
 
 __all__ = ["Metadata", "PixelAgg"]
@@ -105,7 +106,7 @@ class Metadata:
         except ValueError as err:
             values = [agg.value for agg in PixelAgg]
             raise FormatError(f"pixel_agg: expected one of {values}, got {short(self.pixel_agg)}") from err
-        if self.dtype != "float32":
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise FormatError(f"dtype: expected 'float32', got {short(self.dtype)}; record the activations as float32")
         _check_protocol(self.protocol)
         self._check_sizes()
@@ -118,7 +119,7 @@ class Metadata:
                 f"x {self.tokens_per_example} tokens) fits, got {self.max_tokens_per_shard}; raise it"
             )
         # One file more than n_shards, because an exact multiple is followed by a file without examples.
-        n_bytes = (self.n_shards + 1) * self.examples_per_shard * n_per_example * self.d_model * 4
+        n_bytes = (self.n_shards + 1) * self.examples_per_shard * self.example_nbytes
         if n_bytes >= MAX_NBYTES:
             raise FormatError(
                 f"n_examples, layers, tokens and d_model: expected files of less than 2**62 bytes, got {n_bytes} bytes"
@@ -236,6 +237,21 @@ class Metadata:
     def n_shards(self) -> int:
         """Shard files that hold examples."""
         return -(-self.n_examples // self.examples_per_shard)
+
+    @property
+    def value_type(self) -> ValueType:
+        """What a stored value is."""
+        return DTYPES[self.dtype]
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one activation: an example's token in a layer."""
+        return self.d_model * self.value_type.nbytes
+
+    @property
+    def example_nbytes(self) -> int:
+        """Bytes of one example in a shard file: all layers, all tokens."""
+        return self.n_layers * self.tokens_per_example * self.row_nbytes
 
     @property
     def shard_shape(self) -> tuple[int, int, int, int]:

@@ -16,7 +16,6 @@ __all__ = ["Shard", "ShardInfo", "check_nbytes", "labels_nbytes", "shard_name", 
 
 SHARDS_NAME = "shards.json"
 LABELS_NAME = "labels.bin"
-ITEM_NBYTES = 4
 
 MAX_SHARDS = 40_000
 """Most files that may be written to one directory: their shards.json stays below what `read_json` accepts."""
@@ -29,7 +28,7 @@ def shard_name(shard_idx: int) -> str:
 
 def shard_nbytes(md: Metadata, n_examples: int) -> int:
     """Size in bytes of `n_examples` examples in a shard file."""
-    return n_examples * md.n_layers * md.tokens_per_example * md.d_model * ITEM_NBYTES
+    return n_examples * md.example_nbytes
 
 
 def labels_nbytes(md: Metadata) -> int:

@@ -86,7 +86,6 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
     per_example = max(1, selection.n_samples // md.n_examples)
     batch_size = min(plan.batch_size, plan.n_samples)
     read_nbytes, read_per_byte = _predict_reads(selection, plan, n_readers)
-    sample_nbytes = md.d_model * 4 * selection.n_parts
     shares = (Share(i, n_readers, plan.n_batches) for i in range(min(n_readers, plan.n_batches)))
     n_open = sum(min(count_open_slots(plan, s, cfg.buffer_size), -(-plan.n_batches // n_readers)) for s in shares)
     return Prediction(
@@ -96,7 +95,7 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
         uniform_distinct=expected_distinct(md.n_examples, per_example, batch_size),
         read_nbytes=read_nbytes,
         read_per_byte=read_per_byte,
-        memory_nbytes=n_open * slot_nbytes(plan.batch_size, sample_nbytes),
+        memory_nbytes=n_open * slot_nbytes(plan.batch_size, selection.sample_nbytes),
     )
 
 
@@ -141,7 +140,7 @@ def _missed_by_chunk(overlap: NDArray[np.int64], size: int, depth: int) -> NDArr
 def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> tuple[float, float]:
     """Mean size of a read in bytes, and bytes read for each byte used."""
     md = selection.md
-    row_nbytes = md.d_model * 4
+    row_nbytes = md.row_nbytes
     common = math.gcd(n_readers, plan.n_lanes)
     # Lanes of one reader are neighbours on disk, and read together where there is room for it.
     lanes = plan.n_lanes // common if plan.reads_lanes_together else 1

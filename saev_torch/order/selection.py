@@ -87,6 +87,7 @@ class Selection:
         layer_idxs: Positions in `md.layers` of the layers that are read.
         layer_is_all: Whether every layer is a sample of its own.
         n_parts: Rows on disk that make one sample: the number of layers side by side, else 1.
+        sample_nbytes: Bytes of one sample's activations.
         has_parts: Whether layers are side by side in a sample, be it only one: then its parts are an axis of it.
 
     Raises:
@@ -108,6 +109,7 @@ class Selection:
         self.n_grid_layers = len(self.layer_idxs) if layer == "all" else 1
         self.n_parts = 1 if layer == "all" else len(self.layer_idxs)
         self.has_parts = isinstance(layer, tuple)
+        self.sample_nbytes = self.n_parts * md.row_nbytes
         self.n_special = int(md.cls_token)
         if tokens == "special" and not md.cls_token:
             raise ConfigError(

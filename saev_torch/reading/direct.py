@@ -47,7 +47,7 @@ def reads_past_cache(store: ShardStore, selection: Selection, is_only: bool, not
         is_only: Whether the data may not be read again: in a first epoch, or where somebody asks for statistics.
         note: See `read_extents`.
     """
-    nbytes = selection.n_samples * selection.n_parts * selection.md.d_model * 4
+    nbytes = selection.n_samples * selection.sample_nbytes
     return not _fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, note))
 
 
@@ -64,7 +64,7 @@ def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
     n_cached, state = 0, ctypes.c_ubyte()
     try:
         shards, rows = selection.disk_rows(selection.cells(samples))
-        offsets = rows * (selection.md.d_model * 4) // mmap.PAGESIZE * mmap.PAGESIZE
+        offsets = rows * selection.md.row_nbytes // mmap.PAGESIZE * mmap.PAGESIZE
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
             # To ask by a read that must not wait would start one.
             note(functools.partial(tuple[int, int], (shard, offset)))

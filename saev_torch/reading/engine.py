@@ -124,7 +124,7 @@ class Engine:
         self._past_cache = False
         self._scaler = scaler
         self.waits = Waits()
-        self._sample_nbytes = selection.md.d_model * 4 * selection.n_parts
+        self._sample_nbytes = selection.sample_nbytes
 
         self._lock = threading.Lock()
         self._has_room = threading.Condition(self._lock)

@@ -170,7 +170,7 @@ def make_sample_extents(selection: Selection, cells: _Int64s, places: _Int64s) -
     Returns:
         `selection.n_parts` extents, which may be read in any order.
     """
-    row_nbytes = selection.md.d_model * 4
+    row_nbytes = selection.md.row_nbytes
     shards, rows = selection.disk_rows(cells)
     extents = []
     for part in range(selection.n_parts):

@@ -209,7 +209,7 @@ def compute_scale(cfg: ShuffledConfig) -> float:
     n_sampled = cfg.scale_samples
     if n_sampled is None:
         md = Metadata.load(cfg.shards)
-        nbytes = md.n_examples * md.tokens_per_example * md.d_model * 4 * len(resolve_layers(md, cfg.layer))
+        nbytes = md.n_examples * md.tokens_per_example * md.row_nbytes * len(resolve_layers(md, cfg.layer))
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
     # The epoch that follows finds in the page cache what was read for this.
     return _compute(cfg, n_sampled, 0, _N_THREADS, True, None, is_only=False).scale

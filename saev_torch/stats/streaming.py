@@ -62,7 +62,7 @@ class Pass:
     ) -> None:
         self._store, self._selection, self._samples, self._progress = store, selection, samples, progress
         self._n = selection.n_samples if samples is None else len(samples)
-        sample_nbytes = selection.md.d_model * 4 * selection.n_parts
+        sample_nbytes = selection.sample_nbytes
         self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
         self._sum_vectors = find_sum_kernel() if self._n * sample_nbytes >= _MIN_COMPILED_NBYTES else None
         self._past_cache = reads_past_cache(store, selection, is_only, unnoted)
@@ -121,7 +121,7 @@ class Pass:
         md = self._selection.md
         ring, scratch = Ring.open(), Scratch(md.d_model, self._sum_vectors)
         stage = Stage(ring) if ring is not None and self._past_cache else None
-        buffer = np.empty((self._per_task * self._selection.n_parts, md.d_model), dtype="<f4")
+        buffer = np.empty((self._per_task * self._selection.n_parts, md.d_model), dtype=md.value_type.storage)
         while task is not None:
             extents, groups = _plan(self._selection, self._samples_of(task), buffer.ctypes.data)
             n = len(extents.nbytes)
@@ -194,7 +194,7 @@ def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents
         shift = (np.array(selection.layer_idxs) - selection.layer_idxs[0])[:, None] * md.tokens_per_example
         rows, group = (rows + shift).ravel(), (group + 2 * parts).ravel()
         shards = np.tile(shards, selection.n_parts)
-    row_nbytes = md.d_model * 4
+    row_nbytes = md.row_nbytes
     places = np.arange(address, address + len(rows) * row_nbytes, row_nbytes, dtype=np.int64)
     counts = np.bincount(group)
     if counts[-1] != len(rows):

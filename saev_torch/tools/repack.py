@@ -74,7 +74,7 @@ def repack(
     has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
     reader = _Reader(store, [old.layers.index(layer) for layer in layers])
     checksums = Checksums.load(store.shards_dir, old) if has_checksums else None
-    n_fit = max(1, _BATCH_NBYTES // shard_nbytes(new, 1))
+    n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
     try:
         with (
             ShardWriter(Path(shards_root), new) as writer,
@@ -101,13 +101,13 @@ class _Reader:
     def read(self, examples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
         md = self._md
         shape = (len(examples), len(self._layer_idxs), md.tokens_per_example, md.d_model)
-        acts = np.empty(shape, dtype="<f4")
+        acts = np.empty(shape, dtype=md.value_type.storage)
         for at, shard_idx, row, n in self._runs(examples):
             with self._store.opened(shard_idx) as fd:
                 if self._all:
                     self._read_into(fd, shard_idx, acts[at : at + n], shard_nbytes(md, row))
                     continue
-                block = shard_nbytes(md, 1) // md.n_layers
+                block = md.example_nbytes // md.n_layers
                 for i in range(n):
                     for j, layer_idx in enumerate(self._layer_idxs):
                         offset = ((row + i) * md.n_layers + layer_idx) * block

@@ -17,7 +17,7 @@ from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
 from saev_torch.format.files import open_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, labels_nbytes, shard_nbytes
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, labels_nbytes
 from saev_torch.writing.progress import Progress
 
 __all__ = ["Fault", "VerifyReport", "add_arguments", "run", "verify"]
@@ -193,7 +193,7 @@ class _Verification:
     def _plan_pieces(self, files: list[tuple[int, str, int, int]]) -> Iterator[_Piece]:
         firsts = [0, *itertools.accumulate(shard.n_examples for shard in self.info)]
         for file_idx, name, n_examples, nbytes in files:
-            width = self.md.content_tokens_per_example if file_idx == _LABELS else shard_nbytes(self.md, 1)
+            width = self.md.content_tokens_per_example if file_idx == _LABELS else self.md.example_nbytes
             first = 0 if file_idx == _LABELS else firsts[file_idx]
             step = max(1, _PIECE_NBYTES // width)
             for at in range(0, n_examples, step):
@@ -267,7 +267,7 @@ class _Verification:
                 if expected != got:
                     blame(_compare(expected, got), piece.offset + i * width, example, layer)
             if self.finite and layer is not None:
-                n_bad = int(np.count_nonzero(~np.isfinite(np.frombuffer(block, "<f4"))))
+                n_bad = int(np.count_nonzero(~np.isfinite(np.frombuffer(block, self.md.value_type.storage))))
                 if n_bad:
                     blame(f"expected finite values, got {n_bad} that are not", piece.offset + i * width, example, layer)
         return faults, piece.n * n_parts if sums is not None else 0

@@ -33,7 +33,7 @@ def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.f
         )
     if isinstance(activations, torch.Tensor):
         activations = activations.detach().cpu().numpy()
-    return np.ascontiguousarray(activations, dtype="<f4")
+    return np.ascontiguousarray(activations, dtype=md.value_type.storage)
 
 
 def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> None:
