@@ -11,14 +11,13 @@ from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.mixing import expected_distinct
+from saev_torch.order.runs import MAX_GAP_NBYTES, MAX_READ_NBYTES, MAX_READ_ROWS
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots, slot_nbytes
 
 __all__ = ["Prediction", "find_best", "find_smallest", "predict"]
 
-# As in `reading`: what one call reads at most, and what is read over rather than asked for apart.
-_MAX_ROWS, _MAX_NBYTES, _MAX_GAP_NBYTES = 1024, 2 << 20, 16 << 10
 _MAX_TABLE = 1 << 20
 _MIN_READ_NBYTES = 64 << 10
 
@@ -148,7 +147,7 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
     run = min(plan.block_size * lanes, plan.n_samples)
     gap = 0 if len(md.layers) == 1 or selection.layer_is_all else (len(md.layers) - 1) * md.tokens_per_example
     gap += md.tokens_per_example - per_example
-    max_gap = _MAX_GAP_NBYTES // row_nbytes
+    max_gap = MAX_GAP_NBYTES // row_nbytes
     # Places in a run where rows of an example, or layer, end.
     n_ends = (run - 1) / max(1, per_example)
     over, n_reads = (n_ends * gap, 1.0) if gap <= max_gap else (0.0, 1 + n_ends)
@@ -161,7 +160,7 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
         wanted = run * share
         n_reads = n_reads + wanted * broken
         over = over * share + wanted * joined
-    most = max(1, min(_MAX_ROWS, _MAX_NBYTES // row_nbytes))
+    most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
     n_rows = max(1.0, wanted + over)
     n_reads = min(max(n_reads, n_rows / most), n_rows)
     return n_rows * row_nbytes / n_reads, n_rows / max(1.0, wanted)

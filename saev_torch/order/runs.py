@@ -5,7 +5,24 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Chunk", "choose_block_size", "divisor_at_most", "expand_runs"]
+__all__ = [
+    "MAX_GAP_NBYTES",
+    "MAX_READ_NBYTES",
+    "MAX_READ_ROWS",
+    "Chunk",
+    "choose_block_size",
+    "divisor_at_most",
+    "expand_runs",
+]
+
+MAX_READ_ROWS = 1024
+"""Rows that one read takes to places of their own, at most: IOV_MAX of Linux."""
+
+MAX_READ_NBYTES = 2 << 20
+"""Bytes that one read takes, at most, unless a single row has more."""
+
+MAX_GAP_NBYTES = 16 << 10
+"""A gap up to this size is read over, which is cheaper than another call."""
 
 _Int64s = NDArray[np.int64]
 

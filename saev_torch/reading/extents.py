@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
+from saev_torch.order.runs import MAX_GAP_NBYTES, MAX_READ_NBYTES, MAX_READ_ROWS
 from saev_torch.order.selection import Selection
 from saev_torch.reading.ring import Ring
 from saev_torch.reading.store import ShardStore
@@ -44,10 +45,6 @@ _preadv = _libc.preadv
 _preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
 _preadv.restype = ctypes.c_ssize_t
 
-_MAX_ROWS = 1024  # IOV_MAX of Linux
-_MAX_NBYTES = 2 << 20
-# Reading over a gap is cheaper than another call up to about this size.
-_MAX_GAP_NBYTES = 16 << 10
 # Fewer reads than this are not worth the arguments of a ring.
 _MIN_ON_RING = 8
 # More files than this are not held open for one call.
@@ -114,9 +111,9 @@ def make_extents(shards: _Int64s, rows: _Int64s, places: _Int64s, row_nbytes: in
     n = len(rows)
     trash = np.empty(row_nbytes, dtype=np.uint8)
     gap = np.diff(rows)
-    breaks = (gap <= 0) | (gap > 1 + _MAX_GAP_NBYTES // row_nbytes)
+    breaks = (gap <= 0) | (gap > 1 + MAX_GAP_NBYTES // row_nbytes)
     breaks |= np.diff(shards) != 0
-    most = max(1, min(_MAX_ROWS, _MAX_NBYTES // row_nbytes))
+    most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
     firsts = np.concatenate(([0], np.flatnonzero(breaks) + 1)) if n else np.zeros(0, dtype=np.int64)
     spans = rows[np.append(firsts[1:], n) - 1] - rows[firsts] + 1 if n else firsts
     if n and int(spans.max()) > most:
