@@ -3,9 +3,7 @@
 import functools
 import logging
 import operator
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,20 +17,26 @@ from saev_torch.format.metadata import Metadata
 from saev_torch.order.selection import IndexMap, Selection
 from saev_torch.order.steps import slot_nbytes
 from saev_torch.processes.counters import log_to_stderr
-from saev_torch.reading.extents import make_sample_extents, read_cell_labels, read_extents, unnoted
+from saev_torch.reading.crew import Task, run_tasks
+from saev_torch.reading.extents import Extents, make_sample_extents
+from saev_torch.reading.labels import Labels
+from saev_torch.reading.pace import Pace
 from saev_torch.reading.placing import OpenBatch
-from saev_torch.reading.ring import Ring
+from saev_torch.reading.reader import CallReader, Reader
+from saev_torch.reading.ring import RingReader
 from saev_torch.reading.slots import Slot, SlotPool, can_share
+from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 
 __all__ = ["IndexedDataset"]
 
 _log = logging.getLogger("saev_torch")
 
-_INDEXED_THREADS = 4
-_INDEXED_SLOTS = 4
-_SLOW_S_PER_ROW = 20e-6
+_N_THREADS = 4
+_N_SLOTS = 4
 _MIN_PARALLEL = 512
+# What a copy in another process makes for itself.
+_OF_PROCESS = ("_labels", "_source", "_pace", "_pool")
 
 
 class _Sample(dict[str, Any]):
@@ -91,14 +95,22 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         self._store = ShardStore(cfg.shards)
         self._selection = Selection(self._store.metadata, cfg.tokens, cfg.layer)
         self.index_map = IndexMap(self._store.metadata, cfg.tokens, cfg.layer)
-        self._pool: SlotPool | None = None
-        self._is_slow = False
+        self._begin()
         if cfg.debug:
             log_to_stderr()
             _log.debug("%s: %d samples", cfg.shards, len(self))
 
+    def _begin(self) -> None:
+        self._labels, self._source = Labels(self._store), Source(self._store)
+        self._pace = Pace(1)
+        self._pool: SlotPool | None = None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     @property
     def metadata(self) -> Metadata:
@@ -142,7 +154,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
         return self._read(numbers.astype(np.int64))
 
     def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Samples:
-        n, store, selection = len(samples), self._store, self._selection
+        n, selection = len(samples), self._selection
         wrong = (samples < 0) | (samples >= len(self))
         if wrong.any():
             raise IndexError(f"sample {int(samples[wrong][0])} is out of range: there are {len(self)}, from 0.")
@@ -151,31 +163,31 @@ class IndexedDataset(Dataset[dict[str, Any]]):
             order = np.argsort(samples)
             cells = selection.cells(samples[order])
             places = slot.address + order * selection.sample_nbytes
-            # For each call anew: that takes 50 us, and nothing is left to be closed.
-            ring = Ring.open() if n >= _MIN_PARALLEL else None
-            jobs = [
-                functools.partial(read_extents, store, extents, start, stop, unnoted, ring)
-                for extents in make_sample_extents(selection, cells, places)
-                for start, stop in extents.cut(max(1, int(extents.nbytes.sum()) // _INDEXED_THREADS + 1))
-            ]
-            began = time.monotonic()
-            if n < _MIN_PARALLEL or ring is not None or not self._is_slow:
-                for job in jobs:
-                    job()
-            else:
-                with ThreadPoolExecutor(_INDEXED_THREADS) as threads:
-                    for done in [threads.submit(job) for job in jobs]:
-                        done.result()
-            # Threads help where a disk is waited for; else such short reads only make them wait for each other.
-            self._is_slow = n * _SLOW_S_PER_ROW < time.monotonic() - began
+            self._read_extents(make_sample_extents(selection, cells, places))
             back = np.empty_like(order)
             back[order] = np.arange(n)
-            labels = read_cell_labels(store, selection, cells)[back] if store.has_labels else None
+            labels = self._labels.of_cells(selection, cells)[back] if self._store.has_labels else None
         except BaseException:
             slot.release()
             raise
         batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, n, label_key="token_label")
         return _Samples(batch)
+
+    def _read_extents(self, parts: list[Extents]) -> None:
+        n_extents = max(len(extents.nbytes) for extents in parts)
+        # For each call anew: a ring takes 50 us, and nothing is left to be closed.
+        reader = self._source.open_reader(self._pace) if n_extents >= _MIN_PARALLEL else CallReader(self._store)
+        if n_extents < _MIN_PARALLEL or isinstance(reader, RingReader) or not self._pace.is_slow:
+            for extents in parts:
+                reader.read(extents, 0, len(extents.nbytes))
+            return
+        # Threads help where a disk is waited for; else such short reads only make them wait for each other.
+        tasks = (
+            Task(functools.partial(_read_part, extents, start, stop))
+            for extents in parts
+            for start, stop in extents.cut(max(1, int(extents.nbytes.sum()) // _N_THREADS + 1))
+        )
+        run_tasks("saev_torch indexed", _N_THREADS, self._pace, self._source.open_reader, tasks)
 
     def _acquire(self, n: int) -> Slot:
         nbytes = slot_nbytes(n, self._selection.sample_nbytes)
@@ -183,4 +195,8 @@ class IndexedDataset(Dataset[dict[str, Any]]):
             return Slot(nbytes, shared=False)
         if self._pool is None or self._pool.nbytes < nbytes:
             self._pool = SlotPool(nbytes, shared=get_worker_info() is not None and can_share())
-        return self._pool.acquire(_INDEXED_SLOTS)
+        return self._pool.acquire(_N_SLOTS)
+
+
+def _read_part(extents: Extents, start: int, stop: int, reader: Reader) -> None:
+    reader.read(extents, start, stop)

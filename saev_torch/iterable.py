@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -21,16 +20,14 @@ from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
-from saev_torch.order.steps import Share, count_open_slots, make_steps, slot_nbytes
+from saev_torch.order.steps import Share
 from saev_torch.processes.counters import Board, Meter, Watch
 from saev_torch.processes.epochs import EpochCounter
 from saev_torch.processes.world import World, check_world, consumer_pid, find_world
 from saev_torch.reading.compiled import find_scale_kernels
-from saev_torch.reading.direct import reads_past_cache
-from saev_torch.reading.engine import Engine
+from saev_torch.reading.engine import Engine, EngineOptions
+from saev_torch.reading.labels import Labels
 from saev_torch.reading.placing import OpenBatch
-from saev_torch.reading.scaling import Scaler
-from saev_torch.reading.slots import make_pool
 from saev_torch.reading.store import ShardStore
 from saev_torch.resume import Position, StreamDigest, dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
@@ -73,7 +70,8 @@ class Activations(IterableDataset[ActivationBatch]):
 
     def _select(self, store: ShardStore) -> Selection:
         try:
-            return Selection(store.metadata, self.cfg.tokens, self.cfg.layer, self._ignore_labels, store.read_labels)
+            read_labels = Labels(store).of_examples
+            return Selection(store.metadata, self.cfg.tokens, self.cfg.layer, self._ignore_labels, read_labels)
         finally:
             store.close()
 
@@ -337,31 +335,27 @@ class Activations(IterableDataset[ActivationBatch]):
         if share.first >= share.stop:
             return
         store = self._store.clone()
-        selection = self._own_selection().reading_with(store.read_labels)
+        labels = Labels(store)
+        selection = self._own_selection().reading_with(labels.of_examples)
         plan = self._plan(position.epoch)
         if position.rank == 0:
             self._advise(plan, share)
-        scaler = Scaler.find(position.scale)
         watch = Watch(self.cfg, position.epoch, position.batch, position.rank, share, self._board)
         with self._naming(position, share):
-            engine = Engine(
-                store=store,
-                selection=selection,
-                plan=plan,
-                steps=make_steps(plan, share),
-                pool=make_pool(slot_nbytes(self.batch_size, selection.sample_nbytes)),
-                max_open=count_open_slots(plan, share, self.cfg.buffer_size),
+            options = EngineOptions(
+                buffer_size=self.cfg.buffer_size,
                 timeout_s=self.cfg.batch_timeout_s,
-                past_cache=functools.partial(reads_past_cache, store, selection, position.epoch == 0),
-                scaler=scaler,
+                is_only=position.epoch == 0,
+                scale=position.scale,
                 **self._engine_options(plan, share),
             )
+            engine = Engine(labels, selection, plan, share, options)
         batch_idx = share.first
         try:
             while (opened := self._next_batch(engine, position, share)) is not None:
                 watch.count(opened.size, engine.waits, engine.fill)
                 batch = make_batch(opened, selection, self.batch_size)
-                if position.scale is not None and scaler is None:
+                if position.scale is not None and not engine.is_scaled:
                     act = batch["act"].numpy()
                     np.multiply(act, np.float32(position.scale), out=act)
                 # The caller alone decides how long the batch lives.

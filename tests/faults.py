@@ -30,7 +30,7 @@ from conftest import Resources
 from torch.utils.data import DataLoader
 
 from saev_torch import OrderedConfig, ShuffledConfig
-from saev_torch.reading import store
+from saev_torch.reading import labels
 
 AFTER = 3
 """Batches that are taken before the fault begins."""
@@ -541,7 +541,7 @@ def _run(case: str, shards: str, out: str) -> None:
         os.environ["FAULT_NO_RING"] = "1"
     if "labels" in case:
         # A small one is in memory when the fault begins, and nothing happens.
-        store._MAX_KEPT_NBYTES = 0
+        labels._MAX_KEPT_NBYTES = 0
     with open(run.out / "stderr", "wb") as file:
         os.dup2(file.fileno(), 2)
     logging.basicConfig()

@@ -32,7 +32,8 @@ from saev_torch.bench.report import compare_cold, compare_warm
 from saev_torch.bench.sides import Side, make_sides
 from saev_torch.bench.timing import Measured, measure_statistics
 from saev_torch.processes import machine as limits
-from saev_torch.reading.direct import Stage
+from saev_torch.reading import pace
+from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.ring import Ring
 from saev_torch.reading.store import ShardStore
@@ -256,7 +257,8 @@ def test_statistics_are_one_pass_or_what_the_time_allows(make_shards: Make, monk
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
     # One thread, so that no other one goes on while it is stopped.
     monkeypatch.setattr(streaming, "count_cores", lambda: 1)
-    monkeypatch.setattr(streaming, "_IDLE_SHARE", 1.0)
+    monkeypatch.setattr(pace, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(pace, "_CALL_S", 1e9)
     cfg = OrderedConfig(shards=make_shards(n_examples=60), layer=7)
     found = measure_statistics(cfg, 32, limit_s)
     assert found.is_cut == is_cut
@@ -376,14 +378,14 @@ def test_reads_as_the_loader_does_have_every_byte(make_shards: Make, monkeypatch
     acts = factory.oracle(store.metadata)
     monkeypatch.setattr(raw, "_TASK_NBYTES", task_nbytes)
     found: dict[tuple[int, int], bytes] = {}
-    read = Stage.read
+    read = DirectReader.read
 
-    def note(stage: Stage, opened: ShardStore, extents: Extents, *args: Any) -> None:
-        read(stage, opened, extents, *args)
+    def note(reader: DirectReader, extents: Extents, *args: Any) -> None:
+        read(reader, extents, *args)
         for (address, nbytes), shard, offset in zip(extents.vectors, extents.shards, extents.offsets, strict=True):
             found[int(shard), int(offset)] = ctypes.string_at(int(address), int(nbytes))
 
-    monkeypatch.setattr(Stage, "read", note)
+    monkeypatch.setattr(DirectReader, "read", note)
     pieces = grid_pieces(store, 700)
     rate = staged_rate(store, pieces[::-1], n_threads=3, seconds=60.0)
     assert rate is not None

@@ -38,7 +38,7 @@ from saev_torch import (
     StalledReadError,
     WriteError,
 )
-from saev_torch.reading import extents as reading
+from saev_torch.reading import reader as reading
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [OrderedConfig, ShuffledConfig]

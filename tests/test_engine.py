@@ -11,8 +11,10 @@ from factory import Spec
 from saev_torch import ShuffledConfig
 from saev_torch.processes import world
 from saev_torch.processes.world import count_own_cores
-from saev_torch.reading import engine
+from saev_torch.reading import engine, pace
 from saev_torch.reading.engine import Engine
+from saev_torch.reading.reader import Reader
+from saev_torch.reading.ring import Ring
 
 SPEC = Spec(n_examples=60, content_tokens=20, layers=(3, 7), d_model=64, examples_per_shard=17)
 
@@ -47,46 +49,59 @@ def readers(monkeypatch):
     return names
 
 
+def intercept_reads(monkeypatch, before):
+    """Call a function before each read, in the thread that reads."""
+    read = Reader.read
+
+    def read_later(self, *args):
+        before()
+        read(self, *args)
+
+    monkeypatch.setattr(Reader, "read", read_later)
+
+
+def always_slow(monkeypatch):
+    """Let every read look as if a disk had been waited for."""
+    monkeypatch.setattr(pace, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(pace, "_CALL_S", 0.0)
+
+
 def test_as_many_threads_as_cores_read(cfg, readers, monkeypatch):
-    monkeypatch.setattr(engine, "_HELP_AFTER_S", 1e9)
-    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", 0.0)
+    monkeypatch.setattr(pace, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(pace, "_CALL_S", 1e9)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert len(readers) > 5
     assert set(readers) == {"saev_torch reader 0"}
 
 
 def test_all_read_where_a_disk_is_waited_for(cfg, readers, monkeypatch):
-    monkeypatch.setattr(engine, "_HELP_AFTER_S", 1e9)
-    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(pace, "_HELP_AFTER_S", 1e9)
+    always_slow(monkeypatch)
     monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
     together = threading.Barrier(4)
-    read = engine.read_extents
 
-    def meet(*args):
+    def meet():
         # The first task, which tells that it is slow, is read alone.
         if len(readers) in range(2, 6):
             together.wait(10)
-        read(*args)
 
-    monkeypatch.setattr(engine, "read_extents", meet)
+    intercept_reads(monkeypatch, meet)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert set(readers) == {f"saev_torch reader {i}" for i in range(4)}
 
 
 def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
-    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", 0.0)
+    monkeypatch.setattr(pace, "_CALL_S", 1e9)
     helped = threading.Event()
-    read = engine.read_extents
 
-    def hang(*args):
+    def hang():
         if threading.current_thread().name.endswith(" 0"):
             assert helped.wait(10)
         else:
             helped.set()
-        read(*args)
 
-    monkeypatch.setattr(engine, "read_extents", hang)
+    intercept_reads(monkeypatch, hang)
     monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
@@ -94,12 +109,12 @@ def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
 
 
 def test_without_a_ring_reads_are_announced_however_large_the_data(cfg, monkeypatch):
-    monkeypatch.setattr(engine.Ring, "open", lambda: None)
-    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(Ring, "open", lambda: None)
+    always_slow(monkeypatch)
     monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
-    announced, announce = [], engine.announce_extents
-    monkeypatch.setattr(engine, "announce_extents", lambda *args: (announced.append(args), announce(*args)))
+    announced, announce = [], Reader.announce
+    monkeypatch.setattr(Reader, "announce", lambda *args: (announced.append(args), announce(*args)))
     monkeypatch.setattr("saev_torch.reading.direct._fits_page_cache", lambda nbytes: False)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert announced

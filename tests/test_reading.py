@@ -12,17 +12,13 @@ from hypothesis import strategies as st
 
 from saev_torch import ReadError
 from saev_torch.order.selection import Selection
-from saev_torch.reading import extents as reading
+from saev_torch.reading import reader as reading
 from saev_torch.reading import retries
-from saev_torch.reading.extents import (
-    announce_extents,
-    make_extents,
-    make_sample_extents,
-    read_cell_labels,
-    read_extents,
-    unnoted,
-)
-from saev_torch.reading.ring import Ring
+from saev_torch.reading import ring as ring_module
+from saev_torch.reading.extents import make_extents, make_sample_extents
+from saev_torch.reading.labels import Labels
+from saev_torch.reading.reader import CallReader
+from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
 
 # Rows of 4 bytes: thousands to a shard. Rows of 8 KB: a gap of three is too large to read over.
@@ -38,7 +34,7 @@ many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 @pytest.fixture(params=[False, True], ids=["calls", "ring"], autouse=True)
 def ring(request, monkeypatch):
     """Every test with single system calls, and with a ring of them, however few reads there are."""
-    monkeypatch.setattr(reading, "_MIN_ON_RING", 1)
+    monkeypatch.setattr(ring_module, "_MIN_ON_RING", 1)
     global RING
     RING = Ring.open() if request.param else None
     if request.param and RING is None:
@@ -67,6 +63,10 @@ def flat_rows(spec):
     return *np.divmod(np.arange(len(acts)), per_shard), acts
 
 
+def make_reader(store):
+    return CallReader(store) if RING is None else RingReader(RING, store)
+
+
 def read(store, shards, rows, row_nbytes, task_nbytes=1 << 30):
     """Read rows to places in another order, far enough apart to see what is written between them."""
     n = len(rows)
@@ -75,9 +75,12 @@ def read(store, shards, rows, row_nbytes, task_nbytes=1 << 30):
     order = np.random.default_rng(0).permutation(n)
     places = memory.ctypes.data + order * memory.strides[0]
     extents = make_extents(shards, rows, places, row_nbytes)
-    notes = []
+    notes, reader = [], make_reader(store)
+    set_spot = reader.spot.set
+    reader.spot.set = lambda where: (notes.append(where()), set_spot(where))
     for start, stop in extents.cut(task_nbytes):
-        read_extents(store, extents, start, stop, lambda where: notes.append(where()), RING)
+        reader.read(extents, start, stop)
+    assert reader.spot.where is None
     assert np.isnan(memory[:, width]).all(), "written beside the place"
     return memory[order, :width], extents, notes
 
@@ -183,13 +186,14 @@ def test_samples(stores, name, data):
     memory = np.full((len(samples), selection.n_parts, spec.d_model), np.nan, dtype="<f4")
     places = memory.ctypes.data + np.arange(len(samples)) * selection.n_parts * spec.d_model * 4
     for extents in make_sample_extents(selection, cells, places):
-        announce_extents(stores[name], extents, 0, len(extents.counts))
-        read_extents(stores[name], extents, 0, len(extents.counts), unnoted, RING)
+        reader = make_reader(stores[name])
+        reader.announce(extents, 0, len(extents.counts))
+        reader.read(extents, 0, len(extents.counts))
     example, layer, token = selection.split(cells)
     for part, idx in enumerate(selection.layer_idxs[: selection.n_parts]):
         wanted = oracle(spec)[example, layer if selection.layer_is_all else idx, token]
         assert memory[:, part].tobytes() == wanted.tobytes()
-    labels = read_cell_labels(stores[name], selection, cells)
+    labels = Labels(stores[name]).of_cells(selection, cells)
     wanted = oracle_labels(spec)[example, (token - spec.cls_token).clip(0)]
     assert labels.tolist() == np.where(token < spec.cls_token, 0, wanted).tolist()
 

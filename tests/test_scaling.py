@@ -24,12 +24,13 @@ from saev_torch import (
 )
 from saev_torch.order.selection import Selection
 from saev_torch.reading import direct as staging
-from saev_torch.reading import engine, scaling
+from saev_torch.reading import engine, pace, source
 from saev_torch.reading.compiled import find_scale_kernels
-from saev_torch.reading.direct import Stage
+from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import make_sample_extents
 from saev_torch.reading.ring import Ring
-from saev_torch.reading.scaling import Scaler
+from saev_torch.reading.scaling import ScalingReader
+from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 
 SPEC = Spec(n_examples=120, content_tokens=9, d_model=16, examples_per_shard=40, labels=True)
@@ -56,7 +57,7 @@ def norms_of(batches) -> torch.Tensor:
 def multiplying(request, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where numba is installed, activations are multiplied as they are read; else in batches."""
     if request.param == "numpy":
-        monkeypatch.setattr(scaling, "find_scale_kernels", lambda: None)
+        monkeypatch.setattr(source, "find_scale_kernels", lambda: None)
     else:
         assert find_scale_kernels() is not None
     return request.param
@@ -99,10 +100,11 @@ def test_only_the_activations_change(shards, num_workers: int, fields) -> None:
 
 @pytest.mark.parametrize("where", ["in time", "a slow disk", "past the page cache"])
 def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch, where: str) -> None:
-    monkeypatch.setattr(engine, "_SLOW_NBYTES_PER_S", float("inf") if where == "a slow disk" else 0.0)
+    monkeypatch.setattr(pace, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(pace, "_CALL_S", 0.0 if where == "a slow disk" else 1e9)
     monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: where != "past the page cache")
     ways = set()
-    for owner, name in ((Scaler, "read"), (Scaler, "apply"), (Stage, "read")):
+    for owner, name in ((ScalingReader, "_read_scaling"), (ScalingReader, "_read_then_scale"), (DirectReader, "_read")):
         way = f"{owner.__name__}.{name}"
         monkeypatch.setattr(owner, name, noting(getattr(owner, name), functools.partial(ways.add, way)))
     # Several tasks, because only the first tells that the disk is slow.
@@ -110,11 +112,11 @@ def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch,
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1000)
     assert_scaled(config(shards, scale_norm=True))
     if where == "in time":
-        assert ways == {"Scaler.read"}
+        assert ways == {"ScalingReader._read_scaling"}
     elif where == "a slow disk":
-        assert ways == {"Scaler.read", "Scaler.apply"}
+        assert ways == {"ScalingReader._read_scaling", "ScalingReader._read_then_scale"}
     elif Ring.open() is not None:
-        assert ways == {"Stage.read", "Scaler.apply"}
+        assert ways == {"DirectReader._read", "ScalingReader._read_then_scale"}
 
 
 def noting(function, note):
@@ -127,7 +129,7 @@ def noting(function, note):
 
 def test_what_fails_is_read_again_and_multiplied_once(make_shards, monkeypatch) -> None:
     """Of each call some reads fail, come short, or find the end of the file."""
-    init, calls = Scaler.__init__, []
+    init, calls = ScalingReader.__init__, []
 
     def fail(read_and_scale, fds, *args):
         gone = np.full_like(fds, -1)
@@ -140,7 +142,7 @@ def test_what_fails_is_read_again_and_multiplied_once(make_shards, monkeypatch) 
         init(self, *args)
         self._read_and_scale = functools.partial(fail, self._read_and_scale)
 
-    monkeypatch.setattr(Scaler, "__init__", wrapped)
+    monkeypatch.setattr(ScalingReader, "__init__", wrapped)
     # Wide rows, which are not worth reading over.
     wide = make_shards(Spec(n_examples=60, content_tokens=20, d_model=5000))
     assert_scaled(config(wide, scale_norm=True, block_size=2, buffer_size=2))
@@ -172,15 +174,15 @@ def test_a_stall_is_named(make_shards) -> None:
     out = np.empty((10, 5000), dtype=np.float32)
     places = out.ctypes.data + 20_000 * np.arange(10)
     (extents,) = make_sample_extents(selection, selection.cells(samples), places)
-    scaler, told, wheres = Scaler.find(0.5), [], []
+    reader, told = Source(store, scale=0.5).open_reader(), []
 
     def read(fds, vectors, firsts, counts, offsets, nbytes, got, trash, by):
         for i in range(len(got)):
-            told.append(wheres[-1]())
+            told.append(reader.spot.where())
             got[i] = nbytes[i]
 
-    scaler._read_and_scale = read
-    scaler.read(store, extents, 2, len(extents.nbytes), wheres.append)
+    reader._read_and_scale = read
+    reader.read(extents, 2, len(extents.nbytes))
     store.close()
     assert len(told) == 8
     assert told == [extents.where(i) for i in range(2, len(extents.nbytes))]
@@ -189,15 +191,20 @@ def test_a_stall_is_named(make_shards) -> None:
 def test_gaps_are_read_over_and_not_scaled(shards, monkeypatch) -> None:
     """What is read between two samples goes to one place, and would be multiplied again and again there."""
     ends = []
-    apply = Scaler.apply
+    read, read_then_scale = DirectReader._read, ScalingReader._read_then_scale
+    before = []
+
+    def note_before(self, extents, *args):
+        read(self, extents, *args)
+        before.append(extents.trash.copy())
 
     def note(self, extents, start, stop):
-        before = extents.trash.copy()
-        apply(self, extents, start, stop)
-        assert np.array_equal(extents.trash, before)
+        read_then_scale(self, extents, start, stop)
+        assert not before or np.array_equal(extents.trash, before.pop())
         ends.append(int((extents.vectors[:, 0] == extents.trash.ctypes.data).sum()))
 
-    monkeypatch.setattr(Scaler, "apply", note)
+    monkeypatch.setattr(DirectReader, "_read", note_before)
+    monkeypatch.setattr(ScalingReader, "_read_then_scale", note)
     monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
     assert_scaled(config(shards, scale_norm=True, ignore_labels=[1, 2, 4]))
     if Ring.open() is not None:

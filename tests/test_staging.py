@@ -15,9 +15,9 @@ from saev_torch.bench.machine import cached_share, drop_cache
 from saev_torch.order.selection import Selection
 from saev_torch.processes import machine as limits
 from saev_torch.reading import direct as staging
-from saev_torch.reading.direct import Stage, _fits_page_cache, reads_past_cache
-from saev_torch.reading.extents import unnoted
-from saev_torch.reading.ring import Ring
+from saev_torch.reading.direct import DirectReader, _fits_page_cache, reads_past_cache
+from saev_torch.reading.reader import Spot
+from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
 
 # Rows of 2.5 KB, so that nothing of a block is where a page begins, and shards that end within a page.
@@ -37,13 +37,13 @@ def staged(monkeypatch):
     """Let no data fit the page cache; the sizes of what went over stages of this process."""
     monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
     sizes = []
-    read = Stage.read
+    read = DirectReader._read
 
-    def note(self, store, extents, start, stop, note):
+    def note(self, extents, start, stop):
         sizes.append(int(extents.nbytes[start:stop].sum()))
-        read(self, store, extents, start, stop, note)
+        read(self, extents, start, stop)
 
-    monkeypatch.setattr(Stage, "read", note)
+    monkeypatch.setattr(DirectReader, "_read", note)
     return sizes
 
 
@@ -62,10 +62,12 @@ def test_a_stage_smaller_than_what_is_read(make_shards, staged, monkeypatch):
     """Several fillings of it, and extents that are too large for it."""
     cfg = ShuffledConfig(shards=make_shards(SPEC), layer=7, batch_size=64, buffer_size=8)
     reads = []
-    read_extents = staging.read_extents
-    monkeypatch.setattr(staging, "read_extents", lambda *args: (reads.append(args[2:4]), read_extents(*args)))
-    filled, fill = [], Stage._read
-    monkeypatch.setattr(Stage, "_read", lambda *args: (filled.append(int(args[5].sum())), fill(*args)))
+    read = RingReader._read
+    monkeypatch.setattr(RingReader, "_read", lambda *args: (reads.append(args[2:]), read(*args)))
+    filled, fill = [], DirectReader._fill_and_scatter
+    monkeypatch.setattr(
+        DirectReader, "_fill_and_scatter", lambda *args: (filled.append(int(args[4].sum())), fill(*args))
+    )
     for nbytes, beside in ((4096, True), (100_000, False)):
         reads.clear()
         filled.clear()
@@ -198,7 +200,7 @@ def test_where_nothing_is_known_the_page_cache_is_used(monkeypatch):
 
 
 def test_data_that_are_cached_are_read_from_there(make_shards, monkeypatch):
-    monkeypatch.setattr(Stage, "read", lambda *args: pytest.fail("past the page cache"))
+    monkeypatch.setattr(DirectReader, "_read", lambda *args: pytest.fail("past the page cache"))
     for layer in (7, (3, 7), "all"):
         list(contracts.make_ready(ShuffledConfig(shards=make_shards(SPEC), layer=layer)))
 
@@ -210,12 +212,12 @@ def test_only_what_is_read_counts(cold, monkeypatch):
     monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: sizes.append(nbytes) or True)
     for tokens, layer in (("content", 7), ("all", (7,)), ("content", "all")):
         selection = Selection(store.metadata, tokens, layer)
-        assert reads_past_cache(store, selection, True, unnoted)
-        assert not reads_past_cache(store, selection, False, unnoted)
+        assert reads_past_cache(store, selection, True, Spot())
+        assert not reads_past_cache(store, selection, False, Spot())
     assert set(sizes) == {spec.n_examples * 50 * 512 * 4}
     (store.shards_dir / "acts000001.bin").unlink()
     store.close()
-    assert not reads_past_cache(store, selection, True, unnoted)
+    assert not reads_past_cache(store, selection, True, Spot())
     store.close()
 
 
@@ -234,5 +236,5 @@ def test_one_of_several_layers_is_cached(make_shards):
         for example in range(20):
             os.pread(fd, size, (3 * example + 1) * size)
         os.close(fd)
-    assert [reads_past_cache(store, selection, True, unnoted) for selection in selections] == [True, False, True]
+    assert [reads_past_cache(store, selection, True, Spot()) for selection in selections] == [True, False, True]
     store.close()

@@ -8,7 +8,8 @@ from conftest import Resources
 from factory import Spec, oracle_labels
 
 from saev_torch import ConfigError, FormatError, ReadError, ShardsNotFoundError
-from saev_torch.reading import store as store_module
+from saev_torch.reading import labels
+from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 
 SPEC = Spec(n_examples=30, examples_per_shard=2)  # 15 shards, and one without examples
@@ -174,67 +175,68 @@ def test_a_shard_is_checked_again_when_it_is_opened(store):
 
 
 def test_labels(store):
-    labels = oracle_labels(SPEC)
+    wanted = oracle_labels(SPEC)
     for examples in ([], [0], [29], [3, 4, 5], [7, 3, 3, 4], [29, 0], list(range(30))):
-        got = store.read_labels(np.array(examples, dtype=np.int64))
+        got = Labels(store).of_examples(np.array(examples, dtype=np.int64))
         assert got.dtype == np.uint8
-        assert got.tolist() == labels[examples].tolist()
+        assert got.tolist() == wanted[examples].tolist()
     assert open_shards() == ["labels.bin"]
 
 
 def test_label_runs(store):
     flat = oracle_labels(SPEC).ravel()
     runs = [(0, 1), (5, 0), (179, 1), (10, 100), (10, 2)]
-    got = store.read_label_runs(*(np.array([run[i] for run in runs], dtype=np.int64) for i in (0, 1)))
+    got = Labels(store).of_runs(*(np.array([run[i] for run in runs], dtype=np.int64) for i in (0, 1)))
     assert got.tolist() == [int(x) for start, n in runs for x in flat[start : start + n]]
 
 
 def test_no_labels(make_shards):
     store = ShardStore(make_shards(labels=False))
     with pytest.raises(ConfigError, match=r"labels\.bin: expected labels, .* got no such file"):
-        store.read_labels(np.array([0]))
+        Labels(store).of_examples(np.array([0]))
 
 
 def test_small_labels_are_read_once(store):
-    wanted = store.read_labels(np.arange(SPEC.n_examples))
+    kept = Labels(store)
+    wanted = kept.of_examples(np.arange(SPEC.n_examples))
     assert wanted.tolist() == oracle_labels(SPEC).tolist()
     os.truncate(store.shards_dir / "labels.bin", 0)
-    assert store.read_labels(np.arange(SPEC.n_examples)).tolist() == wanted.tolist()
+    assert kept.of_examples(np.arange(SPEC.n_examples)).tolist() == wanted.tolist()
 
 
 def test_small_labels_that_became_shorter_before_they_were_read(store):
     os.truncate(store.shards_dir / "labels.bin", 100)
     with pytest.raises(ReadError, match=r"expected \d+ bytes at offset 0, got 100: the file became shorter"):
-        store.read_labels(np.array([0]))
+        Labels(store).of_examples(np.array([0]))
 
 
 @pytest.fixture
 def large_labels(monkeypatch):
-    monkeypatch.setattr(store_module, "_MAX_KEPT_NBYTES", 0)
+    monkeypatch.setattr(labels, "_MAX_KEPT_NBYTES", 0)
 
 
 def test_large_labels_are_read_in_runs(store, large_labels):
     flat = oracle_labels(SPEC).ravel()
     runs = [(0, 1), (5, 0), (179, 1), (10, 100), (10, 2)]
-    got = store.read_label_runs(*(np.array([run[i] for run in runs], dtype=np.int64) for i in (0, 1)))
+    got = Labels(store).of_runs(*(np.array([run[i] for run in runs], dtype=np.int64) for i in (0, 1)))
     assert got.tolist() == [int(x) for start, n in runs for x in flat[start : start + n]]
 
 
 def test_labels_that_became_shorter(store, large_labels):
-    store.read_labels(np.array([0]))
+    Labels(store).of_examples(np.array([0]))
     os.truncate(store.shards_dir / "labels.bin", 100)
-    assert store.read_labels(np.array([15])).shape == (1, 6)
+    assert Labels(store).of_examples(np.array([15])).shape == (1, 6)
     with pytest.raises(ReadError, match=r"labels\.bin: expected 6 bytes at offset 96, got 4: the file became shorter"):
-        store.read_labels(np.array([16]))
+        Labels(store).of_examples(np.array([16]))
 
 
 def test_labels_that_went_away(store):
     os.unlink(store.shards_dir / "labels.bin")
     with pytest.raises(ShardsNotFoundError, match=r"labels\.bin"):
-        store.read_labels(np.array([0]))
+        Labels(store).of_examples(np.array([0]))
 
 
 def test_labels_that_became_shorter_before_they_were_opened(store):
     os.truncate(store.shards_dir / "labels.bin", 0)
     with pytest.raises((ReadError, FormatError), match=r"labels\.bin"):
-        store.read_labels(np.array([0]))
+        Labels(store).of_examples(np.array([0]))

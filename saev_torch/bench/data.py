@@ -11,6 +11,7 @@ import numpy as np
 
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
+from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 from saev_torch.writing.writer import ShardWriter
 
@@ -132,10 +133,11 @@ def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
         return [], 0.0
     counts = np.zeros(256, dtype=np.int64)
     n, reader = store.metadata.n_examples, store.clone()
+    labels = Labels(reader)
     try:
         for start in range(0, n, _EXAMPLES_COUNTED_AT_ONCE):
             examples = np.arange(start, min(n, start + _EXAMPLES_COUNTED_AT_ONCE), dtype=np.int64)
-            counts += np.bincount(reader.read_labels(examples).ravel(), minlength=256)
+            counts += np.bincount(labels.of_examples(examples).ravel(), minlength=256)
     finally:
         reader.close()
     shares = counts / counts.sum()

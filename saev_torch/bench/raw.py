@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from saev_torch.bench.machine import opened_shards
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import resolve_layers
-from saev_torch.reading.direct import Stage
-from saev_torch.reading.extents import Extents, unnoted
-from saev_torch.reading.ring import Ring
+from saev_torch.reading.direct import DirectReader
+from saev_torch.reading.extents import Extents
+from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
 
 __all__ = ["BUFFER_NBYTES", "Piece", "Rate", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
@@ -163,21 +163,21 @@ def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, s
     # Memory that has been used before, as that of a loader that has run for a while.
     buffers = [np.ones(at_once * largest, dtype=np.uint8) for _ in rings]
 
-    def read(stage: Stage, buffer: NDArray[np.uint8]) -> int:
+    def read(reader: DirectReader, buffer: NDArray[np.uint8]) -> int:
         done = 0
         for task in tasks:
             extents = _to_extents(store, task, buffer)
-            stage.read(opened, extents, 0, len(task), unnoted)
+            reader.read(extents, 0, len(task))
             done += int(extents.nbytes.sum())
             if time.perf_counter() > deadline:
                 break
         return done
 
     with contextlib.closing(store.clone()) as opened, ThreadPoolExecutor(n_threads) as threads:
-        stages = [Stage(ring) for ring in rings]
+        readers = [DirectReader(RingReader(ring, opened)) for ring in rings]
         began = time.perf_counter()
         deadline = began + seconds
-        nbytes = sum(threads.map(read, stages, buffers))
+        nbytes = sum(threads.map(read, readers, buffers))
         return Rate(nbytes, time.perf_counter() - began)
 
 

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from saev_torch.errors import SaevTorchError
 from saev_torch.order.selection import Selection
 from saev_torch.processes.machine import memory
-from saev_torch.reading.extents import Extents, Note, opened_shards, read_extents, split_extents
-from saev_torch.reading.ring import Ring
+from saev_torch.reading.extents import Extents
+from saev_torch.reading.reader import Reader, Spot
+from saev_torch.reading.ring import RingReader
 from saev_torch.reading.slots import Slot
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["Stage", "reads_past_cache"]
+__all__ = ["DirectReader", "reads_past_cache"]
 
 _Int64s = NDArray[np.int64]
 
@@ -38,17 +39,17 @@ _STAGE_NBYTES = 8 << 20
 _N_PROBES, _CACHED_SHARE = 32, 0.2
 
 
-def reads_past_cache(store: ShardStore, selection: Selection, is_only: bool, note: Note) -> bool:
+def reads_past_cache(store: ShardStore, selection: Selection, is_only: bool, spot: Spot) -> bool:
     """Decide whether to read past the page cache; see the module. This opens some files, which may take its time.
 
     Args:
         store: Where to read from.
         selection: What is read.
         is_only: Whether the data may not be read again: in a first epoch, or where somebody asks for statistics.
-        note: See `read_extents`.
+        spot: Told what is looked at.
     """
     nbytes = selection.n_samples * selection.sample_nbytes
-    return not _fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, note))
+    return not _fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, spot))
 
 
 def _fits_page_cache(nbytes: int) -> bool:
@@ -58,7 +59,7 @@ def _fits_page_cache(nbytes: int) -> bool:
         return True
 
 
-def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
+def _is_cached(store: ShardStore, selection: Selection, spot: Spot) -> bool:
     """Whether a part of the data worth speaking of is in the page cache, by samples from all over; True if unknown."""
     samples = np.linspace(0, selection.n_samples - 1, min(_N_PROBES, selection.n_samples)).astype(np.int64)
     n_cached, state = 0, ctypes.c_ubyte()
@@ -67,7 +68,7 @@ def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
         offsets = rows * selection.md.row_nbytes // mmap.PAGESIZE * mmap.PAGESIZE
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
             # To ask by a read that must not wait would start one.
-            note(functools.partial(tuple[int, int], (shard, offset)))
+            spot.set(functools.partial(tuple[int, int], (shard, offset)))
             with store.opened(shard) as fd:
                 page = np.frombuffer(mmap.mmap(fd, mmap.PAGESIZE, prot=mmap.PROT_READ, offset=offset), dtype=np.uint8)
             failed = _mincore(page.ctypes.data, mmap.PAGESIZE, ctypes.byref(state))
@@ -81,27 +82,22 @@ def _is_cached(store: ShardStore, selection: Selection, note: Note) -> bool:
     return n_cached >= _CACHED_SHARE * len(samples)
 
 
-class Stage:
-    """Memory of one thread that blocks are read to before their rows go to their places.
+class DirectReader(Reader):
+    """Reads blocks past the page cache to memory of one thread, and from there to the places of their rows.
 
     Args:
-        ring: The thread's ring.
+        ring_reader: Its ring is used; and it reads what is too large here, or fails.
     """
 
-    def __init__(self, ring: Ring) -> None:
-        self._ring = ring
-        self._slot = Slot(_STAGE_NBYTES, shared=True)
+    def __init__(self, ring_reader: RingReader) -> None:
+        super().__init__(ring_reader.store, ring_reader.pace, ring_reader.spot)
+        self._reader, self._ring = ring_reader, ring_reader.ring
+        self._stage = Slot(_STAGE_NBYTES, shared=True)
 
-    def read(self, store: ShardStore, extents: Extents, start: int, stop: int, note: Note) -> None:
-        """Read a range of extents to their places; see `read_extents`, which also reads what fails here.
+    def announce(self, extents: Extents, start: int, stop: int) -> None:
+        """Nothing to ask for: what the kernel reads ahead goes to the page cache."""
 
-        Args:
-            store: Where to read from.
-            extents: What to read.
-            start: First extent.
-            stop: One past the last extent.
-            note: See `read_extents`.
-        """
+    def _read(self, extents: Extents, start: int, stop: int) -> None:
         lows = extents.offsets[start:stop] // _ALIGN * _ALIGN
         sizes = -(-(extents.offsets[start:stop] + extents.nbytes[start:stop]) // _ALIGN) * _ALIGN - lows
         ends = np.cumsum(sizes)
@@ -110,28 +106,26 @@ class Stage:
             begin = int(ends[first] - sizes[first])
             most = int(np.searchsorted(ends, begin + _STAGE_NBYTES, side="right")) - first
             most = max(1, min(most, self._ring.n_entries))
-            last = next(split_extents(extents, start + first, stop, most))[1] - start
+            last = next(extents.split(start + first, stop, most))[1] - start
             if sizes[first] > _STAGE_NBYTES:
-                read_extents(store, extents, start + first, start + last, note, self._ring)
+                self._reader._read(extents, start + first, start + last)
             else:
-                part = slice(first, last)
-                self._read(store, extents, start + first, lows[part], sizes[part], note)
+                self._fill_and_scatter(extents, start + first, lows[first:last], sizes[first:last])
             first = last
 
-    def _read(self, store: ShardStore, extents: Extents, first: int, lows: _Int64s, sizes: _Int64s, note: Note) -> None:
+    def _fill_and_scatter(self, extents: Extents, first: int, lows: _Int64s, sizes: _Int64s) -> None:
         n = len(lows)
         part = slice(first, first + n)
-        places = np.cumsum(sizes) - sizes
-        vectors = np.stack((places + self._slot.address, sizes), axis=1)
-        turns, ones = np.arange(n, dtype=np.int64), np.ones(n, dtype=np.int64)
-        with opened_shards(store, extents, first, first + n, note, direct=True) as fds:
-            note(functools.partial(extents.where_on_ring, first, first + n, self._ring))
-            got = self._ring.read(fds, vectors, turns, ones, lows)
+        starts = np.cumsum(sizes) - sizes
+        vectors = np.stack((starts + self._stage.address, sizes), axis=1)
+        with self.opened(extents, first, first + n, direct=True) as fds:
+            self._reader.watch(extents, first, first + n)
+            got = self._ring.read(fds, vectors, np.arange(n), np.ones(n, dtype=np.int64), lows)
         skipped = extents.offsets[part] - lows
         # A file may end before the last whole page.
         complete = got >= skipped + extents.nbytes[part]
-        fds[:] = self._slot.fd
-        offsets = np.where(complete, self._slot.file_offset + places + skipped, 0)
+        fds[:] = self._stage.fd
+        offsets = np.where(complete, self._stage.file_offset + starts + skipped, 0)
         got = self._ring.read(fds, extents.vectors, extents.firsts[part], extents.counts[part], offsets)
         for i in np.flatnonzero(~complete | (got != extents.nbytes[part])).tolist():
-            read_extents(store, extents, first + i, first + i + 1, note)
+            self._reader._read(extents, first + i, first + i + 1)

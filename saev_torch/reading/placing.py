@@ -63,14 +63,13 @@ class Placed:
                 opened.labels[rows] = dealt[positions]
 
 
-def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection, sample_nbytes: int) -> Placed:
+def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection) -> Placed:
     """Work out where every row of a step goes, and tell each batch which cells it holds.
 
     Args:
         step: What to read; it has loads.
         opened: The batches that are open, by number.
         selection: Which samples there are.
-        sample_nbytes: Size of a sample's activations in bytes.
     """
     chunks = [load.chunk for load in step.loads]
     starts, lengths = (np.concatenate(x) for x in zip(*((c.starts, c.lengths) for c in chunks), strict=True))
@@ -84,7 +83,7 @@ def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection, sam
     targets = list(_targets(step, opened))
     for batch, positions, rows in targets:
         batch.cells[rows] = dealt[positions]
-        addresses[positions] = rows * sample_nbytes + batch.slot.address
+        addresses[positions] = rows * selection.sample_nbytes + batch.slot.address
     addresses = addresses[on_disk]
     if not addresses.all():
         wanted = np.flatnonzero(addresses)

@@ -21,12 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
+from saev_torch.reading.extents import Extents
+from saev_torch.reading.pace import Pace
+from saev_torch.reading.reader import CallReader, Spot
+from saev_torch.reading.store import ShardStore
 
-__all__ = ["Ring"]
+__all__ = ["Ring", "RingReader"]
 
 _Int64s = NDArray[np.int64]
 
 _N_ENTRIES = 512
+# Fewer reads than this are not worth the arguments of a ring.
+_MIN_ON_RING = 8
 _SETUP, _ENTER = 425, 426
 _GET_EVENTS = 1
 # Completions wait until the thread asks for them, instead of interrupting it (Linux 5.19).
@@ -163,3 +169,35 @@ class Ring:
         pending = np.ones(self.n_entries, dtype=bool)
         pending[self._look()["number"].astype(np.int64)] = False
         return min(int(pending.argmax()), n - 1)
+
+
+class RingReader(CallReader):
+    """Many reads in one call, on a ring; single calls for a few.
+
+    Args:
+        ring: The thread's ring.
+        store: Where to read from.
+        pace: See `Reader`.
+        spot: See `Reader`.
+    """
+
+    def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
+        super().__init__(store, pace, spot)
+        self.ring = ring
+
+    def _read(self, extents: Extents, start: int, stop: int) -> None:
+        if stop - start < _MIN_ON_RING:
+            super()._read(extents, start, stop)
+            return
+        for first, last in extents.split(start, stop, self.ring.n_entries):
+            part = slice(first, last)
+            with self.opened(extents, first, last) as fds:
+                self.watch(extents, first, last)
+                got = self.ring.read(
+                    fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part]
+                )
+            self._finish(extents, first, got, 0)
+
+    def watch(self, extents: Extents, first: int, last: int) -> None:
+        """Let the spot be the first of these extents that the ring has not read yet."""
+        self.spot.set(lambda: extents.where(first + self.ring.first_pending(last - first)))

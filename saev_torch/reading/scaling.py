@@ -9,52 +9,59 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.reading.compiled import ScaleKernels, find_scale_kernels
-from saev_torch.reading.extents import Extents, Note, opened_shards, read_extents, split_extents
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.compiled import ScaleKernels
+from saev_torch.reading.direct import DirectReader
+from saev_torch.reading.extents import Extents
+from saev_torch.reading.reader import Reader
 
-__all__ = ["Scaler"]
+__all__ = ["ScalingReader"]
 
 # No number of bytes, and no error.
 _PENDING = np.iinfo(np.int64).min
 
 
-class Scaler:
-    """Multiplies what extents are read to by one number. Threads may share it.
+class ScalingReader(Reader):
+    """Multiplies what another reader reads by one number.
 
     Args:
+        reader: The other one. It also reads what fails here.
         by: The number; float32, as the activations.
         kernels: What `find_scale_kernels` found.
     """
 
-    def __init__(self, by: float, kernels: ScaleKernels) -> None:
+    def __init__(self, reader: Reader, by: float, kernels: ScaleKernels) -> None:
+        super().__init__(reader.store, reader.pace, reader.spot)
+        self._reader = reader
         self._by = np.float32(by)
         self._scale_places, self._read_and_scale = kernels
 
-    @classmethod
-    def find(cls, by: float | None) -> "Scaler | None":
-        """Make one, where there is something to multiply by, and the means to do it."""
-        kernels = None if by is None else find_scale_kernels()
-        return None if by is None or kernels is None else cls(by, kernels)
+    def announce(self, extents: Extents, start: int, stop: int) -> None:
+        """Let the other reader announce."""
+        self._reader.announce(extents, start, stop)
 
-    def apply(self, extents: Extents, start: int, stop: int) -> None:
-        """Multiply a range of extents that have been read to their places."""
+    def _read(self, extents: Extents, start: int, stop: int) -> None:
+        # One extent after the other, which a disk does not like.
+        if isinstance(self._reader, DirectReader) or (self.pace is not None and self.pace.is_slow):
+            self._read_then_scale(extents, start, stop)
+        else:
+            self._read_scaling(extents, start, stop)
+
+    def _read_then_scale(self, extents: Extents, start: int, stop: int) -> None:
+        self._reader._read(extents, start, stop)
         self._scale_places(extents.vectors_of(start, stop), extents.trash.ctypes.data, self._by)
 
-    def read(self, store: ShardStore, extents: Extents, start: int, stop: int, note: Note) -> None:
-        """Read a range of extents and multiply them; see `read_extents`, which also reads what fails here."""
-        for first, last in split_extents(extents, start, stop, stop - start):
+    def _read_scaling(self, extents: Extents, start: int, stop: int) -> None:
+        for first, last in extents.split(start, stop, stop - start):
             part = slice(first, last)
             got = np.full(last - first, _PENDING)
-            with opened_shards(store, extents, first, last, note) as fds:
-                note(functools.partial(_where, extents, first, got))
+            with self.opened(extents, first, last) as fds:
+                self.spot.set(functools.partial(_where, extents, first, got))
                 self._read_and_scale(
                     fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part],
                     extents.nbytes[part], got, extents.trash.ctypes.data, self._by,
                 )  # fmt: skip
             for i in np.flatnonzero(got != extents.nbytes[part]).tolist():
-                read_extents(store, extents, first + i, first + i + 1, note)
-                self.apply(extents, first + i, first + i + 1)
+                self._read_then_scale(extents, first + i, first + i + 1)
 
 
 def _where(extents: Extents, first: int, got: NDArray[np.int64]) -> tuple[int, int]:

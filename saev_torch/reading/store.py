@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import itertools
 import os
 import resource
 import threading
@@ -19,28 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from saev_torch.errors import ConfigError, FormatError, ReadError
+from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes
-from saev_torch.order.runs import expand_runs
 from saev_torch.reading.retries import Retries
 
-__all__ = ["ShardStore"]
-
-_pread = ctypes.CDLL(None, use_errno=True).pread
-_pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
-_pread.restype = ctypes.c_ssize_t
+__all__ = ["LABELS_IDX", "ShardStore"]
 
 _Key = tuple[int, bool]
 """Number of a shard, and whether it is read past the page cache."""
 
-_LABELS = -1
+LABELS_IDX = -1
+"""Stands for labels.bin where the number of a shard is expected."""
+
 _MAX_OPEN = 256
-# A labels.bin up to this size is kept in memory once read: a block's few labels cost a read as dear as its activations.
-_MAX_KEPT_NBYTES = 32 << 20
+_UNKNOWN = -1, -1
 
 
 def _limit_open() -> int:
@@ -94,8 +88,6 @@ class ShardStore:
     def _forget(self) -> None:
         self.retries = Retries()
         self._lock = threading.Lock()
-        self._labels_lock = threading.Lock()
-        self._labels: NDArray[np.uint8] | None = None
         # -> [descriptor, users], least recently used first.
         self._open: collections.OrderedDict[_Key, list[int]] = collections.OrderedDict()
         self._limit = _limit_open()
@@ -108,23 +100,28 @@ class ShardStore:
         self.__dict__.update(state)
         self._forget()
 
+    @classmethod
+    def of(cls, shards_dir: Path, metadata: Metadata, shards: ShardInfo) -> "ShardStore":
+        """A store on tables that were loaded before. No file is looked at until it is opened."""
+        store = object.__new__(cls)
+        store.shards_dir, store.metadata, store.shards = shards_dir, metadata, shards
+        store.has_labels = os.path.lexists(shards_dir / LABELS_NAME)
+        store.identities = np.full((len(shards), 2), _UNKNOWN, dtype=np.int64)
+        store._forget()
+        return store
+
     def clone(self) -> "ShardStore":
         """Another store on the same directory, with descriptors of its own; nothing is checked again yet."""
         other = object.__new__(ShardStore)
         other.__setstate__(self.__getstate__())
         return other
 
-    @property
-    def labels_idx(self) -> int:
-        """What stands for labels.bin where the number of a shard is expected."""
-        return _LABELS
-
     def path(self, shard_idx: int) -> Path:
         """Path of a shard, for messages."""
         return self.shards_dir / self._name(shard_idx)
 
     def _name(self, shard_idx: int) -> str:
-        return LABELS_NAME if shard_idx == _LABELS else self.shards[shard_idx].name
+        return LABELS_NAME if shard_idx == LABELS_IDX else self.shards[shard_idx].name
 
     @contextlib.contextmanager
     def opened(self, shard_idx: int, direct: bool = False) -> Iterator[int]:
@@ -200,12 +197,13 @@ class ShardStore:
     def _open_checked(self, shard_idx: int, direct: bool) -> int:
         fd = open_regular(self.shards_dir, self._name(shard_idx))
         try:
-            if shard_idx != _LABELS:
+            if shard_idx != LABELS_IDX:
                 stat = os.fstat(fd)
                 check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, stat.st_size)
                 # One of the two alone proves nothing: `touch` changes the time, and some file systems number anew.
-                inode, written = self.identities[shard_idx].tolist()
-                if ctypes.c_int64(stat.st_ino).value != inode and ctypes.c_int64(stat.st_mtime_ns).value != written:
+                known = tuple(self.identities[shard_idx].tolist())
+                inode, written = ctypes.c_int64(stat.st_ino).value, ctypes.c_int64(stat.st_mtime_ns).value
+                if known != _UNKNOWN and inode != known[0] and written != known[1]:
                     raise FormatError(
                         f"{self.path(shard_idx)}: expected the file that was checked, got another one: it was replaced "
                         "while it was in use; start again, so that all of the directory is checked."
@@ -224,100 +222,6 @@ class ShardStore:
         unused = [key for key, (_, users) in self._open.items() if not users]
         for key in unused[: max(0, len(self._open) - keep)]:
             os.close(self._open.pop(key)[0])
-
-    def read_labels(self, examples: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Read the labels of examples.
-
-        Args:
-            examples: `[m] int64`, fastest where they ascend.
-
-        Returns:
-            `[m, content_tokens_per_example] uint8`.
-
-        Raises:
-            ConfigError: There is no labels.bin.
-            ReadError: Reading failed, or the file became shorter.
-        """
-        width = self.metadata.content_tokens_per_example
-        if not self.has_labels:
-            raise ConfigError(
-                f"{self.shards_dir / LABELS_NAME}: expected labels, because labels are asked for, got no such file; "
-                "leave ignore_labels empty, or use shards with labels."
-            )
-        nbytes = self.metadata.n_examples * width
-        if nbytes <= _MAX_KEPT_NBYTES:
-            return self._keep_labels(nbytes).reshape(-1, width)[examples]
-        starts = np.flatnonzero(np.diff(examples, prepend=-2) != 1)
-        lengths = np.diff(np.append(starts, len(examples)))
-        return self.read_label_runs(examples[starts] * width, lengths * width).reshape(len(examples), width)
-
-    def read_label_runs(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Read runs of bytes of labels.bin.
-
-        Args:
-            starts: `[n_runs] int64`, offset of each run in the file.
-            lengths: `[n_runs] int64`, bytes of each run.
-
-        Returns:
-            `[sum of lengths] uint8`, one run after the other.
-
-        Raises:
-            ReadError: Reading failed, or the file became shorter.
-        """
-        ends = np.cumsum(lengths)
-        nbytes = self.metadata.n_examples * self.metadata.content_tokens_per_example
-        if nbytes <= _MAX_KEPT_NBYTES:
-            return self._keep_labels(nbytes)[expand_runs(starts, lengths)]
-        labels = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
-        addresses = labels.ctypes.data + ends - lengths
-        wanted = lengths.tolist()
-        with self.opened(_LABELS) as fd:
-            got = list(map(_pread, itertools.repeat(fd), addresses.tolist(), wanted, starts.tolist()))
-        if got != wanted:
-            code = ctypes.get_errno()
-            for first, length, end, n in zip(starts.tolist(), wanted, ends.tolist(), got, strict=True):
-                if n != length:
-                    self._read_rest(labels[end - length : end], first, n, code)
-        return labels
-
-    def _keep_labels(self, nbytes: int) -> NDArray[np.uint8]:
-        """Read all of labels.bin, the first time."""
-        with self._labels_lock:
-            if self._labels is None:
-                labels = np.empty(nbytes, dtype=np.uint8)
-                with self.opened(_LABELS) as fd:
-                    n = _pread(fd, labels.ctypes.data, nbytes, 0)
-                    code = ctypes.get_errno()
-                if n != nbytes:
-                    self._read_rest(labels, 0, n, code)
-                self._labels = labels
-            return self._labels
-
-    def _read_rest(self, labels: NDArray[np.uint8], offset: int, n: int, code: int) -> None:
-        """Finish a run whose first read returned `n`, trying again where that may help."""
-        path, nbytes = self.path(_LABELS), len(labels)
-        done = tries = 0
-        while True:
-            if n > 0:
-                done += n
-            elif n == 0:
-                raise ReadError(
-                    f"{path}: expected {nbytes} bytes at offset {offset}, got {done}: the file became shorter while it "
-                    "was in use; copy it again and start again."
-                )
-            elif self.retries.again(path, offset, code, tries):
-                tries += 1
-                self.drop(_LABELS)
-            else:
-                raise ReadError(
-                    f"{path}: reading {nbytes} bytes at offset {offset} failed after {tries + 1} tries: "
-                    f"{os.strerror(code)}; check the file system."
-                )
-            if done == nbytes:
-                return
-            with self.opened(_LABELS) as fd:
-                n = _pread(fd, labels.ctypes.data + done, nbytes - done, offset + done)
-                code = ctypes.get_errno()
 
     def close(self) -> None:
         """Close all descriptors that no thread is reading from; those follow when their read returns."""

@@ -18,6 +18,7 @@ from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection, resolve_layers
+from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.cached import get_or_make, load_arrays, make_fingerprint, save_arrays
 from saev_torch.stats.moments import Moments
@@ -181,7 +182,7 @@ def _compute(
     ignore_labels = sorted(set(cfg.ignore_labels)) if isinstance(cfg, ShuffledConfig) else []
     store = ShardStore(cfg.shards)
     try:
-        selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, store.read_labels)
+        selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, Labels(store).of_examples)
         what = [_VERSION, cfg.tokens, selection.layer_idxs, selection.layer_is_all, ignore_labels]
         if n_sampled is not None and n_sampled < selection.n_samples:
             what += [n_sampled, seed]

@@ -12,6 +12,7 @@ from saev_torch.format.checksums import CHECKSUMS_NAME
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import shard_nbytes
 from saev_torch.indexed import IndexedDataset
+from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 
 __all__ = ["LayerSample", "Overview", "overlook"]
@@ -85,11 +86,11 @@ def overlook(shards_dir: Path) -> Overview:
 
 
 def _count_labels(store: ShardStore) -> npt.NDArray[np.int64]:
-    counts = np.zeros(256, dtype=np.int64)
+    counts, labels = np.zeros(256, dtype=np.int64), Labels(store)
     n_examples = store.metadata.n_examples
     for start in range(0, n_examples, _EXAMPLES_PER_READ):
         examples = np.arange(start, min(n_examples, start + _EXAMPLES_PER_READ))
-        counts += np.bincount(store.read_labels(examples).ravel(), minlength=256)
+        counts += np.bincount(labels.of_examples(examples).ravel(), minlength=256)
     return counts
 
 

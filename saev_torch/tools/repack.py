@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from saev_torch.errors import ConfigError, FormatError, ReadError
+from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
 from saev_torch.format.metadata import PROTOCOL, Metadata
 from saev_torch.format.shards import shard_nbytes
+from saev_torch.reading.extents import make_extents
+from saev_torch.reading.labels import Labels
+from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
@@ -72,7 +74,7 @@ def repack(
     if new == old and list(chosen) == list(range(old.n_examples)):
         raise ConfigError("layers, examples, max_tokens_per_shard: expected a change, got what the source has.")
     has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
-    reader = _Reader(store, [old.layers.index(layer) for layer in layers])
+    source = _Examples(store, [old.layers.index(layer) for layer in layers])
     checksums = Checksums.load(store.shards_dir, old) if has_checksums else None
     n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
     try:
@@ -82,9 +84,9 @@ def repack(
         ):
             for start in range(0, len(chosen), n_fit):
                 part = np.array(chosen[start : start + n_fit], dtype=np.int64)
-                acts, labels = reader.read(part)
+                acts, labels = source.read(part)
                 if checksums is not None:
-                    reader.compare(checksums, part, acts)
+                    source.compare(checksums, part, acts)
                 writer.write_batch(acts, start, labels)
                 bar.update(acts.nbytes)
     finally:
@@ -92,56 +94,26 @@ def repack(
     return writer.shards_dir
 
 
-class _Reader:
+class _Examples:
+    """Examples of a store, some of their layers, read in any order."""
+
     def __init__(self, store: ShardStore, layer_idxs: list[int]) -> None:
         self._store, self._md, self._layer_idxs = store, store.metadata, layer_idxs
-        self._all = layer_idxs == list(range(self._md.n_layers))
-        self._firsts = list(itertools.accumulate((shard.n_examples for shard in store.shards), initial=0))
+        self._reader, self._labels = Source(store).open_reader(), Labels(store)
 
     def read(self, examples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
+        """Read the activations of examples, `[n, n_layers, tokens_per_example, d_model]`, and their labels."""
         md = self._md
         shape = (len(examples), len(self._layer_idxs), md.tokens_per_example, md.d_model)
         acts = np.empty(shape, dtype=md.value_type.storage)
-        for at, shard_idx, row, n in self._runs(examples):
-            with self._store.opened(shard_idx) as fd:
-                if self._all:
-                    self._read_into(fd, shard_idx, acts[at : at + n], shard_nbytes(md, row))
-                    continue
-                block = md.example_nbytes // md.n_layers
-                for i in range(n):
-                    for j, layer_idx in enumerate(self._layer_idxs):
-                        offset = ((row + i) * md.n_layers + layer_idx) * block
-                        self._read_into(fd, shard_idx, acts[at + i, j], offset)
-        return acts, self._labels(examples)
-
-    def _labels(self, examples: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8] | None:
-        return self._store.read_labels(examples) if self._store.has_labels else None
-
-    def _runs(self, examples: npt.NDArray[np.int64]) -> list[tuple[int, int, int, int]]:
-        """Cut into runs of consecutive examples of one shard: place in the batch, shard, row in it, length."""
-        runs = []
-        at = 0
-        while at < len(examples):
-            shard_idx, row = divmod(int(examples[at]), self._md.examples_per_shard)
-            end = self._firsts[shard_idx + 1]
-            n = 1
-            while at + n < len(examples) and examples[at + n] == examples[at] + n < end:
-                n += 1
-            runs.append((at, shard_idx, row, n))
-            at += n
-        return runs
-
-    def _read_into(self, fd: int, shard_idx: int, rows: npt.NDArray[np.float32], offset: int) -> None:
-        view = rows.data.cast("B")
-        done, path = 0, self._store.path(shard_idx)
-        while done < len(view):
-            try:
-                n = os.preadv(fd, [view[done:]], offset + done)
-            except OSError as err:
-                raise ReadError(f"{path}: reading at byte {offset} failed: {err.strerror}") from err
-            if n == 0:
-                raise ReadError(f"{path}: expected {len(view)} bytes at {offset}, got {done}: it became shorter")
-            done += n
+        # A row is one layer of one example.
+        shards, firsts = np.divmod(examples, md.examples_per_shard)
+        rows = (firsts[:, None] * md.n_layers + np.array(self._layer_idxs)).ravel()
+        row_nbytes = md.example_nbytes // md.n_layers
+        places = acts.ctypes.data + row_nbytes * np.arange(len(rows))
+        extents = make_extents(np.repeat(shards, len(self._layer_idxs)), rows, places, row_nbytes)
+        self._reader.read(extents, 0, len(extents.nbytes))
+        return acts, self._labels.of_examples(examples) if self._store.has_labels else None
 
     def compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[np.float32]) -> None:
         expected = checksums.acts[examples][:, self._layer_idxs]

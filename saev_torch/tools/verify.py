@@ -3,28 +3,36 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import threading
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError
+from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
 from saev_torch.format.files import open_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, labels_nbytes
+from saev_torch.processes.world import count_cores
+from saev_torch.reading.crew import Task, run_tasks
+from saev_torch.reading.extents import Extents
+from saev_torch.reading.pace import Pace
+from saev_torch.reading.reader import Reader
+from saev_torch.reading.source import Source
+from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.writing.progress import Progress
 
 __all__ = ["Fault", "VerifyReport", "add_arguments", "run", "verify"]
 
 EXIT_FAULTS = 1
 _PIECE_NBYTES = 1 << 20  # Read and checked while it is still in the cache of the core.
-_LABELS = -1
+_N_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +121,7 @@ class _Verification:
         self.n_blocks = 0
         self.has_labels = False
         self._lock = threading.Lock()
+        self._threads = threading.local()
 
     def run(self, progress: bool | None, n_threads: int) -> VerifyReport:
         try:
@@ -127,15 +136,25 @@ class _Verification:
         except (FormatError, ShardsNotFoundError) as err:
             self._blame(SHARDS_NAME, str(err))
             return self._report(0)
-        pieces = list(self._plan_files())
+        files = list(self._plan_files())
         # Without checksums and without a question about values there is nothing to read.
-        nbytes = sum(nbytes for _, _, _, nbytes in pieces) if self.checksums is not None or self.finite else 0
+        nbytes = sum(nbytes for _, _, _, nbytes in files) if self.checksums is not None or self.finite else 0
         if nbytes:
-            with Progress(nbytes, "verifying", "B", progress) as bar, ThreadPoolExecutor(n_threads) as pool:
-                todo = self._plan_pieces(pieces)
-                for done in [pool.submit(self._work, todo, bar) for _ in range(n_threads)]:
-                    done.result()
+            self._read_all(files, nbytes, progress, n_threads)
         return self._report(nbytes)
+
+    def _read_all(
+        self, files: list[tuple[int, str, int, int]], nbytes: int, progress: bool | None, n_threads: int
+    ) -> None:
+        source, pieces = Source(ShardStore.of(self.shards_dir, self.md, self.info)), self._plan_pieces(files)
+        self._largest = max(_PIECE_NBYTES, self.md.example_nbytes, self.md.content_tokens_per_example)
+        batches = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
+        try:
+            with Progress(nbytes, "verifying", "B", progress) as bar:
+                tasks = (Task(functools.partial(self._read_and_check, batch, bar)) for batch in batches)
+                run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
+        finally:
+            source.store.close()
 
     def _report(self, nbytes: int) -> VerifyReport:
         faults = [fault for _, fault in sorted(self.faults, key=lambda pair: pair[0])]
@@ -181,7 +200,7 @@ class _Verification:
             if nbytes != expected:
                 self._blame(LABELS_NAME, f"expected {expected} bytes, got {nbytes}; copy it again", len(self.info))
             elif is_expected:
-                yield _LABELS, LABELS_NAME, self.md.n_examples, nbytes
+                yield LABELS_IDX, LABELS_NAME, self.md.n_examples, nbytes
 
     def _file_nbytes(self, name: str) -> int:
         fd = open_regular(self.shards_dir, name)
@@ -193,8 +212,8 @@ class _Verification:
     def _plan_pieces(self, files: list[tuple[int, str, int, int]]) -> Iterator[_Piece]:
         firsts = [0, *itertools.accumulate(shard.n_examples for shard in self.info)]
         for file_idx, name, n_examples, nbytes in files:
-            width = self.md.content_tokens_per_example if file_idx == _LABELS else self.md.example_nbytes
-            first = 0 if file_idx == _LABELS else firsts[file_idx]
+            width = self.md.content_tokens_per_example if file_idx == LABELS_IDX else self.md.example_nbytes
+            first = 0 if file_idx == LABELS_IDX else firsts[file_idx]
             step = max(1, _PIECE_NBYTES // width)
             for at in range(0, n_examples, step):
                 n = min(step, n_examples - at)
@@ -202,47 +221,20 @@ class _Verification:
             for at in range(n_examples * width, nbytes, _PIECE_NBYTES):
                 yield _Piece(file_idx, name, at, 0, at, min(_PIECE_NBYTES, nbytes - at))
 
-    def _work(self, todo: Iterator[_Piece], bar: Progress) -> None:
-        buffer = bytearray()
-        fd, name = -1, ""
-        try:
-            while True:
-                with self._lock:
-                    piece = next(todo, None)
-                if piece is None:
-                    return
-                if piece.name != name:
-                    if fd >= 0:
-                        os.close(fd)
-                    fd, name = -1, piece.name
-                    fd = open_regular(self.shards_dir, name)
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                if len(buffer) < piece.nbytes:
-                    buffer = bytearray(piece.nbytes)
-                view = memoryview(buffer)[: piece.nbytes]
-                self._read(fd, view, piece)
-                found, n_blocks = self._check(piece, view)
-                with self._lock:
-                    self.faults += found
-                    self.n_blocks += n_blocks
-                    bar.update(piece.nbytes)
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-    def _read(self, fd: int, view: memoryview, piece: _Piece) -> None:
-        path, done = self.shards_dir / piece.name, 0
-        while done < len(view):
-            try:
-                n = os.preadv(fd, [view[done:]], piece.offset + done)
-            except OSError as err:
-                raise ReadError(f"{path}: reading at byte {piece.offset} failed: {err.strerror}") from err
-            if n == 0:
-                raise ReadError(f"{path}: expected {len(view)} bytes at {piece.offset}, got {done}: it became shorter")
-            done += n
+    def _read_and_check(self, pieces: list[_Piece], bar: Progress, reader: Reader) -> None:
+        """Read pieces one after the other to the same memory, and check each while it is in the cache of the core."""
+        memory = self._threads.__dict__.setdefault("memory", np.empty(self._largest, dtype=np.uint8))
+        extents = _to_extents(pieces, memory)
+        for i, piece in enumerate(pieces):
+            reader.read(extents, i, i + 1)
+            found, n_blocks = self._check(piece, memory[: piece.nbytes].data)
+            with self._lock:
+                self.faults += found
+                self.n_blocks += n_blocks
+                bar.update(piece.nbytes)
 
     def _check(self, piece: _Piece, view: memoryview) -> tuple[list[tuple[tuple[int, int], Fault]], int]:
-        order = len(self.info) if piece.file_idx == _LABELS else piece.file_idx
+        order = len(self.info) if piece.file_idx == LABELS_IDX else piece.file_idx
         faults: list[tuple[tuple[int, int], Fault]] = []
 
         def blame(what: str, offset: int, example: int | None, layer: int | None = None) -> None:
@@ -252,15 +244,15 @@ class _Verification:
             if self.checksums is not None and np.frombuffer(view, np.uint8).any():
                 blame("expected zeros behind the last example, got others", piece.offset, None)
             return faults, 0
-        n_parts = 1 if piece.file_idx == _LABELS else self.md.n_layers
+        n_parts = 1 if piece.file_idx == LABELS_IDX else self.md.n_layers
         width = piece.nbytes // (piece.n * n_parts)
         sums, checksum = None, find_algorithm("crc32")
         if self.checksums is not None:
             checksum = find_algorithm(self.checksums.algorithm)
-            sums = self.checksums.labels if piece.file_idx == _LABELS else self.checksums.acts
+            sums = self.checksums.labels if piece.file_idx == LABELS_IDX else self.checksums.acts
         for i in range(piece.n * n_parts):
             example, part = piece.first + i // n_parts, i % n_parts
-            layer = None if piece.file_idx == _LABELS else self.md.layers[part]
+            layer = None if piece.file_idx == LABELS_IDX else self.md.layers[part]
             block = view[i * width : (i + 1) * width]
             if sums is not None:
                 expected, got = int(sums.flat[example * n_parts + part]), checksum(block)
@@ -271,6 +263,20 @@ class _Verification:
                 if n_bad:
                     blame(f"expected finite values, got {n_bad} that are not", piece.offset + i * width, example, layer)
         return faults, piece.n * n_parts if sums is not None else 0
+
+
+def _to_extents(pieces: list[_Piece], memory: np.ndarray[Any, np.dtype[np.uint8]]) -> Extents:
+    """Each piece as an extent of its own, to the same memory."""
+    n, nbytes = len(pieces), np.array([piece.nbytes for piece in pieces])
+    return Extents(
+        vectors=np.stack((np.full(n, memory.ctypes.data), nbytes), axis=1),
+        trash=memory[:0],
+        shards=np.array([piece.file_idx for piece in pieces]),
+        firsts=np.arange(n),
+        counts=np.ones(n, dtype=np.int64),
+        offsets=np.array([piece.offset for piece in pieces]),
+        nbytes=nbytes,
+    )
 
 
 def _compare(expected: int, got: int) -> str:

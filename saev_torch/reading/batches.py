@@ -1,0 +1,191 @@
+"""The batches that are open: being read, or read and not handed out. Their number bounds the memory."""
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from saev_torch.errors import StalledReadError
+from saev_torch.order.steps import Step
+from saev_torch.processes.counters import Waits
+from saev_torch.reading.placing import OpenBatch
+from saev_torch.reading.slots import Slot, SlotPool
+
+__all__ = ["Batches", "Running"]
+
+_N_SPARE = 2
+_MAX_TAKEN = 4
+# Another process lets go of a batch without telling.
+_POLL_S = 0.002
+
+
+@dataclasses.dataclass
+class Running:
+    """A step whose tasks are not all done.
+
+    Attributes:
+        step: The step.
+        n_tasks: Tasks that are left.
+    """
+
+    step: Step
+    n_tasks: int
+
+
+class Batches:
+    """Batches from the time that they are opened by one thread, and read by others, until a consumer takes them.
+
+    Args:
+        pool: Memory for batches.
+        max_open: Batches that may be open at a time.
+        timeout_s: Seconds to wait for a batch.
+        n_fills: Steps that fill a lane, to complete before the first batch.
+        describe_stall: Says what is being read.
+
+    Attributes:
+        open: The open batches, by number.
+        waits: What was waited for.
+    """
+
+    def __init__(
+        self, pool: SlotPool, max_open: int, timeout_s: float, n_fills: int, describe_stall: Callable[[], str]
+    ) -> None:
+        self.open: dict[int, OpenBatch] = {}
+        self.waits = Waits()
+        self._pool, self._max_open, self._timeout_s = pool, max_open, timeout_s
+        self._fills_wanted = n_fills
+        self._describe_stall = describe_stall
+        self._lock = threading.Lock()
+        self._has_room = threading.Condition(self._lock)
+        self._has_batch = threading.Condition(self._lock)
+        # Steps in order; the batches that are complete after each follow when its tasks are done.
+        self._running: collections.deque[Running] = collections.deque()
+        self._ready: collections.deque[int] = collections.deque()
+        self._taken: list[Slot] = []
+        self._all_scheduled = self._stopped = self._is_full = False
+        self._error: BaseException | None = None
+
+    # The thread that opens them
+
+    def wait_for_room(self, n_new: int) -> bool:
+        """Wait until so many batches may be opened; whether to go on."""
+        with self._lock:
+            began = time.monotonic()
+            while not self._stopped and (wait_s := self._wait_s(n_new)) is not None:
+                self._is_full = True
+                self._has_batch.notify_all()
+                self._has_room.wait(wait_s or None)
+            self._is_full = False
+            if not self._running:
+                self.waits.consumer_s += time.monotonic() - began
+            return not self._stopped
+
+    def _wait_s(self, n_new: int) -> float | None:
+        """How long to wait before opening more batches: None if not at all, 0.0 until one is taken."""
+        if not self._ready and not self._running:
+            return None
+        if len(self.open) + n_new > self._max_open:
+            return 0.0
+        self._taken = [slot for slot in self._taken if not slot.is_free]
+        # Batches on their way to the consumer count too, but a user who keeps them must not be waited for.
+        n_held = len(self.open) + min(len(self._taken), _MAX_TAKEN)
+        return None if n_held + n_new <= self._max_open + _N_SPARE else _POLL_S
+
+    def open_one(self, number: int, size: int, has_labels: bool) -> None:
+        """Open a batch of `size` samples."""
+        labels = np.empty(size, dtype=np.uint8) if has_labels else None
+        slot = self._pool.acquire(self._max_open + _N_SPARE)
+        with self._lock:
+            self.open[number] = OpenBatch(slot, size, np.empty(size, dtype=np.int64), labels)
+
+    def begin(self, running: Running) -> None:
+        """A step begins; its batches have been opened."""
+        with self._lock:
+            self._running.append(running)
+            self._has_batch.notify_all()
+
+    def finish_scheduling(self) -> None:
+        """No step follows."""
+        with self._lock:
+            self._all_scheduled = True
+            self._has_batch.notify_all()
+
+    # The threads that read
+
+    def finish_task(self, running: Running) -> None:
+        """A task of a step is done."""
+        with self._lock:
+            running.n_tasks -= 1
+            if not running.n_tasks:
+                self._has_batch.notify_all()
+
+    def fail(self, err: BaseException) -> None:
+        """Let the consumer raise an error."""
+        with self._lock:
+            self._error = self._error or err
+            self._has_batch.notify_all()
+
+    # The consumer
+
+    def take(self, sample_nbytes: int) -> OpenBatch | None:
+        """Wait for the next batch; None after the last. See `Engine.next_batch`."""
+        began = time.monotonic()
+        with self._lock:
+            while True:
+                if self._error is not None:
+                    raise self._error
+                while self._running and not self._running[0].n_tasks:
+                    done = self._running.popleft().step
+                    self._fills_wanted -= done.fills
+                    self._ready.extend(done.batches)
+                finished = self._all_scheduled and not self._running
+                filled = self._fills_wanted <= 0 or finished or (self._is_full and not self._running)
+                if self._ready and filled:
+                    self._fills_wanted = 0
+                    opened = self.open.pop(self._ready.popleft())
+                    self._taken.append(opened.slot)
+                    self.waits.nbytes += opened.size * sample_nbytes
+                    self._has_room.notify()
+                    return opened
+                if finished:
+                    return None
+                left = began + self._timeout_s - time.monotonic()
+                if left <= 0:
+                    self._error = StalledReadError(
+                        f"batch_timeout_s: expected a batch within {self._timeout_s} s, got none: "
+                        f"{self._describe_stall()}. Check the file system, or raise batch_timeout_s."
+                    )
+                    raise self._error
+                waited = time.monotonic()
+                self._has_batch.wait(min(left, threading.TIMEOUT_MAX))
+                waited = time.monotonic() - waited
+                if self._running:
+                    self.waits.disk_s += waited
+                else:
+                    self.waits.plan_s += waited
+
+    @property
+    def fill(self) -> float:
+        """Share of the batches that may be open that are."""
+        return min(1.0, len(self.open) / max(1, self._max_open))
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether a batch did not come in time."""
+        return isinstance(self._error, StalledReadError)
+
+    def stop(self) -> None:
+        """Let all who wait here go on."""
+        with self._lock:
+            self._stopped = True
+            self._has_room.notify_all()
+            self._has_batch.notify_all()
+
+    def release(self, is_quiet: bool) -> None:
+        """Forget the open batches; give their memory back if `is_quiet`, so that nobody writes to it any more."""
+        for opened in self.open.values() if is_quiet else ():
+            opened.slot.release()
+        self.open.clear()

@@ -1,0 +1,187 @@
+"""Threads that take tasks from a queue, each with a reader of its own."""
+
+import collections
+import dataclasses
+import functools
+import itertools
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+
+from saev_torch.errors import ReadError
+from saev_torch.reading.pace import Pace
+from saev_torch.reading.reader import Reader, Spot
+
+__all__ = ["Crew", "Task", "guarded", "run_tasks", "start_threads"]
+
+# Reads are announced so many tasks ahead.
+_N_ANNOUNCED = 8
+
+
+@dataclasses.dataclass
+class Task:
+    """Work for one thread. What `run` refers to keeps alive what is read into.
+
+    Attributes:
+        run: Does it with the thread's reader.
+        announce: Tells the kernel what will be read; None for nothing.
+    """
+
+    run: Callable[[Reader], None]
+    announce: Callable[[Reader], None] | None = None
+
+
+def guarded(target: Callable[[], None], on_error: Callable[[BaseException], None]) -> None:
+    """Run what a thread is for, and hand over the error that ends it."""
+    try:
+        target()
+    except BaseException as caught:  # noqa: BLE001 -- who waits for the thread raises it
+        err = caught
+        # Who keeps the error does not keep what the thread read with.
+        traceback.clear_frames(caught.__traceback__)
+        if isinstance(caught, MemoryError):
+            err = ReadError(f"buffer_size: no memory is left ({caught}); lower it, or the number of workers.")
+            err.__cause__ = caught
+        on_error(err)
+
+
+def start_threads(threads: list[threading.Thread]) -> None:
+    """Start threads, of which `threads` keeps those that could be started.
+
+    Raises:
+        ReadError: Not all could be.
+    """
+    n_wanted, waiting = len(threads), threads.copy()
+    threads.clear()
+    try:
+        for thread in waiting:
+            thread.start()
+            threads.append(thread)
+    except (RuntimeError, MemoryError) as err:
+        raise ReadError(
+            f"n_threads: expected {n_wanted} more threads, got {len(threads)}: {err}; lower n_threads or the number of "
+            "workers, or raise the limits of processes and memory."
+        ) from err
+
+
+class Crew:
+    """Threads that run tasks until they are stopped. Those beyond the number of cores wait as `Pace` says.
+
+    Args:
+        name: What the threads are called, before their number.
+        n_threads: How many.
+        pace: Decides how many of them read.
+        open_reader: Makes the reader of a thread, when it has its first task.
+        on_error: Called with the error that ends a thread.
+        more: Tasks that are taken where the queue is empty; with None the threads wait for `put`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_threads: int,
+        pace: Pace,
+        open_reader: Callable[[Pace], Reader],
+        on_error: Callable[[BaseException], None],
+        more: Iterator[Task] | None = None,
+    ) -> None:
+        self._pace, self._open_reader, self._more = pace, open_reader, more
+        self._has_task = threading.Condition()
+        self._tasks: collections.deque[Task] = collections.deque()
+        self._spots: list[Spot] = []
+        self._stopped = False
+        # Daemons, because a read that hangs must not keep the interpreter from exiting.
+        self.threads = [
+            threading.Thread(
+                target=guarded, args=(functools.partial(self._work, i), on_error), name=f"{name} {i}", daemon=True
+            )
+            for i in range(n_threads)
+        ]
+
+    def put(self, tasks: Iterable[Task]) -> None:
+        """Add tasks to the queue."""
+        with self._has_task:
+            self._tasks.extend(tasks)
+            self._has_task.notify_all()
+
+    def stop(self) -> None:
+        """Let the threads end with the task that they are at."""
+        with self._has_task:
+            self._stopped = True
+            self._tasks.clear()
+            self._has_task.notify_all()
+
+    def spots(self) -> list[Spot]:
+        """Where the threads are reading that do."""
+        return [spot for spot in tuple(self._spots) if spot.where is not None]
+
+    def _work(self, number: int) -> None:
+        reader: Reader | None = None
+        while (task := self._take(number)) is not None:
+            if reader is None:
+                # Only now it has been decided how to read.
+                reader = self._open_reader(self._pace)
+                self._spots.append(reader.spot)
+            if self._pace.is_slow:
+                self._announce(reader)
+            was_slow = self._pace.is_slow
+            task.run(reader)
+            del task
+            if self._pace.is_slow and not was_slow:
+                with self._has_task:
+                    self._has_task.notify_all()
+
+    def _take(self, number: int) -> Task | None:
+        """Wait for a task, and for its turn to be this thread's; None where the thread is to end."""
+        with self._has_task:
+            while not self._stopped:
+                if not self._tasks and self._more is not None:
+                    self._tasks.extend(itertools.islice(self._more, 1))
+                    if not self._tasks:
+                        break
+                wait_s = self._pace.wait_s(number) if self._tasks else None
+                if self._tasks and wait_s is None:
+                    return self._tasks.popleft()
+                self._has_task.wait(wait_s)
+            return None
+
+    def _announce(self, reader: Reader) -> None:
+        """Announce one of the next tasks. Only where reads are slow, because it takes time of its own."""
+        with self._has_task:
+            task = next((one for one in itertools.islice(self._tasks, _N_ANNOUNCED) if one.announce), None)
+            announce = None if task is None else task.announce
+            if task is not None:
+                task.announce = None
+        if announce is not None:
+            announce(reader)
+
+
+def run_tasks(
+    name: str, n_threads: int, pace: Pace, open_reader: Callable[[Pace], Reader], tasks: Iterator[Task]
+) -> None:
+    """Run tasks by threads until all are done, and raise the first error.
+
+    Args:
+        name: What the threads are called, before their number.
+        n_threads: How many there are at most.
+        pace: Decides how many of them read.
+        open_reader: Makes the reader of a thread.
+        tasks: What to do. It is asked for the next one when a thread is free.
+    """
+    errors: list[BaseException] = []
+
+    def fail(err: BaseException) -> None:
+        errors.append(err)
+        crew.stop()
+
+    crew = Crew(name, n_threads, pace, open_reader, fail, tasks)
+    try:
+        start_threads(crew.threads)
+        for thread in crew.threads:
+            thread.join()
+    finally:
+        crew.stop()
+        for thread in crew.threads:
+            thread.join()
+    if errors:
+        raise errors[0]

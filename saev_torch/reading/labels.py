@@ -1,0 +1,124 @@
+"""Labels of content tokens, by example, by runs of bytes, and by cells."""
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.errors import ConfigError
+from saev_torch.format.shards import LABELS_NAME
+from saev_torch.order.runs import expand_runs
+from saev_torch.order.selection import Selection
+from saev_torch.reading.extents import Extents
+from saev_torch.reading.reader import CallReader, Spot
+from saev_torch.reading.store import LABELS_IDX, ShardStore
+
+__all__ = ["Labels"]
+
+_Int64s = NDArray[np.int64]
+_Labels = NDArray[np.uint8]
+
+# A labels.bin up to this size is kept in memory once read: a block's few labels cost a read as dear as its activations.
+_MAX_KEPT_NBYTES = 32 << 20
+
+
+class Labels:
+    """The labels.bin of a store. Threads may share it.
+
+    Args:
+        store: Where to read from.
+
+    Attributes:
+        store: Where it reads from.
+
+    Each method raises `ReadError` where reading failed, or the file became shorter.
+    """
+
+    def __init__(self, store: ShardStore) -> None:
+        self.store = store
+        self._width = store.metadata.content_tokens_per_example
+        self._nbytes = store.metadata.n_examples * self._width
+        self._lock = threading.Lock()
+        self._kept: _Labels | None = None
+
+    def of_examples(self, examples: _Int64s) -> _Labels:
+        """Read the labels of examples.
+
+        Args:
+            examples: `[m] int64`, fastest where they ascend.
+
+        Returns:
+            `[m, content_tokens_per_example] uint8`.
+
+        Raises:
+            ConfigError: There is no labels.bin.
+        """
+        if not self.store.has_labels:
+            raise ConfigError(
+                f"{self.store.shards_dir / LABELS_NAME}: expected labels, because labels are asked for, got no such "
+                "file; leave ignore_labels empty, or use shards with labels."
+            )
+        kept = self._whole(None)
+        if kept is not None:
+            return kept.reshape(-1, self._width)[examples]
+        starts = np.flatnonzero(np.diff(examples, prepend=-2) != 1)
+        lengths = np.diff(np.append(starts, len(examples)))
+        return self.of_runs(examples[starts] * self._width, lengths * self._width).reshape(len(examples), self._width)
+
+    def of_runs(self, starts: _Int64s, lengths: _Int64s, spot: Spot | None = None) -> _Labels:
+        """Read runs of bytes.
+
+        Args:
+            starts: `[n_runs] int64`, offset of each run in the file.
+            lengths: `[n_runs] int64`, bytes of each run.
+            spot: Told what is read.
+
+        Returns:
+            `[sum of lengths] uint8`, one run after the other.
+        """
+        kept = self._whole(spot)
+        return self._read(starts, lengths, spot) if kept is None else kept[expand_runs(starts, lengths)]
+
+    def of_cells(self, selection: Selection, cells: _Int64s, spot: Spot | None = None) -> _Labels:
+        """Read the labels of cells.
+
+        Args:
+            selection: What the cells mean.
+            cells: `[n] int64`, fastest in the order of the disk.
+            spot: Told what is read.
+
+        Returns:
+            `[n] uint8`; 0 for a special token, which has none.
+        """
+        examples, _, tokens = selection.split(cells)
+        tokens = tokens - selection.n_special
+        content = tokens >= 0
+        indices = (examples * self._width + tokens)[content]
+        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
+        labels = np.zeros(len(cells), dtype=np.uint8)
+        labels[content] = self.of_runs(indices[starts], np.diff(np.append(starts, len(indices))), spot)
+        return labels
+
+    def _whole(self, spot: Spot | None) -> _Labels | None:
+        """The whole file, read the first time; None where it is too large to be kept."""
+        if self._nbytes > _MAX_KEPT_NBYTES:
+            return None
+        with self._lock:
+            if self._kept is None:
+                self._kept = self._read(np.zeros(1, dtype=np.int64), np.array([self._nbytes]), spot)
+            return self._kept
+
+    def _read(self, starts: _Int64s, lengths: _Int64s, spot: Spot | None) -> _Labels:
+        n, ends = len(starts), np.cumsum(lengths)
+        labels = np.empty(int(ends[-1]) if n else 0, dtype=np.uint8)
+        extents = Extents(
+            vectors=np.stack((labels.ctypes.data + ends - lengths, lengths), axis=1),
+            trash=labels[:0],
+            shards=np.full(n, LABELS_IDX),
+            firsts=np.arange(n),
+            counts=np.ones(n, dtype=np.int64),
+            offsets=starts,
+            nbytes=lengths,
+        )
+        CallReader(self.store, spot=spot).read(extents, 0, n)
+        return labels
