@@ -1,7 +1,11 @@
 """Which threads read, and when."""
 
+import collections
+import gc
+import itertools
 import os
 import threading
+import weakref
 from types import SimpleNamespace
 
 import contracts
@@ -118,3 +122,20 @@ def test_without_a_ring_reads_are_announced_however_large_the_data(cfg, monkeypa
     monkeypatch.setattr("saev_torch.reading.direct._fits_page_cache", lambda nbytes: False)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert announced
+
+
+@pytest.mark.parametrize("n_taken", [0, 1, 5, None])
+def test_an_engine_that_is_closed_is_gone(cfg, monkeypatch, n_taken):
+    """At once, not when the garbage collector comes: it holds the memory that the next epoch would use again."""
+    made, init = [], Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *args: (init(self, *args), made.append(weakref.ref(self)))[0])
+    data = contracts.make_data_set(cfg)
+    gc.disable()
+    try:
+        batches = iter(data)
+        collections.deque(itertools.islice(batches, n_taken), maxlen=0)
+        batches.close()
+        del batches
+        assert [engine() for engine in made] == [None] * (n_taken != 0)
+    finally:
+        gc.enable()

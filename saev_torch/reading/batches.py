@@ -43,21 +43,17 @@ class Batches:
         max_open: Batches that may be open at a time.
         timeout_s: Seconds to wait for a batch.
         n_fills: Steps that fill a lane, to complete before the first batch.
-        describe_stall: Says what is being read.
 
     Attributes:
         open: The open batches, by number.
         waits: What was waited for.
     """
 
-    def __init__(
-        self, pool: SlotPool, max_open: int, timeout_s: float, n_fills: int, describe_stall: Callable[[], str]
-    ) -> None:
+    def __init__(self, pool: SlotPool, max_open: int, timeout_s: float, n_fills: int) -> None:
         self.open: dict[int, OpenBatch] = {}
         self.waits = Waits()
         self._pool, self._max_open, self._timeout_s = pool, max_open, timeout_s
         self._fills_wanted = n_fills
-        self._describe_stall = describe_stall
         self._lock = threading.Lock()
         self._has_room = threading.Condition(self._lock)
         self._has_batch = threading.Condition(self._lock)
@@ -130,8 +126,13 @@ class Batches:
 
     # The consumer
 
-    def take(self, sample_nbytes: int) -> OpenBatch | None:
-        """Wait for the next batch; None after the last. See `Engine.next_batch`."""
+    def take(self, sample_nbytes: int, describe_stall: Callable[[], str]) -> OpenBatch | None:
+        """Wait for the next batch; None after the last. See `Engine.next_batch`.
+
+        Args:
+            sample_nbytes: Size of a sample, to count what is handed out.
+            describe_stall: Says what is being read, where no batch comes in time.
+        """
         began = time.monotonic()
         with self._lock:
             while True:
@@ -156,7 +157,7 @@ class Batches:
                 if left <= 0:
                     self._error = StalledReadError(
                         f"batch_timeout_s: expected a batch within {self._timeout_s} s, got none: "
-                        f"{self._describe_stall()}. Check the file system, or raise batch_timeout_s."
+                        f"{describe_stall()}. Check the file system, or raise batch_timeout_s."
                     )
                     raise self._error
                 waited = time.monotonic()

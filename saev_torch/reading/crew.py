@@ -99,10 +99,11 @@ class Crew:
         ]
 
     def put(self, tasks: Iterable[Task]) -> None:
-        """Add tasks to the queue."""
+        """Add tasks to the queue, unless the threads are to end."""
         with self._has_task:
-            self._tasks.extend(tasks)
-            self._has_task.notify_all()
+            if not self._stopped:
+                self._tasks.extend(tasks)
+                self._has_task.notify_all()
 
     def stop(self) -> None:
         """Let the threads end with the task that they are at."""

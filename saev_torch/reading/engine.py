@@ -86,7 +86,7 @@ class Engine:
         self._scheduler_spot = Spot()
         pool = make_pool(slot_nbytes(plan.batch_size, selection.sample_nbytes))
         max_open = count_open_slots(plan, share, options.buffer_size)
-        self._batches = Batches(pool, max_open, options.timeout_s, options.n_fills, self._describe_stall)
+        self._batches = Batches(pool, max_open, options.timeout_s, options.n_fills)
         pace = Pace(min(options.n_threads, count_own_cores()))
         fail = self._batches.fail
         self._crew = Crew("saev_torch reader", options.n_threads, pace, self._source.open_reader, fail)
@@ -160,7 +160,7 @@ class Engine:
             StalledReadError: No batch within `timeout_s`.
             SaevTorchError: Reading failed.
         """
-        return self._batches.take(self._selection.sample_nbytes)
+        return self._batches.take(self._selection.sample_nbytes, self._describe_stall)
 
     @property
     def waits(self) -> Waits:
