@@ -10,7 +10,17 @@ from factory import Spec, oracle, oracle_labels
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from saev_torch import ReadError
+from saev_torch import (
+    IndexedConfig,
+    IndexedDataset,
+    OrderedConfig,
+    ReadError,
+    ShuffledActivations,
+    ShuffledConfig,
+    compute_statistics,
+    repack,
+    verify,
+)
 from saev_torch.order.selection import Selection
 from saev_torch.reading import reader as reading
 from saev_torch.reading import retries
@@ -284,6 +294,38 @@ def test_errors_that_pass_are_tried_again(stores, monkeypatch, caplog):
     assert slept == sorted(slept)
     assert all("acts000000.bin" in record.message for record in caplog.records)
     assert len(caplog.records) == len(slept) > 0
+
+
+ALL_WHO_READ = {
+    "shuffled": lambda shards, root: list(ShuffledActivations(ShuffledConfig(shards=shards, layer=0, batch_size=16))),
+    "indexed": lambda shards, root: IndexedDataset(IndexedConfig(shards=shards, layer=0)).__getitems__(range(30)),
+    "statistics": lambda shards, root: compute_statistics(OrderedConfig(shards=shards, layer=0), cache=False),
+    "verify": lambda shards, root: verify(shards, finite=True),
+    "repack": lambda shards, root: repack(shards, root, layers=[11, 0]),
+}
+
+
+@pytest.mark.parametrize("name", ALL_WHO_READ)
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_all_who_read_try_again(dirs, tmp_path, monkeypatch, caplog, name, code):
+    if RING is None:
+        monkeypatch.setattr(Ring, "open", lambda: None)
+    wanted = ALL_WHO_READ[name](dirs["wide"], tmp_path / "wanted")
+    slept = failing(monkeypatch, [code, code])
+    got = ALL_WHO_READ[name](dirs["wide"], tmp_path / "got")
+    assert len(slept) == 2
+    assert "trying again" in caplog.text
+    if name == "repack":
+        assert {p.name: p.read_bytes() for p in got.iterdir()} == {p.name: p.read_bytes() for p in wanted.iterdir()}
+    elif name == "shuffled":
+        assert [b["act"].numpy().tobytes() for b in got] == [b["act"].numpy().tobytes() for b in wanted]
+    elif name == "indexed":
+        assert got[3]["act"].tolist() == wanted[3]["act"].tolist()
+    elif name == "statistics":
+        assert got.total.mean.tolist() == wanted.total.mean.tolist()
+    else:
+        assert got == wanted
+        assert got.ok
 
 
 def test_interrupted_reads_go_on_at_once(stores, monkeypatch, caplog):

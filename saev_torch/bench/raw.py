@@ -185,15 +185,7 @@ def _to_extents(store: ShardStore, pieces: Sequence[Piece], buffer: NDArray[np.u
     """Pieces as one extent each, one behind the other in a buffer."""
     files, offsets, nbytes = np.array(pieces, dtype=np.int64).T.copy()
     shards = np.array([i for i, shard in enumerate(store.shards) if shard.n_examples], dtype=np.int64)
-    return Extents(
-        vectors=np.stack((buffer.ctypes.data + np.cumsum(nbytes) - nbytes, nbytes), axis=1),
-        trash=buffer[:0],
-        shards=shards[files],
-        firsts=np.arange(len(pieces), dtype=np.int64),
-        counts=np.ones(len(pieces), dtype=np.int64),
-        offsets=offsets,
-        nbytes=nbytes,
-    )
+    return Extents.in_a_row(buffer, shards[files], offsets, nbytes)
 
 
 def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Rate:

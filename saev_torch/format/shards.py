@@ -12,7 +12,7 @@ from saev_torch.errors import FormatError
 from saev_torch.format.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 
-__all__ = ["Shard", "ShardInfo", "check_nbytes", "labels_nbytes", "shard_name", "shard_nbytes"]
+__all__ = ["Shard", "ShardInfo", "check_nbytes", "file_nbytes", "labels_nbytes", "shard_name", "shard_nbytes"]
 
 SHARDS_NAME = "shards.json"
 LABELS_NAME = "labels.bin"
@@ -184,10 +184,10 @@ class ShardInfo(Sequence[Shard]):
         self.check(md, shards_dir / SHARDS_NAME)
         for shard in self.shards:
             if shard.n_examples > 0:
-                check_nbytes(shards_dir / shard.name, md, shard.n_examples, _file_nbytes(shards_dir, shard.name))
+                check_nbytes(shards_dir / shard.name, md, shard.n_examples, file_nbytes(shards_dir, shard.name))
         path = shards_dir / LABELS_NAME
         if os.path.lexists(path):
-            nbytes = _file_nbytes(shards_dir, LABELS_NAME)
+            nbytes = file_nbytes(shards_dir, LABELS_NAME)
             if nbytes != labels_nbytes(md):
                 raise FormatError(
                     f"{path}: expected {labels_nbytes(md)} bytes ({md.n_examples} examples x "
@@ -195,7 +195,8 @@ class ShardInfo(Sequence[Shard]):
                 )
 
 
-def _file_nbytes(directory: Path, name: str) -> int:
+def file_nbytes(directory: Path, name: str) -> int:
+    """Size of a regular file in bytes; see `open_regular`."""
     # Opened, not only looked at, so that a file that may not be read is found out here.
     fd = open_regular(directory, name)
     try:

@@ -41,6 +41,19 @@ class Extents:
     offsets: _Int64s
     nbytes: _Int64s
 
+    @classmethod
+    def in_a_row(cls, memory: NDArray[np.uint8], shards: _Int64s, offsets: _Int64s, nbytes: _Int64s) -> "Extents":
+        """Extents that go to memory one behind the other; see the attributes."""
+        return cls(
+            vectors=np.stack((memory.ctypes.data + np.cumsum(nbytes) - nbytes, nbytes), axis=1),
+            trash=memory[:0],
+            shards=shards,
+            firsts=np.arange(len(nbytes)),
+            counts=np.ones(len(nbytes), dtype=np.int64),
+            offsets=offsets,
+            nbytes=nbytes,
+        )
+
     def vectors_of(self, start: int, stop: int) -> _Int64s:
         """`[n, 2] int64`, the vectors of a range of extents."""
         return self.vectors[self.firsts[start] : self.firsts[stop - 1] + self.counts[stop - 1]]

@@ -109,16 +109,7 @@ class Labels:
             return self._kept
 
     def _read(self, starts: _Int64s, lengths: _Int64s, spot: Spot | None) -> _Labels:
-        n, ends = len(starts), np.cumsum(lengths)
-        labels = np.empty(int(ends[-1]) if n else 0, dtype=np.uint8)
-        extents = Extents(
-            vectors=np.stack((labels.ctypes.data + ends - lengths, lengths), axis=1),
-            trash=labels[:0],
-            shards=np.full(n, LABELS_IDX),
-            firsts=np.arange(n),
-            counts=np.ones(n, dtype=np.int64),
-            offsets=starts,
-            nbytes=lengths,
-        )
-        CallReader(self.store, spot=spot).read(extents, 0, n)
+        labels = np.empty(int(lengths.sum()), dtype=np.uint8)
+        extents = Extents.in_a_row(labels, np.full(len(starts), LABELS_IDX), starts, lengths)
+        CallReader(self.store, spot=spot).read(extents, 0, len(starts))
         return labels

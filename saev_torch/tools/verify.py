@@ -10,15 +10,14 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
-from saev_torch.format.files import open_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, labels_nbytes
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, file_nbytes, labels_nbytes
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents
@@ -32,7 +31,7 @@ __all__ = ["Fault", "VerifyReport", "add_arguments", "run", "verify"]
 
 EXIT_FAULTS = 1
 _PIECE_NBYTES = 1 << 20  # Read and checked while it is still in the cache of the core.
-_N_AT_ONCE = 16
+_N_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +80,22 @@ class VerifyReport:
         return not self.faults
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    file_idx: int
+class _File(NamedTuple):
+    """A file that can be read: its number, with `LABELS_IDX` for labels.bin, and what it holds."""
+
+    idx: int
     name: str
-    first: int  # Example in the data set; for padding the offset in the file.
-    n: int  # Examples; 0 for padding.
+    first: int
+    n_examples: int
+    nbytes: int
+
+
+class _Piece(NamedTuple):
+    """Some examples of a file, the first of them by its number in the data set; or padding, without examples."""
+
+    file: _File
+    first: int
+    n_examples: int
     offset: int
     nbytes: int
 
@@ -115,53 +124,42 @@ def verify(
 class _Verification:
     def __init__(self, shards_dir: Path, finite: bool) -> None:
         self.shards_dir, self.finite = shards_dir, finite
-        self.faults: list[tuple[tuple[int, int], Fault]] = []
+        self.faults: list[Fault] = []
         self.checksums: Checksums | None = None
         self.info = ShardInfo()
         self.n_blocks = 0
-        self.has_labels = False
         self._lock = threading.Lock()
         self._threads = threading.local()
 
     def run(self, progress: bool | None, n_threads: int) -> VerifyReport:
+        files = list(self._find_files()) if self._load_tables() else []
+        # Without checksums and without a question about values there is nothing to read.
+        nbytes = sum(file.nbytes for file in files) if self.checksums is not None or self.finite else 0
+        if nbytes:
+            self._read_all(files, nbytes, progress, n_threads)
+        order = {name: i for i, name in enumerate([*(shard.name for shard in self.info), LABELS_NAME])}
+        faults = sorted(self.faults, key=lambda fault: (order.get(fault.file, -1), fault.offset or 0))
+        return VerifyReport(faults, nbytes, self.n_blocks, self.checksums is not None)
+
+    def _blame(self, file: str, what: str) -> None:
+        self.faults.append(Fault(file, what))
+
+    def _load_tables(self) -> bool:
+        """Load metadata, checksums and the table of shards; whether there is something to look for."""
         try:
             self.md = Metadata.load(self.shards_dir)
         except FormatError as err:
             self._blame(METADATA_NAME, str(err))
-            return self._report(0)
+            return False
         self._load_checksums()
         try:
-            self.info = ShardInfo.load(self.shards_dir)
-            self.info.check(self.md)
+            info = ShardInfo.load(self.shards_dir)
+            info.check(self.md)
         except (FormatError, ShardsNotFoundError) as err:
             self._blame(SHARDS_NAME, str(err))
-            return self._report(0)
-        files = list(self._plan_files())
-        # Without checksums and without a question about values there is nothing to read.
-        nbytes = sum(nbytes for _, _, _, nbytes in files) if self.checksums is not None or self.finite else 0
-        if nbytes:
-            self._read_all(files, nbytes, progress, n_threads)
-        return self._report(nbytes)
-
-    def _read_all(
-        self, files: list[tuple[int, str, int, int]], nbytes: int, progress: bool | None, n_threads: int
-    ) -> None:
-        source, pieces = Source(ShardStore.of(self.shards_dir, self.md, self.info)), self._plan_pieces(files)
-        self._largest = max(_PIECE_NBYTES, self.md.example_nbytes, self.md.content_tokens_per_example)
-        batches = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
-        try:
-            with Progress(nbytes, "verifying", "B", progress) as bar:
-                tasks = (Task(functools.partial(self._read_and_check, batch, bar)) for batch in batches)
-                run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
-        finally:
-            source.store.close()
-
-    def _report(self, nbytes: int) -> VerifyReport:
-        faults = [fault for _, fault in sorted(self.faults, key=lambda pair: pair[0])]
-        return VerifyReport(faults, nbytes, self.n_blocks, self.checksums is not None)
-
-    def _blame(self, file: str, what: str, file_idx: int = -2, offset: int = 0) -> None:
-        self.faults.append(((file_idx, offset), Fault(file, what)))
+            return False
+        self.info = info
+        return True
 
     def _load_checksums(self) -> None:
         if not os.path.lexists(self.shards_dir / CHECKSUMS_NAME):
@@ -178,105 +176,92 @@ class _Verification:
                 if expected != got:
                     self._blame(name, _compare(expected or 0, got))
 
-    def _plan_files(self) -> Iterator[tuple[int, str, int, int]]:
-        """Yield number, name, examples and size of each file that can be read."""
-        for shard_idx, shard in enumerate(self.info):
+    def _find_files(self) -> Iterator[_File]:
+        first = 0
+        for idx, shard in enumerate(self.info):
             try:
-                nbytes = self._file_nbytes(shard.name)
+                nbytes = file_nbytes(self.shards_dir, shard.name)
                 if shard.n_examples:
                     check_nbytes(self.shards_dir / shard.name, self.md, shard.n_examples, nbytes)
+                yield _File(idx, shard.name, first, shard.n_examples, nbytes)
             except (FormatError, ShardsNotFoundError) as err:
+                # A file without examples need not be there.
                 if shard.n_examples or isinstance(err, FormatError):
-                    self._blame(shard.name, str(err), shard_idx)
-                continue
-            yield shard_idx, shard.name, shard.n_examples, nbytes
+                    self._blame(shard.name, str(err))
+            first += shard.n_examples
         is_expected = self.checksums is not None and self.checksums.labels is not None
-        if os.path.lexists(self.shards_dir / LABELS_NAME) or is_expected:
+        if is_expected or os.path.lexists(self.shards_dir / LABELS_NAME):
             try:
-                nbytes, expected = self._file_nbytes(LABELS_NAME), labels_nbytes(self.md)
+                nbytes, expected = file_nbytes(self.shards_dir, LABELS_NAME), labels_nbytes(self.md)
             except (FormatError, ShardsNotFoundError) as err:
-                self._blame(LABELS_NAME, str(err), len(self.info))
+                self._blame(LABELS_NAME, str(err))
                 return
             if nbytes != expected:
-                self._blame(LABELS_NAME, f"expected {expected} bytes, got {nbytes}; copy it again", len(self.info))
+                self._blame(LABELS_NAME, f"expected {expected} bytes, got {nbytes}; copy it again")
             elif is_expected:
-                yield LABELS_IDX, LABELS_NAME, self.md.n_examples, nbytes
+                yield _File(LABELS_IDX, LABELS_NAME, 0, self.md.n_examples, nbytes)
 
-    def _file_nbytes(self, name: str) -> int:
-        fd = open_regular(self.shards_dir, name)
+    def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
+        source = Source(ShardStore.of(self.shards_dir, self.md, self.info))
+        pieces = itertools.chain.from_iterable(map(self._cut, files))
+        at_once = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
         try:
-            return os.fstat(fd).st_size
+            with Progress(nbytes, "verifying", "B", progress) as bar:
+                tasks = (Task(functools.partial(self._read_and_check, some, bar)) for some in at_once)
+                run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
         finally:
-            os.close(fd)
+            source.store.close()
 
-    def _plan_pieces(self, files: list[tuple[int, str, int, int]]) -> Iterator[_Piece]:
-        firsts = [0, *itertools.accumulate(shard.n_examples for shard in self.info)]
-        for file_idx, name, n_examples, nbytes in files:
-            width = self.md.content_tokens_per_example if file_idx == LABELS_IDX else self.md.example_nbytes
-            first = 0 if file_idx == LABELS_IDX else firsts[file_idx]
-            step = max(1, _PIECE_NBYTES // width)
-            for at in range(0, n_examples, step):
-                n = min(step, n_examples - at)
-                yield _Piece(file_idx, name, first + at, n, at * width, n * width)
-            for at in range(n_examples * width, nbytes, _PIECE_NBYTES):
-                yield _Piece(file_idx, name, at, 0, at, min(_PIECE_NBYTES, nbytes - at))
+    def _cut(self, file: _File) -> Iterator[_Piece]:
+        width = self.md.content_tokens_per_example if file.idx == LABELS_IDX else self.md.example_nbytes
+        step = max(1, _PIECE_NBYTES // width)
+        for at in range(0, file.n_examples, step):
+            n = min(step, file.n_examples - at)
+            yield _Piece(file, file.first + at, n, at * width, n * width)
+        for at in range(file.n_examples * width, file.nbytes, _PIECE_NBYTES):
+            yield _Piece(file, 0, 0, at, min(_PIECE_NBYTES, file.nbytes - at))
 
     def _read_and_check(self, pieces: list[_Piece], bar: Progress, reader: Reader) -> None:
-        """Read pieces one after the other to the same memory, and check each while it is in the cache of the core."""
-        memory = self._threads.__dict__.setdefault("memory", np.empty(self._largest, dtype=np.uint8))
-        extents = _to_extents(pieces, memory)
-        for i, piece in enumerate(pieces):
-            reader.read(extents, i, i + 1)
-            found, n_blocks = self._check(piece, memory[: piece.nbytes].data)
+        """Read pieces at once, and check them while they are in the caches of the core."""
+        shards, offsets, sizes = np.array([(piece.file.idx, piece.offset, piece.nbytes) for piece in pieces]).T.copy()
+        ends = np.cumsum(sizes).tolist()
+        memory = getattr(self._threads, "memory", None)
+        if memory is None or len(memory) < ends[-1]:
+            memory = self._threads.memory = np.empty(max(ends[-1], _N_AT_ONCE * _PIECE_NBYTES), dtype=np.uint8)
+        reader.read(Extents.in_a_row(memory, shards, offsets, sizes), 0, len(pieces))
+        for piece, end in zip(pieces, ends, strict=True):
+            found = list(self._check(piece, memory[end - piece.nbytes : end].data))
+            n_parts = 1 if piece.file.idx == LABELS_IDX else self.md.n_layers
             with self._lock:
                 self.faults += found
-                self.n_blocks += n_blocks
+                self.n_blocks += piece.n_examples * n_parts if self.checksums is not None else 0
                 bar.update(piece.nbytes)
 
-    def _check(self, piece: _Piece, view: memoryview) -> tuple[list[tuple[tuple[int, int], Fault]], int]:
-        order = len(self.info) if piece.file_idx == LABELS_IDX else piece.file_idx
-        faults: list[tuple[tuple[int, int], Fault]] = []
-
-        def blame(what: str, offset: int, example: int | None, layer: int | None = None) -> None:
-            faults.append(((order, offset), Fault(piece.name, what, example, layer, offset)))
-
-        if not piece.n:
+    def _check(self, piece: _Piece, view: memoryview) -> Iterator[Fault]:
+        """Compare the checksum of each block, one layer of one example or its labels, and look at its values."""
+        if not piece.n_examples:
             if self.checksums is not None and np.frombuffer(view, np.uint8).any():
-                blame("expected zeros behind the last example, got others", piece.offset, None)
-            return faults, 0
-        n_parts = 1 if piece.file_idx == LABELS_IDX else self.md.n_layers
-        width = piece.nbytes // (piece.n * n_parts)
+                what = "expected zeros behind the last example, got others"
+                yield Fault(piece.file.name, what, offset=piece.offset)
+            return
+        layers: tuple[int | None, ...] = (None,) if piece.file.idx == LABELS_IDX else self.md.layers
+        width = piece.nbytes // (piece.n_examples * len(layers))
         sums, checksum = None, find_algorithm("crc32")
         if self.checksums is not None:
             checksum = find_algorithm(self.checksums.algorithm)
-            sums = self.checksums.labels if piece.file_idx == LABELS_IDX else self.checksums.acts
-        for i in range(piece.n * n_parts):
-            example, part = piece.first + i // n_parts, i % n_parts
-            layer = None if piece.file_idx == LABELS_IDX else self.md.layers[part]
-            block = view[i * width : (i + 1) * width]
+            sums = self.checksums.labels if piece.file.idx == LABELS_IDX else self.checksums.acts
+        for i, (example, layer) in enumerate(
+            itertools.product(range(piece.first, piece.first + piece.n_examples), layers)
+        ):
+            block, at = view[i * width : (i + 1) * width], (example, layer, piece.offset + i * width)
             if sums is not None:
-                expected, got = int(sums.flat[example * n_parts + part]), checksum(block)
+                expected, got = int(sums.flat[piece.first * len(layers) + i]), checksum(block)
                 if expected != got:
-                    blame(_compare(expected, got), piece.offset + i * width, example, layer)
+                    yield Fault(piece.file.name, _compare(expected, got), *at)
             if self.finite and layer is not None:
                 n_bad = int(np.count_nonzero(~np.isfinite(np.frombuffer(block, self.md.value_type.storage))))
                 if n_bad:
-                    blame(f"expected finite values, got {n_bad} that are not", piece.offset + i * width, example, layer)
-        return faults, piece.n * n_parts if sums is not None else 0
-
-
-def _to_extents(pieces: list[_Piece], memory: np.ndarray[Any, np.dtype[np.uint8]]) -> Extents:
-    """Each piece as an extent of its own, to the same memory."""
-    n, nbytes = len(pieces), np.array([piece.nbytes for piece in pieces])
-    return Extents(
-        vectors=np.stack((np.full(n, memory.ctypes.data), nbytes), axis=1),
-        trash=memory[:0],
-        shards=np.array([piece.file_idx for piece in pieces]),
-        firsts=np.arange(n),
-        counts=np.ones(n, dtype=np.int64),
-        offsets=np.array([piece.offset for piece in pieces]),
-        nbytes=nbytes,
-    )
+                    yield Fault(piece.file.name, f"expected finite values, got {n_bad} that are not", *at)
 
 
 def _compare(expected: int, got: int) -> str:
