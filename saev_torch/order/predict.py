@@ -66,9 +66,9 @@ def _make_plan(md: Metadata, cfg: ShuffledConfig) -> tuple[Selection, ShufflePla
 def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction:
     """Predict what a configuration will do; nothing is read.
 
-    A full batch of a lane takes `1 / depth` of the samples of each of `depth` chunks out of `n_slots`, and of each
+    A full batch of a lane takes `1 / depth` of the samples of each of `depth` chunks out of `n_turns`, and of each
     super-block the lane has one block, at any place. So a run of o samples in one block is in a given batch with
-    probability `depth / n_slots * (1 - (1 - 1 / depth)**o)`, and super-blocks are independent of each other.
+    probability `depth / n_turns * (1 - (1 - 1 / depth)**o)`, and super-blocks are independent of each other.
 
     Args:
         md: Metadata of the shards.
@@ -99,7 +99,7 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
 
 
 def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> float:
-    depth, n_slots = plan.depth(0), plan.n_slots(0)
+    depth, n_turns = plan.depth(0), plan.n_turns(0)
     size = min(plan.batch_size, plan.n_samples)
     if plan.n_batches == 1:
         return float(n_examples)
@@ -119,7 +119,7 @@ def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> f
         low = np.maximum(begin, starts[:, None])
         high = np.minimum(np.minimum(begin + block, (first + width)[:, None]), (starts + per_example)[:, None])
         overlap = np.maximum(0, high - low)
-        taken = (1 - _missed_by_chunk(overlap, size, depth)) * min(1.0, depth / n_slots)
+        taken = (1 - _missed_by_chunk(overlap, size, depth)) * min(1.0, depth / n_turns)
         missed *= 1 - taken.sum(axis=1) / plan.n_lanes
     return float(n_examples * (1 - missed).mean())
 
