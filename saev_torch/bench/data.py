@@ -12,6 +12,7 @@ import numpy as np
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.reading.store import ShardStore
+from saev_torch.tools.overview import count_labels
 from saev_torch.writing.writer import ShardWriter
 
 __all__ = ["D_MODEL", "N_CONTENT", "BenchData", "choose_ignored", "made_n_examples", "make"]
@@ -22,7 +23,6 @@ _MADE_LABELS = 3
 _MAX_TOKENS_PER_SHARD = 500_000
 _EXAMPLES_AT_ONCE = 64
 _ROOM_NBYTES = 256 << 20
-_EXAMPLES_COUNTED_AT_ONCE = 1 << 14
 _MOST_IGNORED = 0.4
 
 
@@ -130,14 +130,7 @@ def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
     """
     if not store.has_labels:
         return [], 0.0
-    counts = np.zeros(256, dtype=np.int64)
-    n, reader = store.metadata.n_examples, store.clone()
-    try:
-        for start in range(0, n, _EXAMPLES_COUNTED_AT_ONCE):
-            examples = np.arange(start, min(n, start + _EXAMPLES_COUNTED_AT_ONCE), dtype=np.int64)
-            counts += np.bincount(reader.read_labels(examples).ravel(), minlength=256)
-    finally:
-        reader.close()
+    counts = count_labels(store)
     shares = counts / counts.sum()
     chosen: list[int] = []
     total = 0.0

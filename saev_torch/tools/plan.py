@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from saev_torch.config import LayerSpec, ShuffledConfig
@@ -11,6 +10,7 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import Prediction, find_best, find_smallest, predict
+from saev_torch.tools.arguments import above_zero, at_least
 
 __all__ = ["add_arguments", "run"]
 
@@ -19,20 +19,10 @@ _BUFFERS = (1, 2, 4, 8, 16, 32)
 _BLOCKS = (1, 4, 16, 64, 256)
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     defaults = ShuffledConfig(layer=0)
-    whole, number = _positive(int), _positive(float)
+    whole = at_least(1)
     parser.add_argument("shards", type=Path, metavar="DIR", help="shard directory")
     parser.add_argument("--layer", default=None, help="recorded layer, or all (default: the last recorded one)")
     parser.add_argument("--tokens", default=defaults.tokens, choices=["special", "content", "all"])
@@ -41,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=whole, default=None, help="samples read at once (default: chosen)")
     parser.add_argument("--lanes", type=whole, default=defaults.n_lanes)
     parser.add_argument("--readers", type=whole, default=1, help="ranks times workers (default: 1)")
-    parser.add_argument("--quality", type=number, help="find the smallest memory for this quality, 0 to 1")
-    parser.add_argument("--memory-gib", type=number, help="find the best quality in this memory")
-    parser.add_argument("--min-read-kib", type=number, default=64.0, help="of what is found, the least mean read")
+    parser.add_argument("--quality", type=above_zero, help="find the smallest memory for this quality, 0 to 1")
+    parser.add_argument("--memory-gib", type=above_zero, help="find the best quality in this memory")
+    parser.add_argument("--min-read-kib", type=above_zero, default=64.0, help="of what is found, the least mean read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against memory to this file")
     parser.add_argument("--plot-classes", type=Path, metavar="FILE", help="draw how classes mix over an epoch")
 
