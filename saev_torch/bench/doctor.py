@@ -12,7 +12,7 @@ from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recomme
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import Machine, cached_share, drop_cache, look
 from saev_torch.bench.raw import Piece, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
-from saev_torch.bench.sides import make_side
+from saev_torch.bench.sides import Side, make_side
 from saev_torch.bench.timing import measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
 from saev_torch.reading.slots import can_share
@@ -94,53 +94,36 @@ def examine(data: BenchData, batch_size: int, buffer_size: int, quick: bool) -> 
     """
     seconds, trial_s, check_s = (0.02, 0.05, 1.0) if quick else (0.4, 1.5, 15.0)
     machine, store = look(), data.store
-    md = store.metadata
     cached_before = cached_share(store)
     drop_cache([store])
     cached_after = cached_share(store)
     workers = [w for w in _WORKERS if w <= max(1, machine.cores)]
+    cfg = ShuffledConfig(shards=store.shards_dir, layer=data.layer, batch_size=batch_size, buffer_size=buffer_size)
     with Progress(2 * len(BLOCKS_NBYTES) * len(THREADS) + len(workers) + 2, "doctor", "steps") as progress:
         cold = _measure_grid(data, seconds, False, progress)
         progress.begin("reading and gathering, warm")
         pieces = layer_pieces(store, data.layer)
         read_rate(store, pieces, repeat=False)
         read = read_rate(store, pieces, seconds=seconds).gb_per_s
-        gather = gather_rate(md.d_model, batch_size, _WINDOW_NBYTES // (50 if quick else 1), seconds).gb_per_s
+        window_nbytes = _WINDOW_NBYTES // (50 if quick else 1)
+        gather = gather_rate(store.metadata.d_model, batch_size, window_nbytes, seconds).gb_per_s
         progress.update(1)
         warm = _measure_grid(data, seconds, True, progress)
-        vitals = Vitals(
-            cores=machine.cores,
-            available_nbytes=machine.available_nbytes,
-            metadata=md,
-            cfg=ShuffledConfig(
-                shards=store.shards_dir, layer=data.layer, batch_size=batch_size, buffer_size=buffer_size
-            ),
-            cold=cold,
-        )
+        vitals = Vitals(machine.cores, machine.available_nbytes, store.metadata, cfg, cold)
         copying = {}
         for n_workers in workers:
             progress.begin(f"the loader, warm, {n_workers} workers")
-            side = make_side("trial", _config(vitals, recommend(vitals, n_workers)), n_workers, data)
-            copying[n_workers] = measure_warm(side, trial_s, touch=False).gb_per_s
+            trial = _side(cfg, recommend(vitals, n_workers), data)
+            copying[n_workers] = measure_warm(trial, trial_s, touch=False).gb_per_s
             progress.update(1)
         vitals = dataclasses.replace(vitals, copying=copying)
         recommended = recommend(vitals)
         progress.begin("the loader, cold")
-        side = make_side("check", _config(vitals, recommended), recommended.num_workers, data)
         drop_cache([store])
-        checked = measure_cold(side, check_s, touch=False)
+        checked = measure_cold(_side(cfg, recommended, data), check_s, touch=False)
         progress.update(1)
     return Findings(
-        machine=machine,
-        vitals=vitals,
-        warm=warm,
-        read=read,
-        gather=gather,
-        cached_before=cached_before,
-        cached_after=cached_after,
-        recommended=recommended,
-        checked=checked.gb_per_s,
-        is_cut=checked.is_cut,
+        machine, vitals, warm, read, gather, cached_before, cached_after, recommended, checked.gb_per_s, checked.is_cut
     )
 
 
@@ -166,14 +149,10 @@ def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Prog
     return rates
 
 
-def _config(vitals: Vitals, recommended: Recommended) -> ShuffledConfig:
-    return dataclasses.replace(
-        vitals.cfg,
-        buffer_size=recommended.buffer_size,
-        n_threads=recommended.n_threads,
-        n_lanes=recommended.n_lanes,
-        block_size=recommended.block_size,
-    )
+def _side(cfg: ShuffledConfig, chosen: Recommended, data: BenchData) -> Side:
+    """The loader with recommended options."""
+    options = {name: getattr(chosen, name) for name in ("buffer_size", "n_threads", "n_lanes", "block_size")}
+    return make_side("recommended", dataclasses.replace(cfg, **options), chosen.num_workers, data)
 
 
 def describe(findings: Findings) -> str:
