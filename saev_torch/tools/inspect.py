@@ -32,9 +32,10 @@ def run(args: argparse.Namespace) -> int:
     overview = overlook(args.dir)
     print("\n".join(_lines(args.dir, overview)))
     if args.plot is not None:
-        from saev_torch.tools.figure import draw_overview
+        # Imported only here: matplotlib is an extra.
+        from saev_torch.tools.figure import draw_overview, save
 
-        draw_overview(overview, args.plot)
+        save(draw_overview(overview), args.plot)
         print(f"figure       {args.plot}")
     return 0
 

@@ -10,7 +10,7 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import Prediction, find_best, find_smallest, predict
-from saev_torch.tools.arguments import above_zero, at_least
+from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 
 __all__ = ["add_arguments", "run"]
 
@@ -39,10 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _layer(md: Metadata, text: str | None) -> LayerSpec:
-    if text is None:
-        return md.layers[-1]
-    if text == "all":
-        return "all"
+    if text is None or text == "all":
+        return "all" if text else md.layers[-1]
     try:
         return int(text)
     except ValueError as err:
@@ -51,6 +49,8 @@ def _layer(md: Metadata, text: str | None) -> LayerSpec:
 
 def run(args: argparse.Namespace) -> int:
     """Print, and draw where asked to."""
+    check_new_file("--plot", args.plot)
+    check_new_file("--plot-classes", args.plot_classes)
     md = Metadata.load(args.shards)
     cfg = ShuffledConfig(
         shards=args.shards,
@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(describe(chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
-        from saev_torch.tools.plan_figure import draw_mixtures, draw_plan
+        from saev_torch.tools.figure import draw_mixtures, draw_plan, save
 
         if args.plot:
-            draw_plan(chosen, _others(md, cfg, args.readers), args.plot)
+            save(draw_plan(chosen, _others(md, cfg, args.readers)), args.plot)
         if args.plot_classes:
-            draw_mixtures(class_mixtures(md, chosen.cfg), args.plot_classes)
+            save(draw_mixtures(class_mixtures(md, chosen.cfg)), args.plot_classes)
     return 0
 
 
