@@ -2,12 +2,12 @@ r"""Which sample stands where in which batch, and what is read when: pure intege
 
 The words below have one meaning in the whole package. With two lanes, a and b, and chunks that are dealt to two turns:
 
-    disk     | a a b b | b b a a | b b a a | ...   blocks of two samples, some for each lane
-    lane a     a a . . . . a a . . . . a a         its own blocks, in random order
-    chunk      0       1       2       3           what lane a reads at once: some blocks
-               | \     | \     | \     | \
-    turn       0  1    1  2    2  3    3  4        samples of a chunk are dealt to the next turns of the lane
-    batch      0  2    2  4    4  6    6  8        turns of lane a are batches 0, 2, 4, ..., those of b are 1, 3, 5, ...
+    disk      0 1 2 3 | 4 5 6 7 | 8 9 ...   blocks of two samples; of each two blocks, lane a takes one and lane b one
+    lane a    8 9     0 1     6 7   ...     its blocks, in random order
+    chunk     0       1       2     ...     what lane a reads at once: here one block, in truth many
+              | \     | \     | \
+    turn      0  1    1  2    2  3          the samples of a chunk are dealt to the next turns of its lane
+    batch     0  2    2  4    4  6          the turns of lane a are batches 0, 2, 4, ..., those of lane b 1, 3, 5, ...
 
 On disk:
     example  One input of the model, as an image or a text.
