@@ -355,7 +355,7 @@ def test_pieces_cover_the_layer_and_the_shards(make_shards: Make) -> None:
 
 def test_the_scaled_sides_scale(make_shards: Make) -> None:
     data = BenchData.open(make_shards(), 7)
-    for side in make_sides(data, None, 8, 4, [0], []):
+    for side in make_sides(data, None, data.config(8, 4), [0], []):
         scale = getattr(side.make().dataset, "scale", None)
         assert (scale is not None) == side.name.startswith("scaled")
 

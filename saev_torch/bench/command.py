@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--folder: expected a folder that exists, got {args.folder}; make it first.")
     with _data(args) as (data, layers_data):
         if args.doctor:
-            findings = examine(data, args.batch_size, args.buffer_size, args.quick)
+            findings = examine(data, data.config(args.batch_size, args.buffer_size), args.quick)
             print(describe(findings))
             report = findings.to_json()
         else:
@@ -168,11 +168,16 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         "data": about,
         "settings": dataclasses.asdict(settings),
     }
-    sides = make_sides(data, layers_data, args.batch_size, args.buffer_size, args.workers, ignored)
+    cfg = data.config(args.batch_size, args.buffer_size)
+    sides = make_sides(data, layers_data, cfg, args.workers, ignored)
     sides = [side for side in sides if _is_wanted(side.name, args.only)]
     if not args.no_warm:
         warm_up(data, layers_data)
-        report |= _bench_warm(args, settings, machine, data, sides)
+        warm = run_warm(settings, machine.cores, data, args.batch_size, sides)
+        report["warm"] = warm.to_json()
+        title = f"warm, steady state, {settings.n_rounds} rounds; {_where_timed(sides)}"
+        print("\n" + format_table(title, f"{machine.cores:g} cores / (1/read + 1/gather)", warm))
+        report |= _bench_others(args.only, settings, cfg)
     if args.cold:
         cold, cached = run_cold(settings, data, layers_data, sides)
         report["cold"] = {**cold.to_json(), "cached_share": cached}
@@ -182,22 +187,14 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
     return report
 
 
-def _bench_warm(
-    args: argparse.Namespace, settings: Settings, machine: Machine, data: BenchData, sides: Sequence[Side]
-) -> dict[str, Any]:
-    warm = run_warm(settings, machine.cores, data, args.batch_size, sides)
-    report: dict[str, Any] = {"warm": warm.to_json()}
-    title = f"warm, steady state, {settings.n_rounds} rounds; {_where_timed(sides)}"
-    print("\n" + format_table(title, f"{machine.cores:g} cores / (1/read + 1/gather)", warm))
-    cfg = ShuffledConfig(
-        shards=data.store.shards_dir, layer=data.layer, batch_size=args.batch_size, buffer_size=args.buffer_size
-    )
-    if _is_wanted("first", args.only):
+def _bench_others(only: Sequence[str], settings: Settings, cfg: ShuffledConfig) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    if _is_wanted("first", only):
         # The first time finds nothing prepared, as in a process that has just begun.
         first = Spread(tuple(first_batch_s(cfg) for _ in range(1 + settings.n_rounds))[1:])
         report["first_batch_s"] = first.to_json()
         print(f"\nfirst batch: {first} s after iter(), warm, 0 workers")
-    if _is_wanted("memory", args.only):
+    if _is_wanted("memory", only):
         uses = run_memory(settings, cfg)
         report["memory"] = [use.to_json() for use in uses]
         print("\n" + format_memory(uses))

@@ -109,24 +109,18 @@ def make_loader(dataset: Any, n_workers: int, **kwargs: Any) -> Loader:
 
 
 def make_sides(
-    data: BenchData,
-    layers_data: BenchData | None,
-    batch_size: int,
-    buffer_size: int,
-    workers: Sequence[int],
-    ignored: Sequence[int],
+    data: BenchData, layers_data: BenchData | None, cfg: ShuffledConfig, workers: Sequence[int], ignored: Sequence[int]
 ) -> list[Side]:
     """List the sides that a data set allows.
 
     Args:
         data: What is read.
         layers_data: Data of which one of several recorded layers is read; None leaves that side out.
-        batch_size: Samples in a batch.
-        buffer_size: Batches held for shuffling.
+        cfg: Of `data`, with the sizes of batch and buffer.
         workers: Numbers of workers; sides that are measured with one number have the largest.
         ignored: Labels to leave out; empty leaves that side out.
     """
-    where: dict[str, Any] = {"shards": data.store.shards_dir, "layer": data.layer}
+    shards, layer, batch_size = cfg.shards, cfg.layer, cfg.batch_size
     n_batches, most = -(-data.n_samples // batch_size), [max(workers)]
 
     def ours(kind: str, numbers: Sequence[int], cfg: ShuffledConfig, data: BenchData = data) -> list[Side]:
@@ -140,10 +134,11 @@ def make_sides(
         ]
 
     def ordered(w: int) -> Loader:
-        return make_loader(OrderedActivations(OrderedConfig(**where, batch_size=batch_size)), w)
+        return make_loader(OrderedActivations(OrderedConfig(shards=shards, layer=layer, batch_size=batch_size)), w)
 
     def indexed(w: int) -> Loader:
-        return make_loader(IndexedDataset(IndexedConfig(**where)), w, batch_size=batch_size, shuffle=True)
+        cfg = IndexedConfig(shards=shards, layer=layer)
+        return make_loader(IndexedDataset(cfg), w, batch_size=batch_size, shuffle=True)
 
     # Memmaps are made anew each time, because pages that are mapped cannot be dropped from the page cache.
     def memmap(w: int) -> Loader:
@@ -152,7 +147,6 @@ def make_sides(
     def samples(w: int) -> Loader:
         return make_loader(MemmapSamples(data), w, batch_size=batch_size, shuffle=True)
 
-    cfg = ShuffledConfig(**where, batch_size=batch_size, buffer_size=buffer_size)
     sides = ours("shuffled", workers, cfg) + plain("ordered", workers, ordered) + plain("indexed", most, indexed)
     # By a number that is found quickly: any other is multiplied by as fast.
     sides += ours("scaled", workers, dataclasses.replace(cfg, scale_norm=True, scale_samples=_N_SCALE_SAMPLES))

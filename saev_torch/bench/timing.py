@@ -59,13 +59,7 @@ class _Clock:
 
 
 def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:
-    """Measure the steady state; see the module.
-
-    Args:
-        side: What to measure.
-        seconds: How long at least.
-        touch: Add up the activations of each batch.
-    """
+    """Measure the steady state for so many seconds at least; see the module and `_Clock`."""
     with _running(side.make()) as loader, contextlib.closing(_stream(loader)) as batches:
         for _ in range(side.n_before):
             next(batches)
@@ -80,10 +74,7 @@ def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:
 def measure_cold(side: Side, limit_s: float, touch: bool) -> Measured:
     """Measure one epoch; see the module. The caller has dropped the page cache.
 
-    Args:
-        side: What to measure.
-        limit_s: Stop after so long. A side with a buffer then counts from the batch after which it was full.
-        touch: Add up the activations of each batch.
+    After `limit_s` it is stopped. A side with a buffer then counts from the batch after which it was full.
     """
     full: Measured | None = None
     n_taken, is_cut = 0, False
@@ -108,12 +99,9 @@ class _LateError(Exception):
 
 
 def measure_statistics(cfg: OrderedConfig, sample_nbytes: int, limit_s: float) -> Measured:
-    """Measure a full pass of `compute_statistics`; what is compiled, once for a process and 1 GiB or more, is ready.
+    """Measure a full pass of `compute_statistics`, or its first samples and `limit_s` at least.
 
-    Args:
-        cfg: What to measure.
-        sample_nbytes: Size of a sample's activations in bytes.
-        limit_s: Stop after so long, and the first samples at least.
+    What is compiled, once for a process and 1 GiB or more, is ready.
     """
     find_sum_kernel()
     clock, is_cut = _Clock(sample_nbytes), False
