@@ -16,7 +16,7 @@ __all__ = ["Forecast", "Grid", "Recommended", "Vitals", "interpolate", "recommen
 Grid = Mapping[tuple[int, int], float]
 """GB/s for (threads, bytes of a block)."""
 
-_N_LANES = 8
+_N_LANES = ShuffledConfig.n_lanes
 _NEARLY = 0.9
 # The training process and the page cache want memory, too.
 _SHARE_FOR_LOADER = 0.5

@@ -12,7 +12,8 @@ from typing import Any
 
 from saev_torch.bench.data import BenchData, choose_ignored, made_n_examples, make
 from saev_torch.bench.doctor import describe, examine
-from saev_torch.bench.machine import Machine, look
+from saev_torch.bench.machine import NOT_COLD, Machine, look
+from saev_torch.bench.raw import WINDOW_NBYTES
 from saev_torch.bench.report import Spread, format_memory, format_table
 from saev_torch.bench.rounds import Settings, run_cold, run_memory, run_warm, warm_up
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
@@ -30,7 +31,6 @@ _OTHERS = {
     "memory": "proportional set sizes over an epoch of ten buffers",
 }
 _LEAST_IGNORED = 0.2
-_NOT_COLD = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,8 +147,9 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         args.rounds, args.seconds, args.cold_limit_s, args.touch, statistics=_is_wanted("statistics", args.only)
     )
     if args.quick:
-        short: dict[str, Any] = {"n_rounds": 2, "seconds": 0.05, "window_nbytes": 8_000_000, "memory_workers": (0, 1)}
-        settings = dataclasses.replace(settings, **short)
+        settings = dataclasses.replace(
+            settings, n_rounds=2, seconds=0.05, window_nbytes=WINDOW_NBYTES // 50, memory_workers=(0, 1)
+        )
     machine = look()
     ignored, ignored_share = choose_ignored(data.store)
     if ignored_share < _LEAST_IGNORED:
@@ -182,7 +183,7 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         cold, cached = run_cold(settings, data, layers_data, sides)
         report["cold"] = {**cold.to_json(), "cached_share": cached}
         print("\n" + format_table(f"cold, whole epochs, {settings.n_rounds} rounds", "best raw read", cold))
-        if cached > _NOT_COLD:
+        if cached > NOT_COLD:
             print(f"note: up to {cached:.0%} of the pages stayed in the page cache, so this was not quite cold")
     return report
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
 from saev_torch.bench.data import BenchData
-from saev_torch.bench.machine import Machine, cached_share, drop_cache, look
+from saev_torch.bench.machine import NOT_COLD, Machine, cached_share, drop_cache, look
 from saev_torch.bench.measured import Measured
-from saev_torch.bench.raw import gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
+from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.sides import Side, make_side
 from saev_torch.bench.timing import measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
@@ -24,7 +24,6 @@ __all__ = ["BLOCKS_NBYTES", "THREADS", "Findings", "describe", "examine"]
 BLOCKS_NBYTES = (12 << 10, 48 << 10, 192 << 10, 768 << 10, 4 << 20)
 THREADS = (1, 2, 4, 8, 16)
 _WORKERS = (0, 1, 2, 4, 8)
-_WINDOW_NBYTES = 400_000_000
 _WARM_NBYTES = 1 << 28
 _MANY_FILES = 1024
 
@@ -102,7 +101,7 @@ def examine(data: BenchData, cfg: ShuffledConfig, quick: bool) -> Findings:
         pieces = layer_pieces(store, data.layer)
         read_rate(store, pieces, repeat=False)
         read = read_rate(store, pieces, seconds=seconds).gb_per_s
-        window_nbytes = _WINDOW_NBYTES // (50 if quick else 1)
+        window_nbytes = WINDOW_NBYTES // (50 if quick else 1)
         gather = gather_rate(store.metadata.d_model, cfg.batch_size, window_nbytes, seconds).gb_per_s
         progress.update(1)
         warm = _measure_grid(data, seconds, True, progress)
@@ -185,7 +184,7 @@ def _rates(findings: Findings) -> list[str]:
         for nbytes in BLOCKS_NBYTES:
             rates = "".join(f"{grid[n, nbytes]:8.2f}" for n in THREADS)
             lines.append(f"{nbytes >> 10:>7} KB {rates}")
-    if findings.cached_after > 0.01:
+    if findings.cached_after > NOT_COLD:
         lines.append(
             f"note: {findings.cached_after:.0%} of the pages stayed in the page cache when it was dropped, so cold is "
             "not quite cold"

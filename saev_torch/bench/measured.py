@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
-from typing import NamedTuple
 
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
-__all__ = ["Measured", "Usage", "family"]
+__all__ = ["Measured", "family", "processor_s"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,15 @@ class Measured:
 
     def since(self, start: "Measured") -> "Measured":
         """What was done after `start`, which was measured on the way."""
-        user_s, system_s = Usage(self.user_s, self.system_s).since(Usage(start.user_s, start.system_s))
-        n_samples, nbytes = self.n_samples - start.n_samples, self.nbytes - start.nbytes
-        return Measured(n_samples, nbytes, self.seconds - start.seconds, user_s, system_s, self.is_cut)
+        return Measured(
+            self.n_samples - start.n_samples,
+            self.nbytes - start.nbytes,
+            self.seconds - start.seconds,
+            # A process that ended took its time with it.
+            max(0.0, self.user_s - start.user_s),
+            max(0.0, self.system_s - start.system_s),
+            self.is_cut,
+        )
 
 
 def family() -> list[psutil.Process]:
@@ -62,23 +69,11 @@ def family() -> list[psutil.Process]:
     return [own, *own.children(recursive=True)]
 
 
-class Usage(NamedTuple):
-    """Processor time of this process and all below it, in seconds, since each began."""
-
-    user_s: float
-    system_s: float
-
-    @classmethod
-    def now(cls) -> "Usage":
-        """What has been used so far."""
-        user_s = system_s = 0.0
-        for process in family():
-            # One that has ended in the meantime takes its time with it.
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                user_s, system_s = user_s + times.user, system_s + times.system
-        return cls(user_s, system_s)
-
-    def since(self, before: "Usage") -> "Usage":
-        """The difference; never negative, though a process that ended takes its time with it."""
-        return Usage(max(0.0, self.user_s - before.user_s), max(0.0, self.system_s - before.system_s))
+def processor_s() -> NDArray[np.float64]:
+    """Processor time of this process and all below it since each began: `[user, system]` in seconds."""
+    total = np.zeros(2)
+    for process in family():
+        # One that has ended in the meantime takes its time with it.
+        with contextlib.suppress(psutil.Error):
+            total += process.cpu_times()[:2]
+    return total

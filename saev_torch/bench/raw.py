@@ -20,11 +20,14 @@ from saev_torch.reading.extents import Extents, unnoted
 from saev_torch.reading.ring import Ring
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["BUFFER_NBYTES", "Piece", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
+__all__ = ["WINDOW_NBYTES", "Piece", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
 
-BUFFER_NBYTES = 4 << 20
+_BUFFER_NBYTES = 4 << 20
 _N_INDEX_SETS = 8
 _TASK_NBYTES = 8 << 20
+
+WINDOW_NBYTES = 400_000_000
+"""What rows are gathered from, far larger than the caches of a processor."""
 
 Piece = tuple[int, int, int]
 """A part of a data set: number of the file, byte offset, bytes."""
@@ -44,7 +47,7 @@ def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
             runs.append((i, 0, shard.n_examples * run_nbytes))
         else:
             runs += [(i, (e * md.n_layers + layer_idx) * run_nbytes, run_nbytes) for e in range(shard.n_examples)]
-    return [piece for run in runs for piece in _cut(run, BUFFER_NBYTES)]
+    return [piece for run in runs for piece in _cut(run, _BUFFER_NBYTES)]
 
 
 def grid_pieces(store: ShardStore, block_nbytes: int) -> list[Piece]:

@@ -9,7 +9,7 @@ from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import cached_share, drop_cache
 from saev_torch.bench.measured import Measured
 from saev_torch.bench.memory import MemoryUse, measure_memory
-from saev_torch.bench.raw import gather_rate, layer_pieces, read_rate
+from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, layer_pieces, read_rate
 from saev_torch.bench.report import Comparison, compare_cold, compare_warm
 from saev_torch.bench.sides import Side
 from saev_torch.bench.timing import measure_cold, measure_statistics, measure_warm
@@ -42,7 +42,7 @@ class Settings:
     seconds: float
     cold_limit_s: float
     touch: bool
-    window_nbytes: int = 400_000_000
+    window_nbytes: int = WINDOW_NBYTES
     memory_workers: tuple[int, ...] = (0, 1, 4)
     statistics: bool = True
 

@@ -16,7 +16,9 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from saev_torch.bench.measured import Measured, Usage
+import numpy as np
+
+from saev_torch.bench.measured import Measured, processor_s
 from saev_torch.bench.sides import Loader, Side, allowing_many_workers, make_loader
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
@@ -40,7 +42,7 @@ class _Clock:
     def __init__(self, sample_nbytes: int, touch: bool = False) -> None:
         self._sample_nbytes, self._touch = sample_nbytes, touch
         self.n_samples, self.seconds = 0, 0.0
-        self._before, self._began = Usage.now(), time.perf_counter()
+        self._before, self._began = processor_s(), time.perf_counter()
 
     def count(self, batch: Any) -> None:
         """Count the samples of a batch."""
@@ -55,7 +57,8 @@ class _Clock:
     def read(self, is_cut: bool = False) -> Measured:
         """What came until the last one was counted."""
         nbytes = self.n_samples * self._sample_nbytes
-        return Measured(self.n_samples, nbytes, self.seconds, *Usage.now().since(self._before), is_cut)
+        user_s, system_s = np.maximum(0, processor_s() - self._before).tolist()
+        return Measured(self.n_samples, nbytes, self.seconds, user_s, system_s, is_cut)
 
 
 def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:

@@ -17,10 +17,12 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots, slot_nbytes
 
-__all__ = ["Prediction", "find_best", "find_smallest", "predict"]
+__all__ = ["MIN_READ_NBYTES", "Prediction", "find_best", "find_smallest", "predict"]
 
 _MAX_TABLE = 1 << 20
-_MIN_READ_NBYTES = 64 << 10
+
+MIN_READ_NBYTES = 64 << 10
+"""Reads on average at least this large are looked for, unless another size is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,7 @@ def find_smallest(
     cfg: ShuffledConfig,
     quality: float,
     n_readers: int = 1,
-    min_read_nbytes: float = _MIN_READ_NBYTES,
+    min_read_nbytes: float = MIN_READ_NBYTES,
 ) -> Prediction:
     """Find the smallest memory for a wished quality.
 
@@ -209,7 +211,7 @@ def find_best(
     cfg: ShuffledConfig,
     memory_nbytes: int,
     n_readers: int = 1,
-    min_read_nbytes: float = _MIN_READ_NBYTES,
+    min_read_nbytes: float = MIN_READ_NBYTES,
 ) -> Prediction:
     """Find the best quality in a given memory; arguments and result as of `find_smallest`.
 

@@ -9,7 +9,7 @@ from saev_torch.config import LayerSpec, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.mixing import class_mixtures
-from saev_torch.order.predict import Prediction, find_best, find_smallest, predict
+from saev_torch.order.predict import MIN_READ_NBYTES, Prediction, find_best, find_smallest, predict
 from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 
 __all__ = ["add_arguments", "run"]
@@ -22,7 +22,7 @@ _BLOCKS = (1, 4, 16, 64, 256)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     defaults = ShuffledConfig(layer=0)
-    whole = at_least(1)
+    whole, least = at_least(1), MIN_READ_NBYTES / 1024
     parser.add_argument("shards", type=Path, metavar="DIR", help="shard directory")
     parser.add_argument("--layer", default=None, help="recorded layer, or all (default: the last recorded one)")
     parser.add_argument("--tokens", default=defaults.tokens, choices=["special", "content", "all"])
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readers", type=whole, default=1, help="ranks times workers (default: 1)")
     parser.add_argument("--quality", type=above_zero, help="find the smallest memory for this quality, 0 to 1")
     parser.add_argument("--memory-gib", type=above_zero, help="find the best quality in this memory")
-    parser.add_argument("--min-read-kib", type=above_zero, default=64.0, help="of what is found, the least mean read")
+    parser.add_argument("--min-read-kib", type=above_zero, default=least, help="of what is found, the least mean read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against memory to this file")
     parser.add_argument("--plot-classes", type=Path, metavar="FILE", help="draw how classes mix over an epoch")
 
