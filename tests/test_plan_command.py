@@ -1,5 +1,6 @@
 """The planner at the command line, and its figures."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -9,6 +10,7 @@ from saev_torch import ShuffledConfig
 from saev_torch.__main__ import main
 from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import predict
+from saev_torch.tools.arguments import above_zero, at_least
 from saev_torch.tools.figure import draw_mixtures, draw_plan
 
 
@@ -51,6 +53,14 @@ def test_refusals_are_one_line(directory, capsys, options: list[str], message: s
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_arguments_are_checked() -> None:
+    assert (at_least(1)("1"), at_least(0)(" 1_000 "), above_zero("1e-3")) == (1, 1000, 0.001)
+    for kind, texts in {at_least(1): ("0", "-1", "x", "1.5", ""), above_zero: ("0", "-1", "x", "nan", "inf")}.items():
+        for text in texts:
+            with pytest.raises(argparse.ArgumentTypeError, match="expected a"):
+                kind(text)
 
 
 def test_it_draws(directory, tmp_path) -> None:

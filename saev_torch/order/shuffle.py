@@ -34,14 +34,11 @@ from numpy.typing import NDArray
 
 from saev_torch.order.permute import make_key, shuffled
 from saev_torch.order.runs import Chunk, choose_block_size, divisor_at_most, expand_runs
-from saev_torch.order.streams import Streams
+from saev_torch.order.streams import CHUNKS, Streams
 
 __all__ = ["OrderedPlan", "ShufflePlan"]
 
 _Int64s = NDArray[np.int64]
-
-_CHUNK = 2
-"""A kind of keys; `streams` has the others."""
 
 _MIN_PART_TO_SPARE = 4
 
@@ -172,7 +169,7 @@ class ShufflePlan(_Plan):
         return Chunk(
             starts=starts,
             lengths=lengths,
-            dealt=shuffled(sum(portions), make_key(self.seed, self.epoch, _CHUNK, lane, chunk)),
+            dealt=shuffled(sum(portions), make_key(self.seed, self.epoch, CHUNKS, lane, chunk)),
             turns=tuple(turns),
             bounds=tuple(itertools.accumulate(portions, initial=0)),
             rows=np.concatenate(rows),

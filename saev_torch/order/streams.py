@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from saev_torch.order.permute import Bijection, hashed, make_key
 
-__all__ = ["Streams"]
+__all__ = ["BLOCKS", "CHUNKS", "SUPER_BLOCKS", "Streams"]
 
 _Int64s = NDArray[np.int64]
 _Runs = tuple[_Int64s, _Int64s]
 
-_SUPER_BLOCKS, _BLOCKS = 1, 3
-"""Kinds of keys; `shuffle` has another one."""
+SUPER_BLOCKS, CHUNKS, BLOCKS = 1, 2, 3
+"""What a key is for: no two draws of an epoch share one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Streams:
 
     @functools.cached_property
     def _permutation(self) -> Bijection:
-        return Bijection(self.n_samples // self._super_size, make_key(self.seed, self.epoch, _SUPER_BLOCKS))
+        return Bijection(self.n_samples // self._super_size, make_key(self.seed, self.epoch, SUPER_BLOCKS))
 
     @functools.cached_property
     def _split(self) -> "_Split":
-        return _Split(len(self.lengths), make_key(self.seed, self.epoch, _BLOCKS))
+        return _Split(len(self.lengths), make_key(self.seed, self.epoch, BLOCKS))
 
     def runs(self, lane: int, start: int, stop: int) -> _Runs:
         """Samples at positions start..stop-1 of a lane's stream: first sample and length of each run of them."""

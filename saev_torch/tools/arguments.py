@@ -14,9 +14,13 @@ def at_least(least: int) -> Callable[[str], int]:
     """Make the type of an argument: an integer of at least `least`."""
 
     def parse(text: str) -> int:
-        if not text.strip().removeprefix("-").isdecimal() or int(text) < least:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text}")
-        return int(text)
+        return number
 
     return parse
 
