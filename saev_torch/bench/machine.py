@@ -109,4 +109,4 @@ def cached_share(store: ShardStore) -> float:
                     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
                 n_pages += len(there)
                 n_cached += int((there & 1).sum())
-    return n_cached / n_pages if n_pages else 0.0
+    return n_cached / n_pages

@@ -89,7 +89,7 @@ class Side:
             return is_late and n_timed % self.n_batches == 0
         # What is read together, or made by workers at the same time, also comes together.
         step = math.lcm(max(1, self.n_workers), max(1, self.n_lanes))
-        at = self.n_before % max(1, self.n_batches) + n_timed
+        at = self.n_before % self.n_batches + n_timed
         is_last = self.has_buffer and at + step > self.n_batches - self.n_settle
         return (is_late or is_last) and n_timed % step == 0
 

@@ -21,14 +21,11 @@ import numpy as np
 from saev_torch.bench.measured import Measured, processor_s
 from saev_torch.bench.sides import Loader, Side, allowing_many_workers, make_loader
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.errors import ConfigError
 from saev_torch.iterable import ShuffledActivations
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
 
 __all__ = ["first_batch_s", "measure_cold", "measure_statistics", "measure_warm"]
-
-_NO_SAMPLES = "the selection has no samples, so there is nothing to measure; choose other data."
 
 
 class _Clock:
@@ -80,7 +77,7 @@ def measure_cold(side: Side, limit_s: float, touch: bool) -> Measured:
     After `limit_s` it is stopped. A side with a buffer then counts from the batch after which it was full.
     """
     full: Measured | None = None
-    n_taken, is_cut = 0, False
+    is_cut = False
     with _running(side.make()) as loader:
         clock = _Clock(side.sample_nbytes, touch)
         for n_taken, batch in enumerate(loader, 1):
@@ -92,8 +89,6 @@ def measure_cold(side: Side, limit_s: float, touch: bool) -> Measured:
                 # Of long data: should it be cut, what filled the buffer must not count without what empties it.
                 full = clock.read()
         whole = clock.read(is_cut)
-    if not n_taken:
-        raise ConfigError(_NO_SAMPLES)
     return whole.since(full) if is_cut and full is not None else whole
 
 
@@ -134,11 +129,7 @@ def first_batch_s(cfg: ShuffledConfig) -> float:
 def _stream(loader: Loader) -> Generator[Any, None, None]:
     """Batches of one epoch after the other."""
     while True:
-        batch = None
-        for batch in loader:
-            yield batch
-        if batch is None:
-            raise ConfigError(_NO_SAMPLES)
+        yield from loader
 
 
 @contextlib.contextmanager

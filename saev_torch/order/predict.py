@@ -85,7 +85,7 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
         ConfigError: The configuration does not fit the metadata, or has ignored labels.
     """
     selection, plan = _make_plan(md, cfg)
-    per_example = max(1, selection.n_samples // md.n_examples)
+    per_example = selection.n_samples // md.n_examples
     batch_size = min(plan.batch_size, plan.n_samples)
     read_nbytes, read_per_byte = _predict_reads(selection, plan, n_readers)
     shares = (Share(i, n_readers, plan.n_batches) for i in range(min(n_readers, plan.n_batches)))
@@ -135,23 +135,23 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
     common = math.gcd(n_readers, plan.n_lanes)
     # Lanes of one reader are neighbours on disk, and read together where there is room for it.
     lanes = plan.n_lanes // common if plan.reads_lanes_together else 1
-    per_example = selection.n_samples // max(1, md.n_examples) // selection.n_grid_layers
+    per_example = selection.n_samples // md.n_examples // selection.n_grid_layers
     run = min(plan.block_size * lanes, plan.n_samples)
     gap = 0 if len(md.layers) == 1 or selection.layer_is_all else (len(md.layers) - 1) * md.tokens_per_example
     gap += md.tokens_per_example - per_example
     max_gap = MAX_GAP_NBYTES // row_nbytes
     # Places in a run where rows of an example, or layer, end.
-    n_ends = (run - 1) / max(1, per_example)
+    n_ends = (run - 1) / per_example
     over, n_reads = (n_ends * gap, 1.0) if gap <= max_gap else (0.0, 1 + n_ends)
     wanted = float(run)
-    share = common / n_readers
-    if share < 1:
+    part = common / n_readers
+    if part < 1:
         # Several readers serve a lane, and each reads the rows that its own batches need.
-        joined = sum(g * share * (1 - share) ** g for g in range(1, max_gap + 1))
-        broken = (1 - share) ** (max_gap + 1)
-        wanted = run * share
+        joined = sum(g * part * (1 - part) ** g for g in range(1, max_gap + 1))
+        broken = (1 - part) ** (max_gap + 1)
+        wanted = run * part
         n_reads += wanted * broken
-        over = over * share + wanted * joined
+        over = over * part + wanted * joined
     most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
     n_rows = max(1.0, wanted + over)
     n_reads = min(max(n_reads, n_rows / most), n_rows)
