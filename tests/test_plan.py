@@ -57,23 +57,23 @@ def test_find_is_the_inverse(plan, data):
 def test_lanes_and_depths_fit_the_buffer(plan):
     assert plan.max_lanes % plan.n_lanes == 0
     depths = [plan.depth(lane) for lane in range(plan.n_lanes)]
-    assert all(1 <= depth <= max(1, plan.n_slots(lane)) for lane, depth in enumerate(depths))
+    assert all(1 <= depth <= max(1, plan.n_turns(lane)) for lane, depth in enumerate(depths))
     assert sum(depths) <= max(plan.buffer_size, 1)
-    assert sum(plan.n_slots(lane) for lane in range(plan.n_lanes)) == plan.n_batches
+    assert sum(plan.n_turns(lane) for lane in range(plan.n_lanes)) == plan.n_batches
 
 
 @many
 @given(plans.shuffle_plans(), st.data())
 def test_chunks_deal_evenly(plan, data):
     lane = data.draw(st.integers(0, plan.n_lanes - 1))
-    if not plan.n_slots(lane):
+    if not plan.n_turns(lane):
         return
-    chunk = plan.chunk(lane, data.draw(st.integers(0, plan.n_slots(lane) - 1)))
+    chunk = plan.chunk(lane, data.draw(st.integers(0, plan.n_turns(lane) - 1)))
     assert np.array_equal(np.sort(chunk.dealt), np.arange(chunk.lengths.sum()))
     assert (chunk.lengths > 0).all()
-    assert len(chunk.slots) == plan.depth(lane) == len(set(chunk.slots))
-    for slot, n in zip(chunk.slots, np.diff(chunk.bounds), strict=True):
-        assert abs(n - plan.size(slot * plan.n_lanes + lane) / plan.depth(lane)) < 1
+    assert len(chunk.turns) == plan.depth(lane) == len(set(chunk.turns))
+    for turn, n in zip(chunk.turns, np.diff(chunk.bounds), strict=True):
+        assert abs(n - plan.size(turn * plan.n_lanes + lane) / plan.depth(lane)) < 1
 
 
 def test_the_order_is_a_function_of_the_fields():

@@ -1,5 +1,6 @@
 """The planner at the command line, and its figures."""
 
+import argparse
 import dataclasses
 
 import pytest
@@ -9,7 +10,8 @@ from saev_torch import ShuffledConfig
 from saev_torch.__main__ import main
 from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import predict
-from saev_torch.tools.plan_figure import draw_mixtures, draw_plan
+from saev_torch.tools.arguments import above_zero, at_least
+from saev_torch.tools.figure import draw_mixtures, draw_plan
 
 
 @pytest.fixture
@@ -42,6 +44,8 @@ def test_it_finds_a_configuration(directory, capsys) -> None:
         (["--layer", "5"], "recorded layers"),
         (["--quality", "2"], "quality: expected one that can be reached"),
         (["--quality", "0.5", "--memory-gib", "1"], "got both"),
+        (["--plot", "no/such/folder/a.png"], "--plot: expected a file in a folder that exists"),
+        (["--plot", "a.nothing"], "a.nothing: could not be drawn"),
     ],
 )
 def test_refusals_are_one_line(directory, capsys, options: list[str], message: str) -> None:
@@ -49,6 +53,14 @@ def test_refusals_are_one_line(directory, capsys, options: list[str], message: s
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_arguments_are_checked() -> None:
+    assert (at_least(1)("1"), at_least(0)(" 1_000 "), above_zero("1e-3")) == (1, 1000, 0.001)
+    for kind, texts in {at_least(1): ("0", "-1", "x", "1.5", ""), above_zero: ("0", "-1", "x", "nan", "inf")}.items():
+        for text in texts:
+            with pytest.raises(argparse.ArgumentTypeError, match="expected a"):
+                kind(text)
 
 
 def test_it_draws(directory, tmp_path) -> None:
@@ -70,3 +82,11 @@ def test_the_figures_show_what_they_are_given() -> None:
         assert f"{mixture.distance.mean():.3f}" in axes.get_title(loc="left")
     others = [predict(md, dataclasses.replace(cfg, block_size=b)) for b in (1, 16)]
     assert len(draw_plan(others[0], others).axes[0].lines) == 3
+
+
+def test_buffers_that_take_the_same_memory_are_drawn() -> None:
+    """Data that fit into the smaller one take no more with the larger."""
+    md, cfg = make_metadata(n_examples=20), ShuffledConfig(shards="x", layer=3, batch_size=1024, block_size=4)
+    others = [predict(md, dataclasses.replace(cfg, buffer_size=n)) for n in (64, 128)]
+    assert others[0].memory_nbytes == others[1].memory_nbytes
+    assert len(draw_plan(others[0], others).axes[0].lines) == 2

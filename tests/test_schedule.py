@@ -47,8 +47,8 @@ def test_whole_lanes_are_read_once(n_workers):
     visits = collections.Counter()
     for worker in range(n_workers):
         for step in make_steps(plan, Share(worker, n_workers, plan.n_batches)):
-            visits.update({tuple(load.chunk.starts[:1].tolist()) + load.chunk.slots: 1 for load in step.loads})
-    n_chunks = sum(plan.n_slots(lane) for lane in range(plan.n_lanes))
+            visits.update({tuple(load.chunk.starts[:1].tolist()) + load.chunk.turns: 1 for load in step.loads})
+    n_chunks = sum(plan.n_turns(lane) for lane in range(plan.n_lanes))
     assert len(visits) == n_chunks
     assert sum(visits.values()) <= n_chunks + sum(plan.depth(lane) - 1 for lane in range(plan.n_lanes))
 

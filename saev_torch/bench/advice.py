@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from saev_torch.bench.memory import PROCESS_NBYTES
 from saev_torch.config import ShuffledConfig
 from saev_torch.format.metadata import Metadata
@@ -14,7 +16,7 @@ __all__ = ["Forecast", "Grid", "Recommended", "Vitals", "interpolate", "recommen
 Grid = Mapping[tuple[int, int], float]
 """GB/s for (threads, bytes of a block)."""
 
-_N_LANES = 8
+_N_LANES = ShuffledConfig.n_lanes
 _NEARLY = 0.9
 # The training process and the page cache want memory, too.
 _SHARE_FOR_LOADER = 0.5
@@ -122,15 +124,10 @@ def interpolate(grid: Grid, n_threads: int, nbytes: float) -> float:
     Blocks smaller than any that was measured are taken to come as many in a second.
     """
     threads = max((t for t, _ in grid if t <= n_threads), default=min(t for t, _ in grid))
-    points = sorted((size, rate) for (t, size), rate in grid.items() if t == threads)
-    below = max((p for p in points if p[0] <= nbytes), default=points[0])
-    above = min((p for p in points if p[0] >= nbytes), default=points[-1])
-    if nbytes < points[0][0]:
-        return points[0][1] * nbytes / points[0][0]
-    if below[0] >= above[0]:
-        return below[1]
-    share = math.log(nbytes / below[0]) / math.log(above[0] / below[0])
-    return below[1] + share * (above[1] - below[1])
+    sizes, rates = zip(*sorted((size, rate) for (t, size), rate in grid.items() if t == threads), strict=True)
+    if nbytes < sizes[0]:
+        return float(rates[0] * nbytes / sizes[0])
+    return float(np.interp(math.log(nbytes), np.log(sizes), rates))
 
 
 def recommend(vitals: Vitals, n_workers: int | None = None) -> Recommended:
@@ -140,68 +137,59 @@ def recommend(vitals: Vitals, n_workers: int | None = None) -> Recommended:
         vitals: What was measured. Before the loader was tried, `copying` is empty and `n_workers` must be given.
         n_workers: Number of workers; None to choose it, too.
     """
-    reasons: dict[str, str] = {}
-    buffer_size = _choose_buffer(vitals, max(vitals.copying) if n_workers is None else n_workers, reasons)
+    why: dict[str, str] = {}
+    buffer_size, why["buffer_size"] = _choose_buffer(vitals, max(vitals.copying) if n_workers is None else n_workers)
     if n_workers is None:
-        n_workers = _choose_workers(vitals, buffer_size, reasons)
+        n_workers, why["num_workers"] = _choose_workers(vitals, buffer_size)
+    block_size, why["block_size"] = _choose_block(vitals, n_workers, buffer_size)
     n_readers = max(1, n_workers)
-    readers = _n(n_readers, "reading process", "reading processes")
-    block_size = _choose_block(vitals, n_workers, buffer_size, reasons)
+    readers = f"{n_readers} reading process{'' if n_readers == 1 else 'es'}"
     nbytes = vitals.predict(n_workers, buffer_size, block_size).read_nbytes
     n_total, rate = _fewest_threads(vitals, nbytes)
     n_threads = max(math.ceil(n_total / n_readers), math.ceil(vitals.cores / n_readers))
-    n_lanes = math.lcm(_N_LANES, n_readers)
-    reasons["n_lanes"] = f"a multiple of {readers}, so that each serves whole lanes"
-    reasons["n_threads"] = (
+    why["n_lanes"] = f"a multiple of {readers}, so that each serves whole lanes"
+    why["n_threads"] = (
         f"in each of {readers}; {n_total} in all read blocks of {_kb(nbytes)} cold at {rate:.2f} GB/s, where more gain "
         f"less than {1 / _NEARLY - 1:.0%}, and {vitals.cores:g} keep all cores busy"
     )
-    disk = interpolate(vitals.cold, n_threads * n_readers, nbytes)
-    forecast = _forecast(vitals, n_workers, buffer_size, disk) if vitals.copying else None
-    return Recommended(n_workers, n_threads, n_lanes, block_size, buffer_size, reasons, forecast)
-
-
-def _n(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
+    forecast = None
+    if vitals.copying:
+        disk = interpolate(vitals.cold, n_threads * n_readers, nbytes)
+        forecast = _forecast(vitals, n_workers, buffer_size, disk)
+    return Recommended(n_workers, n_threads, math.lcm(_N_LANES, n_readers), block_size, buffer_size, why, forecast)
 
 
 def _kb(nbytes: float) -> str:
     return f"{nbytes / 1024:.0f} KB"
 
 
-def _choose_buffer(vitals: Vitals, n_workers: int, reasons: dict[str, str]) -> int:
+def _choose_buffer(vitals: Vitals, n_workers: int) -> tuple[int, str]:
     wished, room = vitals.cfg.buffer_size, vitals.available_nbytes * _SHARE_FOR_LOADER
     size = wished
     while size > 1 and vitals.loader_nbytes(n_workers, size) > room:
         # Whole lanes, as long as there are batches enough for each.
         size = size - 1 if size <= _N_LANES else (size - 1) // _N_LANES * _N_LANES
     whole = vitals.loader_nbytes(n_workers, size) / 1e9
-    reasons["buffer_size"] = (
+    why = (
         f"{size} batches of {vitals.batch_nbytes / 1e6:.0f} MB; with all that belongs to it up to {whole:.2f} GB of "
         f"{vitals.available_nbytes / 1e9:.1f} GB available"
     )
-    if size < wished:
-        reasons["buffer_size"] += f"; {wished} would take more than half of it"
-    return size
+    return size, why if size == wished else f"{why}; {wished} would take more than half of it"
 
 
-def _choose_workers(vitals: Vitals, buffer_size: int, reasons: dict[str, str]) -> int:
+def _choose_workers(vitals: Vitals, buffer_size: int) -> tuple[int, str]:
+    tried = sorted(vitals.copying.items())
     most, wanted = max(vitals.copying), max(vitals.copying.values())
-    why = "nearly the best"
-    if not vitals.fits(most, buffer_size):
-        disk = max(vitals.cold.values())
-        if disk < wanted:
-            wanted, why = disk, f"nearly what the disk gives, {disk:.2f}, from which each epoch must come"
-    enough = [w for w, rate in sorted(vitals.copying.items()) if rate >= _NEARLY * wanted]
-    n_workers = enough[0] if enough else most
-    if n_workers == 0 and len(enough) > 1 and vitals.cores > 1:
+    disk, reach = max(vitals.cold.values()), "nearly the best"
+    if disk < wanted and not vitals.fits(most, buffer_size):
+        wanted, reach = disk, f"nearly what the disk gives, {disk:.2f}, from which each epoch must come"
+    enough = [w for w, rate in tried if rate >= _NEARLY * wanted] or [most]
+    rates = ", ".join(f"{w}: {rate:.2f}" for w, rate in tried)
+    why = f"tried warm, GB/s by workers, {rates}; the fewest that reach {reach}"
+    if enough[0] == 0 and len(enough) > 1 and vitals.cores > 1:
         # So that the training loop has an interpreter to itself.
-        n_workers = enough[1]
-    tried = ", ".join(f"{w}: {rate:.2f}" for w, rate in sorted(vitals.copying.items()))
-    reasons["num_workers"] = f"tried warm, GB/s by workers, {tried}; the fewest that reach {why}"
-    if n_workers and enough[:1] == [0]:
-        reasons["num_workers"] += ", but 0, which would share its interpreter with the training loop"
-    return n_workers
+        return enough[1], f"{why}, but 0, which would share its interpreter with the training loop"
+    return enough[0], why
 
 
 def _fewest_threads(vitals: Vitals, nbytes: float) -> tuple[int, float]:
@@ -211,34 +199,30 @@ def _fewest_threads(vitals: Vitals, nbytes: float) -> tuple[int, float]:
     return next((t, rate) for t, rate in rates.items() if rate >= _NEARLY * best)
 
 
-def _choose_block(vitals: Vitals, n_workers: int, buffer_size: int, reasons: dict[str, str]) -> int | None:
+def _choose_block(vitals: Vitals, n_workers: int, buffer_size: int) -> tuple[int | None, str]:
     default = vitals.predict(n_workers, buffer_size)
     _, rate = _fewest_threads(vitals, default.read_nbytes)
-    best = max(vitals.cold.values())
-    copying = vitals.copying.get(n_workers, math.inf)
+    best, copying = max(vitals.cold.values()), vitals.copying.get(n_workers, math.inf)
+    enough = _FAST_ENOUGH * min(best, copying)
     here = f"the default, {default.cfg.block_size} samples, makes reads of {_kb(default.read_nbytes)}, "
     here += f"{rate:.2f} GB/s cold"
     if vitals.fits(n_workers, buffer_size):
-        reasons["block_size"] = f"{here}, and after the first epoch the data are in the page cache"
-        return None
-    if rate >= _FAST_ENOUGH * min(best, copying):
-        reasons["block_size"] = f"{here}; the disk gives at most {best:.2f}, and the loader copies {copying:.2f}"
-        return None
+        return None, f"{here}, and after the first epoch the data are in the page cache"
+    if rate >= enough:
+        return None, f"{here}; the disk gives at most {best:.2f}, and the loader copies {copying:.2f}"
     found = default
-    while rate < _FAST_ENOUGH * min(best, copying):
+    while rate < enough:
         larger = vitals.predict(n_workers, buffer_size, 2 * (found.cfg.block_size or 1))
         if larger.read_nbytes <= found.read_nbytes or larger.quality < _MIXING_KEPT * default.quality:
             break
         found = larger
         _, rate = _fewest_threads(vitals, found.read_nbytes)
     if found is default:
-        reasons["block_size"] = f"{here}; the disk gives up to {best:.2f}, but larger blocks would mix too badly"
-        return None
-    reasons["block_size"] = (
+        return None, f"{here}; the disk gives up to {best:.2f}, but larger blocks would mix too badly"
+    return found.cfg.block_size, (
         f"{here}; this one {_kb(found.read_nbytes)}, {rate:.2f} GB/s, at the price of mixing: "
         f"{found.distinct_examples:,.0f} distinct examples in a batch, not {default.distinct_examples:,.0f}"
     )
-    return found.cfg.block_size
 
 
 def _forecast(vitals: Vitals, n_workers: int, buffer_size: int, disk: float) -> Forecast:

@@ -12,12 +12,15 @@ from typing import Any
 
 from saev_torch.bench.data import BenchData, choose_ignored, made_n_examples, make
 from saev_torch.bench.doctor import describe, examine
-from saev_torch.bench.machine import Machine, look
-from saev_torch.bench.report import format_memory, format_table
-from saev_torch.bench.rounds import Settings, run_cold, run_first_batch, run_memory, run_warm, warm_up
+from saev_torch.bench.machine import NOT_COLD, Machine, look
+from saev_torch.bench.raw import WINDOW_NBYTES
+from saev_torch.bench.report import Spread, format_memory, format_table
+from saev_torch.bench.rounds import Settings, run_cold, run_memory, run_warm, warm_up
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
+from saev_torch.bench.timing import first_batch_s
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
+from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 from saev_torch.writing.progress import Progress
 
 __all__ = ["add_arguments", "run"]
@@ -28,7 +31,6 @@ _OTHERS = {
     "memory": "proportional set sizes over an epoch of ten buffers",
 }
 _LEAST_IGNORED = 0.2
-_NOT_COLD = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,51 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Sides, each also by its full name as in shuffled-2: {names}."
     add = parser.add_argument
     add("shards", type=Path, nargs="?", metavar="SHARDS", help="shard directory; or give --make-gb")
-    add("--make-gb", type=_positive_float, metavar="GB", help="make data of this size per layer, removed afterwards")
+    add("--make-gb", type=above_zero, metavar="GB", help="make data of this size per layer, removed afterwards")
     add("--folder", type=Path, help="where to make data (default: the system's folder for temporary files)")
     several = "with --make-gb: also make data of N recorded layers and read one; 0 for none (default: 6)"
-    add("--layers", type=_count, default=6, metavar="N", help=several)
+    add("--layers", type=at_least(0), default=6, metavar="N", help=several)
     add("--layers-shards", type=Path, metavar="DIR", help="shard directory of several layers, instead of --layers")
     add("--layer", type=int, help="recorded layer of SHARDS (default: the one in the middle)")
-    add("--batch-size", type=_positive, default=16384, help="samples in a batch (default: %(default)s)")
-    add("--buffer-size", type=_positive, default=64, help="batches of buffer (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=16384, help="samples in a batch (default: %(default)s)")
+    add("--buffer-size", type=at_least(1), default=64, help="batches of buffer (default: %(default)s)")
     add("--workers", type=_numbers, default=(0, 1, 2), metavar="N,...", help="numbers of workers (default: 0,1,2)")
-    add("--rounds", type=_positive, default=5, help="rounds (default: %(default)s)")
-    add("--seconds", type=_positive_float, default=2.0, help="time of a warm side in a round (default: %(default)s)")
+    add("--rounds", type=at_least(1), default=5, help="rounds (default: %(default)s)")
+    add("--seconds", type=above_zero, default=2.0, help="time of a warm side in a round (default: %(default)s)")
     add("--only", type=_names, default=(), metavar="NAME,...", help="run some sides only; the limits always run")
     add("--cold", action="store_true", help="also measure whole epochs after dropping the page cache")
     add("--no-warm", action="store_true", help="leave out all that is measured warm")
     limit = "stop a cold epoch, or a pass of statistics, after this time (default: %(default)s)"
-    add("--cold-limit-s", type=_positive_float, default=120.0, metavar="S", help=limit)
+    add("--cold-limit-s", type=above_zero, default=120.0, metavar="S", help=limit)
     add("--touch", action="store_true", help="add up the activations of each batch; else nothing looks at them")
     add("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
     add("--quick", action="store_true", help="two short rounds, to see that it runs")
     add("--doctor", action="store_true", help="look at machine and disk instead, and recommend options")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {number}")
-    return number
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {number}")
-    return number
-
-
-def _positive_float(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return number
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part) for part in text.split(",")}))
+    return tuple(sorted({at_least(0)(part) for part in text.split(",")}))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -114,14 +95,12 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("SHARDS: expected either a shard directory or --make-gb, got both or neither; give one.")
     if args.no_warm and not args.cold:
         raise ConfigError("--no-warm: expected --cold with it, got nothing left to measure; leave it out.")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        # Now, and not after all the work.
-        raise ConfigError(f"--json: expected a file in a folder that exists, got {args.json}; make the folder first.")
+    check_new_file("--json", args.json)
     if args.folder is not None and not args.folder.is_dir():
         raise ConfigError(f"--folder: expected a folder that exists, got {args.folder}; make it first.")
     with _data(args) as (data, layers_data):
         if args.doctor:
-            findings = examine(data, args.batch_size, args.buffer_size, args.quick)
+            findings = examine(data, data.config(args.batch_size, args.buffer_size), args.quick)
             print(describe(findings))
             report = findings.to_json()
         else:
@@ -153,16 +132,14 @@ def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | Non
 @contextlib.contextmanager
 def _own_cache() -> Iterator[None]:
     """Keep statistics that are computed on the way from the user's cache folder."""
-    before = os.environ.get("XDG_CACHE_HOME")
+    before = os.environ.copy()
     with tempfile.TemporaryDirectory(prefix="saev_torch_bench_") as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         try:
             yield
         finally:
-            if before is None:
-                del os.environ["XDG_CACHE_HOME"]
-            else:
-                os.environ["XDG_CACHE_HOME"] = before
+            del os.environ["XDG_CACHE_HOME"]
+            os.environ.update(before)
 
 
 def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | None) -> dict[str, Any]:
@@ -171,20 +148,12 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
     )
     if args.quick:
         settings = dataclasses.replace(
-            settings, n_rounds=2, seconds=0.05, window_nbytes=8_000_000, memory_workers=(0, 1)
+            settings, n_rounds=2, seconds=0.05, window_nbytes=WINDOW_NBYTES // 50, memory_workers=(0, 1)
         )
     machine = look()
     ignored, ignored_share = choose_ignored(data.store)
     if ignored_share < _LEAST_IGNORED:
-        ignored = []
-    sides = [
-        side
-        for side in make_sides(data, layers_data, args.batch_size, args.buffer_size, args.workers, ignored)
-        if _is_wanted(side.name, args.only)
-    ]
-    cfg = ShuffledConfig(
-        shards=data.store.shards_dir, layer=data.layer, batch_size=args.batch_size, buffer_size=args.buffer_size
-    )
+        ignored, ignored_share = [], 0.0
     about = {
         "n_samples": data.n_samples,
         "nbytes": data.nbytes,
@@ -192,34 +161,44 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         "batch_size": args.batch_size,
         "buffer_size": args.buffer_size,
         "n_batches": -(-data.n_samples // args.batch_size),
-        "ignored_share": ignored_share if ignored else 0.0,
+        "ignored_share": ignored_share,
     }
+    _print_headline(machine, data, about)
     report: dict[str, Any] = {
         "machine": {**dataclasses.asdict(machine), "cores": machine.cores},
         "data": about,
         "settings": dataclasses.asdict(settings),
     }
-    _print_headline(machine, data, about)
+    cfg = data.config(args.batch_size, args.buffer_size)
+    sides = make_sides(data, layers_data, cfg, args.workers, ignored)
+    sides = [side for side in sides if _is_wanted(side.name, args.only)]
     if not args.no_warm:
         warm_up(data, layers_data)
         warm = run_warm(settings, machine.cores, data, args.batch_size, sides)
         report["warm"] = warm.to_json()
         title = f"warm, steady state, {settings.n_rounds} rounds; {_where_timed(sides)}"
         print("\n" + format_table(title, f"{machine.cores:g} cores / (1/read + 1/gather)", warm))
-        if _is_wanted("first", args.only):
-            first = run_first_batch(settings, cfg)
-            report["first_batch_s"] = first.to_json()
-            print(f"\nfirst batch: {first} s after iter(), warm, 0 workers")
-        if _is_wanted("memory", args.only):
-            uses = run_memory(settings, cfg)
-            report["memory"] = [use.to_json() for use in uses]
-            print("\n" + format_memory(uses))
+        report |= _bench_others(args.only, settings, cfg)
     if args.cold:
         cold, cached = run_cold(settings, data, layers_data, sides)
         report["cold"] = {**cold.to_json(), "cached_share": cached}
         print("\n" + format_table(f"cold, whole epochs, {settings.n_rounds} rounds", "best raw read", cold))
-        if cached > _NOT_COLD:
+        if cached > NOT_COLD:
             print(f"note: up to {cached:.0%} of the pages stayed in the page cache, so this was not quite cold")
+    return report
+
+
+def _bench_others(only: Sequence[str], settings: Settings, cfg: ShuffledConfig) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    if _is_wanted("first", only):
+        # The first time finds nothing prepared, as in a process that has just begun.
+        first = Spread(tuple(first_batch_s(cfg) for _ in range(1 + settings.n_rounds))[1:])
+        report["first_batch_s"] = first.to_json()
+        print(f"\nfirst batch: {first} s after iter(), warm, 0 workers")
+    if _is_wanted("memory", only):
+        uses = run_memory(settings, cfg)
+        report["memory"] = [use.to_json() for use in uses]
+        print("\n" + format_memory(uses))
     return report
 
 

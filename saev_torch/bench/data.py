@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
-from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
+from saev_torch.tools.overview import count_labels
 from saev_torch.writing.writer import ShardWriter
 
 __all__ = ["D_MODEL", "N_CONTENT", "BenchData", "choose_ignored", "made_n_examples", "make"]
@@ -23,7 +24,6 @@ _MADE_LABELS = 3
 _MAX_TOKENS_PER_SHARD = 500_000
 _EXAMPLES_AT_ONCE = 64
 _ROOM_NBYTES = 256 << 20
-_EXAMPLES_COUNTED_AT_ONCE = 1 << 14
 _MOST_IGNORED = 0.4
 
 
@@ -41,21 +41,21 @@ class BenchData:
 
     @classmethod
     def open(cls, shards: Path, layer: int | None) -> "BenchData":
-        """Open a shard directory.
-
-        Args:
-            shards: The directory.
-            layer: A recorded layer; None for the one in the middle.
+        """Open a shard directory, for a recorded layer; None for the one in the middle.
 
         Raises:
-            ConfigError: The layer was not recorded.
-            SaevTorchError: The directory is no good.
+            SaevTorchError: The directory is no good, or the layer was not recorded.
         """
         store = ShardStore(shards)
         layers = store.metadata.layers
         if layer is not None and layer not in layers:
             raise ConfigError(f"--layer: expected one of the recorded layers {list(layers)}, got {layer}; choose one.")
         return cls(store, layers[len(layers) // 2] if layer is None else layer)
+
+    def config(self, batch_size: int, buffer_size: int) -> ShuffledConfig:
+        """How it is read shuffled."""
+        shards = self.store.shards_dir
+        return ShuffledConfig(shards=shards, layer=self.layer, batch_size=batch_size, buffer_size=buffer_size)
 
     @property
     def n_samples(self) -> int:
@@ -82,17 +82,13 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
     """Write shards of random activations, with labels of which each stands on a third of the tokens.
 
     Args:
-        root: Where the shard directory is made.
+        root: Where the shard directory is made; its path is returned.
         n_examples: Examples, of 196 tokens of 768 float32 each.
         n_layers: Recorded layers.
         on_written: Called with the number of examples just written.
 
-    Returns:
-        The shard directory.
-
     Raises:
-        ConfigError: The disk has no room.
-        WriteError: Writing failed.
+        SaevTorchError: The disk has no room, or writing failed.
     """
     wanted = n_examples * n_layers * N_CONTENT * D_MODEL * 4
     free = shutil.disk_usage(root).free
@@ -131,15 +127,7 @@ def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
     """
     if not store.has_labels:
         return [], 0.0
-    counts = np.zeros(256, dtype=np.int64)
-    n, reader = store.metadata.n_examples, store.clone()
-    labels = Labels(reader)
-    try:
-        for start in range(0, n, _EXAMPLES_COUNTED_AT_ONCE):
-            examples = np.arange(start, min(n, start + _EXAMPLES_COUNTED_AT_ONCE), dtype=np.int64)
-            counts += np.bincount(labels.of_examples(examples).ravel(), minlength=256)
-    finally:
-        reader.close()
+    counts = count_labels(store)
     shares = counts / counts.sum()
     chosen: list[int] = []
     total = 0.0

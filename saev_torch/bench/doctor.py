@@ -10,9 +10,10 @@ from typing import Any
 
 from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
 from saev_torch.bench.data import BenchData
-from saev_torch.bench.machine import Machine, cached_share, drop_cache, look
-from saev_torch.bench.raw import Piece, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
-from saev_torch.bench.sides import make_side
+from saev_torch.bench.machine import NOT_COLD, Machine, cached_share, drop_cache, look
+from saev_torch.bench.measured import Measured
+from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
+from saev_torch.bench.sides import Side, make_side
 from saev_torch.bench.timing import measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
 from saev_torch.reading.slots import can_share
@@ -23,7 +24,6 @@ __all__ = ["BLOCKS_NBYTES", "THREADS", "Findings", "describe", "examine"]
 BLOCKS_NBYTES = (12 << 10, 48 << 10, 192 << 10, 768 << 10, 4 << 20)
 THREADS = (1, 2, 4, 8, 16)
 _WORKERS = (0, 1, 2, 4, 8)
-_WINDOW_NBYTES = 400_000_000
 _WARM_NBYTES = 1 << 28
 _MANY_FILES = 1024
 
@@ -41,8 +41,7 @@ class Findings:
         cached_before: Share of the shards that was in the page cache at first.
         cached_after: Share that stayed there when it was dropped.
         recommended: Options.
-        checked: GB/s of the loader with these options, over an epoch that was not in the page cache.
-        is_cut: Whether that epoch was stopped before its end.
+        checked: The loader with these options, over an epoch that was not in the page cache.
     """
 
     machine: Machine
@@ -53,8 +52,7 @@ class Findings:
     cached_before: float
     cached_after: float
     recommended: Recommended
-    checked: float
-    is_cut: bool
+    checked: Measured
 
     @property
     def limit(self) -> float:
@@ -64,37 +62,35 @@ class Findings:
     def to_json(self) -> dict[str, Any]:
         """Everything, in JSON's types."""
         vitals = self.vitals
+
+        def rows(grid: Grid) -> list[dict[str, float]]:
+            return [{"n_threads": t, "block_nbytes": nbytes, "gb_per_s": rate} for (t, nbytes), rate in grid.items()]
+
         return {
             "machine": dataclasses.asdict(self.machine),
             "data": {"nbytes": vitals.nbytes, "batch_size": vitals.cfg.batch_size, "cached_share": self.cached_before},
-            "cold": _rows(vitals.cold),
-            "warm": _rows(self.warm),
+            "cold": rows(vitals.cold),
+            "warm": rows(self.warm),
             "read": self.read,
             "gather": self.gather,
             "limit": self.limit,
             "copying": {str(n_workers): rate for n_workers, rate in vitals.copying.items()},
             "recommended": dataclasses.asdict(self.recommended),
-            "checked": self.checked,
-            "is_cut": self.is_cut,
+            "checked": self.checked.gb_per_s,
+            "is_cut": self.checked.is_cut,
         }
 
 
-def _rows(grid: Grid) -> list[dict[str, float]]:
-    return [{"n_threads": t, "block_nbytes": nbytes, "gb_per_s": rate} for (t, nbytes), rate in grid.items()]
-
-
-def examine(data: BenchData, batch_size: int, buffer_size: int, quick: bool) -> Findings:
+def examine(data: BenchData, cfg: ShuffledConfig, quick: bool) -> Findings:
     """Measure, and draw conclusions.
 
     Args:
         data: What will be read.
-        batch_size: Samples in a batch.
-        buffer_size: Batches of buffer that are wished for.
+        cfg: Of `data`, with the buffer that is wished for.
         quick: Measure so shortly that the figures mean little.
     """
     seconds, trial_s, check_s = (0.02, 0.05, 1.0) if quick else (0.4, 1.5, 15.0)
     machine, store = look(), data.store
-    md = store.metadata
     cached_before = cached_share(store)
     drop_cache([store])
     cached_after = cached_share(store)
@@ -105,50 +101,31 @@ def examine(data: BenchData, batch_size: int, buffer_size: int, quick: bool) -> 
         pieces = layer_pieces(store, data.layer)
         read_rate(store, pieces, repeat=False)
         read = read_rate(store, pieces, seconds=seconds).gb_per_s
-        gather = gather_rate(md.d_model, batch_size, _WINDOW_NBYTES // (50 if quick else 1), seconds).gb_per_s
+        window_nbytes = WINDOW_NBYTES // (50 if quick else 1)
+        gather = gather_rate(store.metadata.d_model, cfg.batch_size, window_nbytes, seconds).gb_per_s
         progress.update(1)
         warm = _measure_grid(data, seconds, True, progress)
-        vitals = Vitals(
-            cores=machine.cores,
-            available_nbytes=machine.available_nbytes,
-            metadata=md,
-            cfg=ShuffledConfig(
-                shards=store.shards_dir, layer=data.layer, batch_size=batch_size, buffer_size=buffer_size
-            ),
-            cold=cold,
-        )
+        vitals = Vitals(machine.cores, machine.available_nbytes, store.metadata, cfg, cold)
         copying = {}
         for n_workers in workers:
             progress.begin(f"the loader, warm, {n_workers} workers")
-            side = make_side("trial", _config(vitals, recommend(vitals, n_workers)), n_workers, data)
-            copying[n_workers] = measure_warm(side, trial_s, touch=False).gb_per_s
+            trial = _side(cfg, recommend(vitals, n_workers), data)
+            copying[n_workers] = measure_warm(trial, trial_s, touch=False).gb_per_s
             progress.update(1)
         vitals = dataclasses.replace(vitals, copying=copying)
         recommended = recommend(vitals)
         progress.begin("the loader, cold")
-        side = make_side("check", _config(vitals, recommended), recommended.num_workers, data)
         drop_cache([store])
-        checked = measure_cold(side, check_s, touch=False)
+        checked = measure_cold(_side(cfg, recommended, data), check_s, touch=False)
         progress.update(1)
-    return Findings(
-        machine=machine,
-        vitals=vitals,
-        warm=warm,
-        read=read,
-        gather=gather,
-        cached_before=cached_before,
-        cached_after=cached_after,
-        recommended=recommended,
-        checked=checked.gb_per_s,
-        is_cut=checked.is_cut,
-    )
+    return Findings(machine, vitals, warm, read, gather, cached_before, cached_after, recommended, checked)
 
 
 def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Progress) -> dict[tuple[int, int], float]:
     """Read blocks in random order, as the shuffle does, for each size and number of threads."""
     rates, store = {}, data.store
     for nbytes in BLOCKS_NBYTES:
-        pieces: list[Piece] = grid_pieces(store, nbytes)
+        pieces = grid_pieces(store, nbytes)
         random.Random(0).shuffle(pieces)
         if is_warm:
             pieces = pieces[: max(1, _WARM_NBYTES // nbytes)]
@@ -157,23 +134,18 @@ def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Prog
             progress.begin(f"{'warm' if is_warm else 'cold'}, {n_threads} threads, blocks of {nbytes >> 10} KB")
             if not is_warm:
                 drop_cache([store])
-            rate = None if is_warm else staged_rate(store, pieces, n_threads=n_threads, seconds=seconds)
-            rate = rate or read_rate(
-                store, pieces, n_threads=n_threads, seconds=seconds, repeat=is_warm, reads_ahead=False
-            )
-            rates[n_threads, nbytes] = rate.gb_per_s
+            how: dict[str, Any] = {"n_threads": n_threads, "seconds": seconds}
+            found = None if is_warm else staged_rate(store, pieces, **how)
+            found = found or read_rate(store, pieces, repeat=is_warm, reads_ahead=False, **how)
+            rates[n_threads, nbytes] = found.gb_per_s
             progress.update(1)
     return rates
 
 
-def _config(vitals: Vitals, recommended: Recommended) -> ShuffledConfig:
-    return dataclasses.replace(
-        vitals.cfg,
-        buffer_size=recommended.buffer_size,
-        n_threads=recommended.n_threads,
-        n_lanes=recommended.n_lanes,
-        block_size=recommended.block_size,
-    )
+def _side(cfg: ShuffledConfig, chosen: Recommended, data: BenchData) -> Side:
+    """The loader with recommended options."""
+    options = {name: getattr(chosen, name) for name in ("buffer_size", "n_threads", "n_lanes", "block_size")}
+    return make_side("recommended", dataclasses.replace(cfg, **options), chosen.num_workers, data)
 
 
 def describe(findings: Findings) -> str:
@@ -212,7 +184,7 @@ def _rates(findings: Findings) -> list[str]:
         for nbytes in BLOCKS_NBYTES:
             rates = "".join(f"{grid[n, nbytes]:8.2f}" for n in THREADS)
             lines.append(f"{nbytes >> 10:>7} KB {rates}")
-    if findings.cached_after > 0.01:
+    if findings.cached_after > NOT_COLD:
         lines.append(
             f"note: {findings.cached_after:.0%} of the pages stayed in the page cache when it was dropped, so cold is "
             "not quite cold"
@@ -235,7 +207,7 @@ def _advice(findings: Findings) -> list[str]:
 
 
 def _forecast(findings: Findings, forecast: Forecast) -> list[str]:
-    gigabytes = findings.vitals.nbytes / 1e9
+    gigabytes, checked = findings.vitals.nbytes / 1e9, findings.checked.gb_per_s
     expected = min(forecast.disk, forecast.copying)
     first = (
         f"predicted, first epoch: {forecast.first_s:.3g} s, bound by {forecast.first_bound}: {gigabytes:.2f} GB at "
@@ -247,10 +219,10 @@ def _forecast(findings: Findings, forecast: Forecast) -> list[str]:
     }[forecast.later_bound]
     fits = forecast.later_bound == "copying" and forecast.later_s != forecast.first_s
     why += "all in the page cache" if fits else "as in the first"
-    cut = ", stopped early" if findings.is_cut else ""
+    cut = ", stopped early" if findings.checked.is_cut else ""
     return [
         first,
         f"predicted, later epochs: {forecast.later_s:.3g} s, {why}",
-        f"checked: the loader with these options, cold, start of workers included{cut}: {findings.checked:.2f} GB/s, "
-        f"{gigabytes / findings.checked:.3g} s for an epoch, {findings.checked / expected:.2f} of what was predicted",
+        f"checked: the loader with these options, cold, start of workers included{cut}: {checked:.2f} GB/s, "
+        f"{gigabytes / checked:.3g} s for an epoch, {checked / expected:.2f} of what was predicted",
     ]

@@ -1,18 +1,21 @@
 """Memory of a loader over an epoch: the sum of proportional set sizes over all its processes."""
 
+import contextlib
 import dataclasses
 import multiprocessing
-import os
 import statistics
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from saev_torch.bench.machine import family, pss_nbytes
+import psutil
+
+from saev_torch.bench.measured import family
 from saev_torch.bench.sides import allowing_many_workers, make_loader
 from saev_torch.config import ShuffledConfig
 from saev_torch.iterable import ShuffledActivations
 
-__all__ = ["N_BATCHES_PER_PROCESS", "PROCESS_NBYTES", "MemoryUse", "measure_memory"]
+__all__ = ["N_BATCHES_PER_PROCESS", "PROCESS_NBYTES", "MemoryUse", "measure_memory", "pss_nbytes"]
 
 N_BATCHES_PER_PROCESS = 6
 PROCESS_NBYTES = 350_000_000
@@ -57,6 +60,23 @@ class MemoryUse:
         return {**dataclasses.asdict(self), "allowed_nbytes": self.allowed_nbytes, "growth": self.growth}
 
 
+def pss_nbytes(processes: Iterable[psutil.Process]) -> int:
+    """Sum of the proportional set sizes of processes: memory that n of them share counts 1/n for each of them."""
+    total = 0
+    for process in processes:
+        # A process that has ended in the meantime uses nothing.
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total
+
+
+def _libraries_nbytes(process: psutil.Process) -> int:
+    """The share of a process in the libraries that it maps, without what it wrote there."""
+    with contextlib.suppress(psutil.Error):
+        return sum(part.pss - part.anonymous for part in process.memory_maps() if ".so" in part.path)
+    return 0
+
+
 def measure_memory(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
     """Iterate an epoch in a process of its own, and look at the memory all the way.
 
@@ -79,8 +99,8 @@ def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
         for i, _ in enumerate(make_loader(dataset, n_workers)):
             if i % every == 0:
                 # The benchmark's own process maps the same libraries, and so would take a share of them.
-                shared_outside = pss_nbytes([os.getppid()], "Pss_File")
-                probes.append((i / n_batches, pss_nbytes(family()) + shared_outside))
+                outside = _libraries_nbytes(psutil.Process().parent())
+                probes.append((i / n_batches, pss_nbytes(family()) + outside))
     tenths = [[nbytes for at, nbytes in probes if int(at * 10) == tenth] for tenth in range(10)]
     return MemoryUse(
         n_workers=n_workers,

@@ -1,10 +1,8 @@
 """The limits that a loader is held against: reading files, gathering rows, and nothing else."""
 
 import contextlib
-import dataclasses
 import itertools
 import os
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.bench.machine import opened_shards
+from saev_torch.bench.measured import Measured
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import resolve_layers
 from saev_torch.reading.direct import DirectReader
@@ -21,27 +20,17 @@ from saev_torch.reading.extents import Extents
 from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["BUFFER_NBYTES", "Piece", "Rate", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
+__all__ = ["WINDOW_NBYTES", "Piece", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
 
-BUFFER_NBYTES = 4 << 20
+_BUFFER_NBYTES = 4 << 20
 _N_INDEX_SETS = 8
 _TASK_NBYTES = 8 << 20
 
+WINDOW_NBYTES = 400_000_000
+"""What rows are gathered from, far larger than the caches of a processor."""
+
 Piece = tuple[int, int, int]
 """A part of a data set: number of the file, byte offset, bytes."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """What went through, and how long it took."""
-
-    nbytes: int
-    seconds: float
-
-    @property
-    def gb_per_s(self) -> float:
-        """1e9 bytes per second."""
-        return self.nbytes / self.seconds / 1e9
 
 
 def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
@@ -58,14 +47,12 @@ def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
             runs.append((i, 0, shard.n_examples * run_nbytes))
         else:
             runs += [(i, (e * md.n_layers + layer_idx) * run_nbytes, run_nbytes) for e in range(shard.n_examples)]
-    return [piece for run in runs for piece in _cut(run, BUFFER_NBYTES)]
+    return [piece for run in runs for piece in _cut(run, _BUFFER_NBYTES)]
 
 
 def grid_pieces(store: ShardStore, block_nbytes: int) -> list[Piece]:
     """All bytes of the shards in blocks of one size."""
-    md = store.metadata
-    example_nbytes = md.example_nbytes
-    sizes = [shard.n_examples * example_nbytes for shard in store.shards if shard.n_examples]
+    sizes = [shard.n_examples * store.metadata.example_nbytes for shard in store.shards if shard.n_examples]
     return [piece for i, nbytes in enumerate(sizes) for piece in _cut((i, 0, nbytes), block_nbytes)]
 
 
@@ -82,7 +69,7 @@ def read_rate(
     seconds: float = 0.0,
     repeat: bool = True,
     reads_ahead: bool = True,
-) -> Rate:
+) -> Measured:
     """Read pieces of the shards with `preadv` into one reused buffer for each thread.
 
     Args:
@@ -100,46 +87,35 @@ def read_rate(
     longest = max(nbytes for _, _, nbytes in pieces)
     # Ones, so that every page is there: fresh memory costs more than reading into it.
     buffers = [np.ones(longest, dtype=np.uint8) for _ in range(n_threads)]
-    done = [0] * n_threads
-    failures: list[OSError] = []
 
-    def read(thread: int, fds: list[int]) -> None:
-        buffer = buffers[thread].data
+    def read(array: NDArray[np.uint8]) -> int:
+        done = 0
         for turn in turns:
             if turn >= len(pieces) and not repeat:
-                return
+                break
             file, offset, nbytes = pieces[turn % len(pieces)]
-            try:
-                n = os.preadv(fds[file], [buffer[:nbytes]], offset)
-            except OSError as err:
-                failures.append(err)
-                return
-            done[thread] += n
+            n = os.preadv(fds[file], [array.data[:nbytes]], offset)
             if n == 0:
-                failures.append(OSError(f"shard {file} became shorter"))
-                return
+                raise OSError(f"shard {file} became shorter")
+            done += n
             if time.perf_counter() > deadline:
-                return
+                break
+        return done
 
-    with opened_shards(store) as fds:
+    with opened_shards(store) as fds, ThreadPoolExecutor(n_threads) as threads:
         if not reads_ahead:
             for fd in fds:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         began = time.perf_counter()
         deadline = began + seconds if seconds else float("inf")
-        threads = [threading.Thread(target=read, args=(i, fds)) for i in range(1, n_threads)]
-        for thread in threads:
-            thread.start()
-        read(0, fds)
-        for thread in threads:
-            thread.join()
-        took = time.perf_counter() - began
-    if failures:
-        raise ReadError(f"{store.shards_dir}: expected to read it, got: {failures[0]}; check the file system.")
-    return Rate(sum(done), took)
+        try:
+            nbytes = sum(threads.map(read, buffers))
+        except OSError as err:
+            raise ReadError(f"{store.shards_dir}: expected to read it, got: {err}; check the file system.") from err
+        return _measured(store, nbytes, time.perf_counter() - began)
 
 
-def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, seconds: float) -> Rate | None:
+def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, seconds: float) -> Measured | None:
     """Read pieces of the shards past the page cache, some megabytes of them at a time, as the loader does.
 
     Args:
@@ -178,7 +154,11 @@ def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, s
         began = time.perf_counter()
         deadline = began + seconds
         nbytes = sum(threads.map(read, readers, buffers))
-        return Rate(nbytes, time.perf_counter() - began)
+        return _measured(store, nbytes, time.perf_counter() - began)
+
+
+def _measured(store: ShardStore, nbytes: int, seconds: float) -> Measured:
+    return Measured(nbytes // store.metadata.row_nbytes, nbytes, seconds)
 
 
 def _to_extents(store: ShardStore, pieces: Sequence[Piece], buffer: NDArray[np.uint8]) -> Extents:
@@ -188,7 +168,7 @@ def _to_extents(store: ShardStore, pieces: Sequence[Piece], buffer: NDArray[np.u
     return Extents.in_a_row(buffer, shards[files], offsets, nbytes)
 
 
-def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Rate:
+def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Measured:
     """Gather random rows of a window into a reused output with one thread, as `torch.index_select` does.
 
     Args:
@@ -205,12 +185,11 @@ def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -
     torch.set_num_threads(1)
     try:
         torch.index_select(window, 0, indices[0], out=out)
-        began = time.perf_counter()
-        for n_done in itertools.count(1):
+        n_done, took, began = 0, 0.0, time.perf_counter()
+        while n_done == 0 or took < seconds:
+            n_done += 1
             torch.index_select(window, 0, indices[n_done % _N_INDEX_SETS], out=out)
             took = time.perf_counter() - began
-            if took >= seconds:
-                return Rate(n_done * out.nbytes, took)
-        raise RuntimeError("unreachable")
     finally:
         torch.set_num_threads(n_threads)
+    return Measured(n_done * n_rows, n_done * out.nbytes, took)

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saev_torch.bench.measured import Measured
 from saev_torch.bench.memory import MemoryUse
-from saev_torch.bench.timing import Measured
 
 __all__ = ["Comparison", "Spread", "compare_cold", "compare_warm", "format_memory", "format_table"]
 
@@ -28,6 +28,10 @@ class Spread:
     def median(self) -> float:
         """The middle one."""
         return statistics.median(self.rounds)
+
+    def __truediv__(self, other: "Spread") -> "Spread":
+        """The ratios, round by round."""
+        return Spread(tuple(a / b for a, b in zip(self.rounds, other.rounds, strict=True)))
 
     def to_json(self) -> dict[str, Any]:
         """The median, the extremes and all rounds."""
@@ -59,56 +63,46 @@ class Comparison:
 
 def compare_warm(rounds: RoundsOfSides, cores: float) -> Comparison:
     """Hold warm sides against the limit of `cores`; `rounds` has the sides `read` and `gather`."""
-    limit = Spread(
-        tuple(
-            cores / (1 / read.gb_per_s + 1 / gather.gb_per_s)
-            for read, gather in zip(rounds["read"], rounds["gather"], strict=True)
-        )
-    )
-    return _compare(rounds, limit)
+    pairs = zip(rounds["read"], rounds["gather"], strict=True)
+    return _compare(rounds, Spread(tuple(cores / (1 / read.gb_per_s + 1 / gather.gb_per_s) for read, gather in pairs)))
 
 
 def compare_cold(rounds: RoundsOfSides) -> Comparison:
     """Hold cold sides against the best of the sides `raw-...` in the same round."""
-    limit = _best(rounds, "raw", "gb_per_s")
-    if limit is None:
-        raise ValueError("compare_cold: expected a side named raw-..., got none")
-    return _compare(rounds, limit)
+    return _compare(rounds, _best(rounds, "raw", "gb_per_s"))
 
 
-def _best(rounds: RoundsOfSides, kind: str, figure: str) -> Spread | None:
-    """The best side of a kind in each round. The best of several is a high bar for what is compared with it."""
-    columns = [[getattr(one, figure) for one in all_] for name, all_ in rounds.items() if name.startswith(f"{kind}-")]
-    return Spread(tuple(max(row) for row in zip(*columns, strict=True))) if columns else None
+def _best(rounds: RoundsOfSides, name: str, figure: str = "samples_per_s") -> Spread:
+    """The best side of a kind, or the side of that name, in each round; no rounds where there is none.
+
+    The best of several is a high bar for what is compared with it.
+    """
+    columns = [
+        [getattr(one, figure) for one in measured]
+        for side, measured in rounds.items()
+        if name in (side, side.partition("-")[0])
+    ]
+    return Spread(tuple(max(row) for row in zip(*columns, strict=True)))
 
 
 def _compare(rounds: RoundsOfSides, limit: Spread) -> Comparison:
-    memmap, samples, ordered = (_best(rounds, kind, "samples_per_s") for kind in ("memmap", "samples", "ordered"))
     sides: dict[str, dict[str, Spread]] = {}
-    for name, all_ in rounds.items():
+    for name, measured in rounds.items():
         kind, _, n_workers = name.partition("-")
-        gigabytes = Spread(tuple(one.gb_per_s for one in all_))
-        rate = Spread(tuple(one.samples_per_s for one in all_))
-        figures = {"gb_per_s": gigabytes, "samples_per_s": rate, "to_limit": _ratio(gigabytes, limit)}
+        shown, others = ["gb_per_s", "samples_per_s"], {}
         if kind not in ("read", "gather", "raw"):
-            figures["cores_busy"] = Spread(tuple((one.user_s + one.system_s) / one.seconds for one in all_))
-            figures["cores_busy_in_kernel"] = Spread(tuple(one.system_s / one.seconds for one in all_))
-            if memmap is not None:
-                figures["to_memmap"] = _ratio(rate, memmap)
-            if samples is not None:
-                figures["to_samples"] = _ratio(rate, samples)
-        plain = rounds.get(f"shuffled-{n_workers}")
-        if kind in ("labels", "layers", "scaled") and plain is not None:
-            figures["to_shuffled"] = _ratio(rate, Spread(tuple(one.samples_per_s for one in plain)))
-        if kind == "statistics" and ordered is not None:
-            figures["to_ordered"] = _ratio(rate, ordered)
+            shown += ["cores_busy", "cores_busy_in_kernel"]
+            others = {"to_memmap": _best(rounds, "memmap"), "to_samples": _best(rounds, "samples")}
+        if kind in ("labels", "layers", "scaled"):
+            others["to_shuffled"] = _best(rounds, f"shuffled-{n_workers}")
+        if kind == "statistics":
+            others["to_ordered"] = _best(rounds, "ordered")
+        figures = {key: Spread(tuple(getattr(one, key) for one in measured)) for key in shown}
+        figures["to_limit"] = figures["gb_per_s"] / limit
+        figures |= {key: figures["samples_per_s"] / other for key, other in others.items() if other.rounds}
         sides[name] = figures
-    cut = tuple(name for name, all_ in rounds.items() if any(one.is_cut for one in all_))
+    cut = tuple(name for name, measured in rounds.items() if any(one.is_cut for one in measured))
     return Comparison(limit, sides, cut)
-
-
-def _ratio(figure: Spread, to: Spread) -> Spread:
-    return Spread(tuple(a / b for a, b in zip(figure.rounds, to.rounds, strict=True)))
 
 
 _COLUMNS = (

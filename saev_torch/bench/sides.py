@@ -89,7 +89,7 @@ class Side:
             return is_late and n_timed % self.n_batches == 0
         # What is read together, or made by workers at the same time, also comes together.
         step = math.lcm(max(1, self.n_workers), max(1, self.n_lanes))
-        at = self.n_before % max(1, self.n_batches) + n_timed
+        at = self.n_before % self.n_batches + n_timed
         is_last = self.has_buffer and at + step > self.n_batches - self.n_settle
         return (is_late or is_last) and n_timed % step == 0
 
@@ -109,43 +109,53 @@ def make_loader(dataset: Any, n_workers: int, **kwargs: Any) -> Loader:
 
 
 def make_sides(
-    data: BenchData,
-    layers_data: BenchData | None,
-    batch_size: int,
-    buffer_size: int,
-    workers: Sequence[int],
-    ignored: Sequence[int],
+    data: BenchData, layers_data: BenchData | None, cfg: ShuffledConfig, workers: Sequence[int], ignored: Sequence[int]
 ) -> list[Side]:
     """List the sides that a data set allows.
 
     Args:
         data: What is read.
         layers_data: Data of which one of several recorded layers is read; None leaves that side out.
-        batch_size: Samples in a batch.
-        buffer_size: Batches held for shuffling.
+        cfg: Of `data`, with the sizes of batch and buffer.
         workers: Numbers of workers; sides that are measured with one number have the largest.
         ignored: Labels to leave out; empty leaves that side out.
     """
-    most = [max(workers)]
-    shards, layer = data.store.shards_dir, data.layer
-    shuffled = functools.partial(ShuffledConfig, batch_size=batch_size, buffer_size=buffer_size)
-    cfg = shuffled(shards=shards, layer=layer)
-    sides = [make_side(f"shuffled-{w}", cfg, w, data) for w in workers]
-    sides += [_ordered(f"ordered-{w}", OrderedConfig(shards=shards, layer=layer, batch_size=batch_size), w, data)
-              for w in workers]  # fmt: skip
-    sides += [_indexed(f"indexed-{w}", IndexedConfig(shards=shards, layer=layer), batch_size, w, data) for w in most]
+    shards, layer, batch_size = cfg.shards, cfg.layer, cfg.batch_size
+    n_batches, most = -(-data.n_samples // batch_size), [max(workers)]
+
+    def ours(kind: str, numbers: Sequence[int], cfg: ShuffledConfig, data: BenchData = data) -> list[Side]:
+        return [make_side(f"{kind}-{w}", cfg, w, data) for w in numbers]
+
+    def plain(kind: str, numbers: Sequence[int], make: Callable[[int], Loader]) -> list[Side]:
+        # What workers prepare in advance, by the default of DataLoader, and a little more, comes before the clock.
+        return [
+            Side(f"{kind}-{w}", functools.partial(make, w), data.sample_nbytes, w, n_batches, 2 * w + 2, n_lanes=0)
+            for w in numbers
+        ]
+
+    def ordered(w: int) -> Loader:
+        return make_loader(OrderedActivations(OrderedConfig(shards=shards, layer=layer, batch_size=batch_size)), w)
+
+    def indexed(w: int) -> Loader:
+        cfg = IndexedConfig(shards=shards, layer=layer)
+        return make_loader(IndexedDataset(cfg), w, batch_size=batch_size, shuffle=True)
+
+    # Memmaps are made anew each time, because pages that are mapped cannot be dropped from the page cache.
+    def memmap(w: int) -> Loader:
+        return make_loader(MemmapBatches(data), w, sampler=IndexBatches(data.n_samples, batch_size), batch_size=None)
+
+    def samples(w: int) -> Loader:
+        return make_loader(MemmapSamples(data), w, batch_size=batch_size, shuffle=True)
+
+    sides = ours("shuffled", workers, cfg) + plain("ordered", workers, ordered) + plain("indexed", most, indexed)
     # By a number that is found quickly: any other is multiplied by as fast.
-    scaled = dataclasses.replace(cfg, scale_norm=True, scale_samples=_N_SCALE_SAMPLES)
-    sides += [make_side(f"scaled-{w}", scaled, w, data) for w in workers]
+    sides += ours("scaled", workers, dataclasses.replace(cfg, scale_norm=True, scale_samples=_N_SCALE_SAMPLES))
     if ignored:
-        cfg = shuffled(shards=shards, layer=layer, ignore_labels=list(ignored))
-        sides += [make_side(f"labels-{w}", cfg, w, data) for w in most]
+        sides += ours("labels", most, dataclasses.replace(cfg, ignore_labels=list(ignored)))
     if layers_data is not None:
-        cfg = shuffled(shards=layers_data.store.shards_dir, layer=layers_data.layer)
-        sides += [make_side(f"layers-{w}", cfg, w, layers_data) for w in most]
-    sides += [_memmap(f"memmap-{w}", batch_size, w, data) for w in workers]
-    sides += [_samples(f"samples-{w}", batch_size, w, data) for w in workers]
-    return sides
+        several = dataclasses.replace(cfg, shards=layers_data.store.shards_dir, layer=layers_data.layer)
+        sides += ours("layers", most, several, layers_data)
+    return sides + plain("memmap", workers, memmap) + plain("samples", workers, samples)
 
 
 def make_side(name: str, cfg: ShuffledConfig, n_workers: int, data: BenchData) -> Side:
@@ -160,36 +170,3 @@ def make_side(name: str, cfg: ShuffledConfig, n_workers: int, data: BenchData) -
         n_settle=min(n_batches, cfg.buffer_size),
         n_lanes=cfg.n_lanes,
     )
-
-
-def _ordered(name: str, cfg: OrderedConfig, n_workers: int, data: BenchData) -> Side:
-    return _plain(name, lambda: make_loader(OrderedActivations(cfg), n_workers), cfg.batch_size, n_workers, data)
-
-
-def _indexed(name: str, cfg: IndexedConfig, batch_size: int, n_workers: int, data: BenchData) -> Side:
-    def make() -> Loader:
-        return make_loader(IndexedDataset(cfg), n_workers, batch_size=batch_size, shuffle=True)
-
-    return _plain(name, make, batch_size, n_workers, data)
-
-
-def _memmap(name: str, batch_size: int, n_workers: int, data: BenchData) -> Side:
-    def make() -> Loader:
-        # Made anew each time, because pages that are mapped cannot be dropped from the page cache.
-        sampler = IndexBatches(data.n_samples, batch_size)
-        return make_loader(MemmapBatches(data), n_workers, sampler=sampler, batch_size=None)
-
-    return _plain(name, make, batch_size, n_workers, data)
-
-
-def _samples(name: str, batch_size: int, n_workers: int, data: BenchData) -> Side:
-    def make() -> Loader:
-        return make_loader(MemmapSamples(data), n_workers, batch_size=batch_size, shuffle=True)
-
-    return _plain(name, make, batch_size, n_workers, data)
-
-
-def _plain(name: str, make: Callable[[], Loader], batch_size: int, n_workers: int, data: BenchData) -> Side:
-    # What workers prepare in advance, by the default of DataLoader, and a little more.
-    n_settle = 2 * n_workers + 2
-    return Side(name, make, data.sample_nbytes, n_workers, -(-data.n_samples // batch_size), n_settle, 0)

@@ -12,119 +12,84 @@ epoch would find in memory what this one read.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from saev_torch.bench.machine import Usage
+import numpy as np
+
+from saev_torch.bench.measured import Measured, processor_s
 from saev_torch.bench.sides import Loader, Side, allowing_many_workers, make_loader
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.errors import ConfigError
 from saev_torch.iterable import ShuffledActivations
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
 
-__all__ = ["Measured", "first_batch_s", "measure_cold", "measure_statistics", "measure_warm"]
+__all__ = ["first_batch_s", "measure_cold", "measure_statistics", "measure_warm"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """What one side did once.
+class _Clock:
+    """Counts samples from when it is made on.
 
-    Attributes:
-        n_samples: Samples that came.
-        nbytes: Their activations in bytes.
-        seconds: Time that they took.
-        user_s: Processor time of all processes, outside the kernel.
-        system_s: Processor time of all processes, in the kernel.
-        is_cut: Whether a cold epoch, or a pass of statistics, was stopped before its end.
+    Args:
+        sample_nbytes: Size of a sample's activations in bytes.
+        touch: Add up the activations of each batch, as a consumer that looks at them.
     """
 
-    n_samples: int
-    nbytes: int
-    seconds: float
-    user_s: float = 0.0
-    system_s: float = 0.0
-    is_cut: bool = False
+    def __init__(self, sample_nbytes: int, touch: bool = False) -> None:
+        self._sample_nbytes, self._touch = sample_nbytes, touch
+        self.n_samples, self.seconds = 0, 0.0
+        self._before, self._began = processor_s(), time.perf_counter()
 
-    @property
-    def gb_per_s(self) -> float:
-        """1e9 bytes of activations per second."""
-        return self.nbytes / self.seconds / 1e9
+    def count(self, batch: Any) -> None:
+        """Count the samples of a batch."""
+        if self._touch:
+            batch["act"].sum()
+        self.count_to(self.n_samples + len(batch["act"]))
 
-    @property
-    def samples_per_s(self) -> float:
-        """Samples per second."""
-        return self.n_samples / self.seconds
+    def count_to(self, n_samples: int) -> None:
+        """Set the number of samples so far."""
+        self.n_samples, self.seconds = n_samples, time.perf_counter() - self._began
+
+    def read(self, is_cut: bool = False) -> Measured:
+        """What came until the last one was counted."""
+        nbytes = self.n_samples * self._sample_nbytes
+        user_s, system_s = np.maximum(0, processor_s() - self._before).tolist()
+        return Measured(self.n_samples, nbytes, self.seconds, user_s, system_s, is_cut)
 
 
 def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:
-    """Measure the steady state; see the module.
-
-    Args:
-        side: What to measure.
-        seconds: How long at least.
-        touch: Add up the activations of each batch, as a consumer that looks at them.
-    """
+    """Measure the steady state for so many seconds at least; see the module and `_Clock`."""
     with _running(side.make()) as loader, contextlib.closing(_stream(loader)) as batches:
         for _ in range(side.n_before):
             next(batches)
-        before, began = Usage.now(), time.perf_counter()
-        n_samples = 0
+        clock = _Clock(side.sample_nbytes, touch)
         for n_timed, batch in enumerate(batches, 1):
-            n_samples += len(batch["act"])
-            if touch:
-                batch["act"].sum()
-            took = time.perf_counter() - began
-            if side.may_stop(n_timed, took >= seconds):
+            clock.count(batch)
+            if side.may_stop(n_timed, clock.seconds >= seconds):
                 break
-        used = Usage.now().since(before)
-    return Measured(n_samples, n_samples * side.sample_nbytes, took, used.user_s, used.system_s)
+        return clock.read()
 
 
 def measure_cold(side: Side, limit_s: float, touch: bool) -> Measured:
     """Measure one epoch; see the module. The caller has dropped the page cache.
 
-    Args:
-        side: What to measure.
-        limit_s: Stop after so long. A side with a buffer then counts from the batch after which it was full.
-        touch: Add up the activations of each batch, as a consumer that looks at them.
+    After `limit_s` it is stopped. A side with a buffer then counts from the batch after which it was full.
     """
+    full: Measured | None = None
+    is_cut = False
     with _running(side.make()) as loader:
-        before, began = Usage.now(), time.perf_counter()
-        deadline = began + limit_s
-        full: Measured | None = None
-        n_samples, n_taken, is_cut, took = 0, 0, False, 0.0
-        for batch in loader:
-            n_samples, n_taken = n_samples + len(batch["act"]), n_taken + 1
-            if touch:
-                batch["act"].sum()
-            now = time.perf_counter()
-            took = now - began
-            if now > deadline and n_taken < side.n_batches:
-                is_cut = True
+        clock = _Clock(side.sample_nbytes, touch)
+        for n_taken, batch in enumerate(loader, 1):
+            clock.count(batch)
+            is_cut = clock.seconds > limit_s and n_taken < side.n_batches
+            if is_cut:
                 break
             if side.has_buffer and n_taken == side.n_settle < side.n_batches // 2:
                 # Of long data: should it be cut, what filled the buffer must not count without what empties it.
-                full = Measured(n_samples, 0, took, *Usage.now().since(before))
-        used = Usage.now().since(before)
-    if not n_taken:
-        raise ConfigError("the selection has no samples, so there is nothing to measure; choose other data.")
-    whole = Measured(n_samples, n_samples * side.sample_nbytes, took, *used, is_cut)
-    return _without(whole, full, side.sample_nbytes) if is_cut and full is not None else whole
-
-
-def _without(whole: Measured, start: Measured, sample_nbytes: int) -> Measured:
-    n_samples = whole.n_samples - start.n_samples
-    return Measured(
-        n_samples=n_samples,
-        nbytes=n_samples * sample_nbytes,
-        seconds=whole.seconds - start.seconds,
-        user_s=max(0.0, whole.user_s - start.user_s),
-        system_s=max(0.0, whole.system_s - start.system_s),
-        is_cut=True,
-    )
+                full = clock.read()
+        whole = clock.read(is_cut)
+    return whole.since(full) if is_cut and full is not None else whole
 
 
 class _LateError(Exception):
@@ -132,31 +97,24 @@ class _LateError(Exception):
 
 
 def measure_statistics(cfg: OrderedConfig, sample_nbytes: int, limit_s: float) -> Measured:
-    """Measure a full pass of `compute_statistics`; what is compiled, once for a process and 1 GiB or more, is ready.
+    """Measure a full pass of `compute_statistics`, or its first samples and `limit_s` at least.
 
-    Args:
-        cfg: What to measure.
-        sample_nbytes: Size of a sample's activations in bytes.
-        limit_s: Stop after so long, and the first samples at least.
+    What is compiled, once for a process and 1 GiB or more, is ready.
     """
     find_sum_kernel()
-    n_samples = 0
+    clock, is_cut = _Clock(sample_nbytes), False
 
     def count(done: int, total: int) -> None:
-        nonlocal n_samples
-        n_samples = done
-        if 0 < done < total and time.perf_counter() - began > limit_s:
+        clock.count_to(done)
+        if 0 < done < total and clock.seconds > limit_s:
             raise _LateError
 
-    before, began = Usage.now(), time.perf_counter()
-    is_cut = False
     try:
         compute_statistics(cfg, cache=False, progress=count)
     except _LateError:
         is_cut = True
-    took = time.perf_counter() - began
-    used = Usage.now().since(before)
-    return Measured(n_samples, n_samples * sample_nbytes, took, used.user_s, used.system_s, is_cut)
+    clock.count_to(clock.n_samples)
+    return clock.read(is_cut)
 
 
 def first_batch_s(cfg: ShuffledConfig) -> float:
@@ -171,11 +129,7 @@ def first_batch_s(cfg: ShuffledConfig) -> float:
 def _stream(loader: Loader) -> Generator[Any, None, None]:
     """Batches of one epoch after the other."""
     while True:
-        batch = None
-        for batch in loader:
-            yield batch
-        if batch is None:
-            raise ConfigError("the selection has no samples, so there is nothing to measure; choose other data.")
+        yield from loader
 
 
 @contextlib.contextmanager

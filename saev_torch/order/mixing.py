@@ -16,6 +16,8 @@ from saev_torch.order.shuffle import ShufflePlan
 
 __all__ = ["Mixture", "batch_metrics", "class_mixtures", "expected_distinct", "expected_entropy"]
 
+_Int64s = NDArray[np.int64]
+
 
 @functools.lru_cache(maxsize=64)
 def _hypergeometric(population: int, marked: int, n: int) -> NDArray[np.float64]:
@@ -82,7 +84,7 @@ def batch_metrics(batch: Mapping[str, Any], metadata: Metadata) -> dict[str, flo
     return found
 
 
-def _describe(name: str, numbers: NDArray[np.int64], n_kinds: int, per_kind: int) -> dict[str, float]:
+def _describe(name: str, numbers: _Int64s, n_kinds: int, per_kind: int) -> dict[str, float]:
     n = len(numbers)
     counts = _count(numbers)
     # A sum and no product of vectors, for which BLAS would wake its threads.
@@ -98,7 +100,7 @@ def _describe(name: str, numbers: NDArray[np.int64], n_kinds: int, per_kind: int
     }
 
 
-def _count(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+def _count(numbers: _Int64s) -> _Int64s:
     """How often each of the numbers occurs that do."""
     highest = int(numbers.max())
     if highest <= 4 * len(numbers):
@@ -107,9 +109,6 @@ def _count(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
     # Not an array as long as the data set has examples.
     ordered = np.sort(numbers)
     return np.diff(np.flatnonzero(np.diff(ordered, prepend=-1, append=highest + 1)))
-
-
-_Int64s = NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bijection", "make_key", "shuffled"]
+__all__ = ["Bijection", "hashed", "make_key", "shuffled"]
 
 _N_ROUNDS = 8
 _MASK = (1 << 64) - 1
@@ -49,6 +49,15 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * _C1) & _MASK
     x = ((x ^ (x >> 27)) * _C2) & _MASK
     return x ^ (x >> 31)
+
+
+def hashed(x: _UInt64s, key: int) -> _UInt64s:
+    """Hash `x [m] uint64` with a key, to `[m] uint64` whose high bits are the random ones."""
+    h = x ^ np.uint64(key)
+    h *= np.uint64(_C1)
+    h ^= h >> np.uint64(32)
+    h *= np.uint64(_C2)
+    return h
 
 
 def shuffled(n: int, key: int) -> _Int64s:
@@ -111,10 +120,7 @@ class Bijection:
         return out.view(np.int64)
 
     def _round(self, half: _UInt64s, i: int) -> _UInt64s:
-        h = half ^ np.uint64(make_key(self.key, i))
-        h *= np.uint64(_C1)
-        h ^= h >> np.uint64(32)
-        h *= np.uint64(_C2)
+        h = hashed(half, make_key(self.key, i))
         h ^= h >> np.uint64(29)
         h %= np.uint64(self._side)
         return h

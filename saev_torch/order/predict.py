@@ -1,6 +1,7 @@
 """What a configuration will do, from metadata alone: how well it mixes, how it reads, and how much memory it takes."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -16,10 +17,12 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots, slot_nbytes
 
-__all__ = ["Prediction", "find_best", "find_smallest", "predict"]
+__all__ = ["MIN_READ_NBYTES", "Prediction", "find_best", "find_smallest", "predict"]
 
 _MAX_TABLE = 1 << 20
-_MIN_READ_NBYTES = 64 << 10
+
+MIN_READ_NBYTES = 64 << 10
+"""Reads on average at least this large are looked for, unless another size is asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +69,9 @@ def _make_plan(md: Metadata, cfg: ShuffledConfig) -> tuple[Selection, ShufflePla
 def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction:
     """Predict what a configuration will do; nothing is read.
 
-    A full batch of a lane takes `1 / depth` of the samples of each of `depth` chunks out of `n_slots`, and of each
+    A full batch of a lane takes `1 / depth` of the samples of each of `depth` chunks out of `n_turns`, and of each
     super-block the lane has one block, at any place. So a run of o samples in one block is in a given batch with
-    probability `depth / n_slots * (1 - (1 - 1 / depth)**o)`, and super-blocks are independent of each other.
+    probability `depth / n_turns * (1 - (1 - 1 / depth)**o)`, and super-blocks are independent of each other.
 
     Args:
         md: Metadata of the shards.
@@ -82,7 +85,7 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
         ConfigError: The configuration does not fit the metadata, or has ignored labels.
     """
     selection, plan = _make_plan(md, cfg)
-    per_example = max(1, selection.n_samples // md.n_examples)
+    per_example = selection.n_samples // md.n_examples
     batch_size = min(plan.batch_size, plan.n_samples)
     read_nbytes, read_per_byte = _predict_reads(selection, plan, n_readers)
     shares = (Share(i, n_readers, plan.n_batches) for i in range(min(n_readers, plan.n_batches)))
@@ -99,41 +102,30 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
 
 
 def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> float:
-    depth, n_slots = plan.depth(0), plan.n_slots(0)
-    size = min(plan.batch_size, plan.n_samples)
     if plan.n_batches == 1:
         return float(n_examples)
+    depth, n_lanes, size = plan.depth(0), plan.n_lanes, min(plan.batch_size, plan.n_samples)
     block = min(plan.block_size, size)
-    width = block * plan.n_lanes
-    # An example's place among the super-blocks repeats; a spread of examples stands for all.
+    width = block * n_lanes
     n_supers = (per_example - 1) // width + 2
-    n_blocks = min(plan.n_lanes, (per_example - 1) // block + 2)
-    n = min(n_examples, max(64, _MAX_TABLE // (n_supers * n_blocks)))
+    # An example's place among the super-blocks repeats; a spread of examples stands for all.
+    n = min(n_examples, max(64, _MAX_TABLE // (n_supers * n_lanes)))
     starts = np.unique(np.linspace(0, n_examples - 1, n).astype(np.int64)) * per_example
-    missed = np.ones(len(starts))
-    for i in range(n_supers):
-        first = starts // width * width + i * width
-        # Of each super-block, the blocks that the example can touch.
-        begin = np.maximum(starts, first) // block * block
-        begin = begin[:, None] + np.arange(n_blocks)[None, :] * block
-        low = np.maximum(begin, starts[:, None])
-        high = np.minimum(np.minimum(begin + block, (first + width)[:, None]), (starts + per_example)[:, None])
-        overlap = np.maximum(0, high - low)
-        taken = (1 - _missed_by_chunk(overlap, size, depth)) * min(1.0, depth / n_slots)
-        missed *= 1 - taken.sum(axis=1) / plan.n_lanes
+    first = starts[:, None, None]
+    # [n, n_supers, n_lanes]: where the blocks of each super-block that an example may touch begin.
+    begins = (first // width + np.arange(n_supers)[:, None]) * width + np.arange(n_lanes) * block
+    overlap = np.minimum(begins + block, first + per_example) - np.maximum(begins, first)
+    taken = (1 - _missed_by_chunk(np.maximum(0, overlap), size, depth)) * min(1.0, depth / plan.n_turns(0))
+    missed = (1 - taken.mean(axis=2)).prod(axis=1)
     return float(n_examples * (1 - missed).mean())
 
 
 def _missed_by_chunk(overlap: NDArray[np.int64], size: int, depth: int) -> NDArray[np.float64]:
     """Probability that `size / depth` of a chunk's samples, drawn without replacement, are none of `overlap`."""
-    if depth == 1:
-        return np.asarray(overlap == 0, dtype=np.float64)
-    longest = int(overlap.max(initial=0))
-    k = np.arange(longest)
+    k = np.arange(int(overlap.max(initial=0)))
     factors = np.maximum(0.0, size - size / depth - k) / np.maximum(1, size - k)
     table: NDArray[np.float64] = np.concatenate(([1.0], np.cumprod(factors)))
-    missed: NDArray[np.float64] = table[overlap]
-    return missed
+    return table[overlap]
 
 
 def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> tuple[float, float]:
@@ -143,23 +135,23 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
     common = math.gcd(n_readers, plan.n_lanes)
     # Lanes of one reader are neighbours on disk, and read together where there is room for it.
     lanes = plan.n_lanes // common if plan.reads_lanes_together else 1
-    per_example = selection.n_samples // max(1, md.n_examples) // selection.n_grid_layers
+    per_example = selection.n_samples // md.n_examples // selection.n_grid_layers
     run = min(plan.block_size * lanes, plan.n_samples)
     gap = 0 if len(md.layers) == 1 or selection.layer_is_all else (len(md.layers) - 1) * md.tokens_per_example
     gap += md.tokens_per_example - per_example
     max_gap = MAX_GAP_NBYTES // row_nbytes
     # Places in a run where rows of an example, or layer, end.
-    n_ends = (run - 1) / max(1, per_example)
+    n_ends = (run - 1) / per_example
     over, n_reads = (n_ends * gap, 1.0) if gap <= max_gap else (0.0, 1 + n_ends)
     wanted = float(run)
-    share = common / n_readers
-    if share < 1:
+    part = common / n_readers
+    if part < 1:
         # Several readers serve a lane, and each reads the rows that its own batches need.
-        joined = sum(g * share * (1 - share) ** g for g in range(1, max_gap + 1))
-        broken = (1 - share) ** (max_gap + 1)
-        wanted = run * share
-        n_reads = n_reads + wanted * broken
-        over = over * share + wanted * joined
+        joined = sum(g * part * (1 - part) ** g for g in range(1, max_gap + 1))
+        broken = (1 - part) ** (max_gap + 1)
+        wanted = run * part
+        n_reads += wanted * broken
+        over = over * part + wanted * joined
     most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
     n_rows = max(1.0, wanted + over)
     n_reads = min(max(n_reads, n_rows / most), n_rows)
@@ -168,22 +160,16 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
 
 def _candidates(md: Metadata, cfg: ShuffledConfig, n_readers: int, min_read_nbytes: float) -> Iterator[Prediction]:
     """Buffer sizes from small to large, each with the smallest blocks that are still read in large enough pieces."""
-    selection, plan = _make_plan(md, cfg)
-    last = 0
-    for exponent in range(200):
-        per_lane = max(last + 1, round(1.19**exponent))
-        last = per_lane
-        buffer_size = per_lane * cfg.n_lanes
-        trial = dataclasses.replace(cfg, buffer_size=buffer_size, block_size=1)
-        _, plan = _make_plan(md, trial)
-        block = 1
-        limit = max(1, cfg.batch_size // 8)
-        while block < limit and _predict_reads(selection, dataclasses.replace(plan, block_size=block), n_readers)[0] < (
-            min_read_nbytes
-        ):
-            block += 1
-        yield predict(md, dataclasses.replace(trial, block_size=block), n_readers)
-        if buffer_size >= plan.n_batches:
+    per_lane = 0
+    for exponent in itertools.count():
+        per_lane = max(per_lane + 1, round(1.19**exponent))
+        trial = dataclasses.replace(cfg, buffer_size=per_lane * cfg.n_lanes, block_size=1)
+        selection, plan = _make_plan(md, trial)
+        largest = max(1, cfg.batch_size // 8)
+        while plan.block_size < largest and _predict_reads(selection, plan, n_readers)[0] < min_read_nbytes:
+            plan = dataclasses.replace(plan, block_size=plan.block_size + 1)
+        yield predict(md, dataclasses.replace(trial, block_size=plan.block_size), n_readers)
+        if trial.buffer_size >= plan.n_batches:
             return
 
 
@@ -192,7 +178,7 @@ def find_smallest(
     cfg: ShuffledConfig,
     quality: float,
     n_readers: int = 1,
-    min_read_nbytes: float = _MIN_READ_NBYTES,
+    min_read_nbytes: float = MIN_READ_NBYTES,
 ) -> Prediction:
     """Find the smallest memory for a wished quality.
 
@@ -209,12 +195,11 @@ def find_smallest(
     Raises:
         ConfigError: No configuration reaches it.
     """
-    best = None
+    reached = 0.0
     for found in _candidates(md, cfg, n_readers, min_read_nbytes):
         if found.quality >= quality:
             return found
-        best = found if best is None or found.quality > best.quality else best
-    reached = best.quality if best else 0.0
+        reached = max(reached, found.quality)
     raise ConfigError(
         f"quality: expected one that can be reached, at most {reached:.3f} with reads of {min_read_nbytes / 1024:.0f} "
         f"KiB, got {quality}; lower it, or allow smaller reads."
@@ -226,7 +211,7 @@ def find_best(
     cfg: ShuffledConfig,
     memory_nbytes: int,
     n_readers: int = 1,
-    min_read_nbytes: float = _MIN_READ_NBYTES,
+    min_read_nbytes: float = MIN_READ_NBYTES,
 ) -> Prediction:
     """Find the best quality in a given memory; arguments and result as of `find_smallest`.
 

@@ -56,7 +56,7 @@ def choose_block_size(batch_size: int, depth: int) -> int:
 
     Args:
         batch_size: Samples in a batch.
-        depth: Slots that are open at a time in one lane.
+        depth: Turns that are open at a time in one lane.
 
     Returns:
         Samples in a block, at least 1.
@@ -74,20 +74,20 @@ def choose_block_size(batch_size: int, depth: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """The samples of one chunk, and the places that they go to.
+    """The samples of one chunk, and where they go.
 
     Attributes:
         starts: `[n_runs] int64`, first sample of each run, in the order of the stream.
         lengths: `[n_runs] int64`, samples in each run.
-        dealt: `[n] int64`, positions in the chunk, in the order in which they are dealt to slots.
-        slots: The slots that samples are dealt to.
-        bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `slots[d]`; one longer than `slots`.
+        dealt: `[n] int64`, positions in the chunk, in the order in which they are dealt to turns.
+        turns: The turns that samples are dealt to.
+        bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `turns[d]`; one longer than `turns`.
         rows: `[n] int64`, row in the batch of each of `dealt`.
     """
 
     starts: _Int64s
     lengths: _Int64s
     dealt: _Int64s
-    slots: tuple[int, ...]
+    turns: tuple[int, ...]
     bounds: tuple[int, ...]
     rows: _Int64s

@@ -133,7 +133,7 @@ class Selection:
         n = self.md.n_examples
         counts = np.empty(n, dtype=np.int64)
         # 4 MB of labels at a time, so that memory does not follow the data.
-        step = max(1, (4 << 20) // max(1, self.md.content_tokens_per_example))
+        step = max(1, (4 << 20) // self.md.content_tokens_per_example)
         for start in range(0, n, step):
             examples = np.arange(start, min(n, start + step), dtype=np.int64)
             counts[start : start + len(examples)] = keep[read(examples)].sum(axis=1)

@@ -43,7 +43,7 @@ class Load:
 
     Attributes:
         chunk: The chunk.
-        targets: `(batch, d)`: the samples that the chunk deals to its d-th slot go to this batch.
+        targets: `(batch, d)`: the samples that the chunk deals to its d-th turn go to this batch.
     """
 
     chunk: Chunk
@@ -82,7 +82,7 @@ def make_steps(plan: ShufflePlan | OrderedPlan, share: Share) -> Iterator[Step]:
         begin = max(share.first, start + (share.first - start) % share.stride)
         own = range(begin - start, min(share.stop - start, n), share.stride)
         if len(own):
-            yield from _ordered(plan, own, start) if isinstance(plan, OrderedPlan) else _shuffled(plan, own, start)
+            yield from _ordered(plan, own, start) if isinstance(plan, OrderedPlan) else _ShuffledSteps(plan, own, start)
 
 
 def count_open_slots(plan: ShufflePlan | OrderedPlan, share: Share, buffer_size: int) -> int:
@@ -108,56 +108,81 @@ def _ordered(plan: OrderedPlan, own: range, offset: int) -> Iterator[Step]:
         yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), (size,), 0)
 
 
-def _shuffled(plan: ShufflePlan, own: range, offset: int) -> Iterator[Step]:
-    n_lanes = plan.n_lanes
-    apart = own.step // math.gcd(own.step, n_lanes)
-    slots: dict[int, range] = {}
-    for batch in own[: n_lanes // math.gcd(own.step, n_lanes)]:
-        lane = batch % n_lanes
-        slots[lane] = range(batch // n_lanes, (own[-1] - lane) // n_lanes + 1, apart)
+class _ShuffledSteps:
+    """The steps of one reader in one pass over a shuffled plan; the picture in `shuffle` is of one of its lanes.
 
-    def wanted(lane: int, chunk: int, low: int, high: int) -> Iterator[Load]:
-        part = plan.chunk(lane, chunk)
+    A lane begins with a fill: the chunks that deal to its first turn, of which all but one lie before it, around the
+    start of the lane if need be. Then it advances: each turn takes one chunk more.
+
+    Args:
+        plan: The order of samples.
+        own: The batches that the reader owns, of this pass.
+        offset: Batches of the padded sequence before this pass.
+    """
+
+    def __init__(self, plan: ShufflePlan, own: range, offset: int) -> None:
+        self._plan, self._own, self._offset = plan, own, offset
+        n_lanes, common = plan.n_lanes, math.gcd(own.step, plan.n_lanes)
+        self._turns: dict[int, range] = {}
+        """For each lane that the reader serves, the turns that it owns."""
+        for batch in own[: n_lanes // common]:
+            turn, lane = divmod(batch, n_lanes)
+            self._turns[lane] = range(turn, (own[-1] - lane) // n_lanes + 1, own.step // common)
+
+    def __iter__(self) -> Iterator[Step]:
+        n_lanes = self._plan.n_lanes
+        for turn in range(self._own[0] // n_lanes, self._own[-1] // n_lanes + 1):
+            batches = [batch for batch in range(turn * n_lanes, (turn + 1) * n_lanes) if batch in self._own]
+            new = [lane for lane, turns in self._turns.items() if turns[0] == turn]
+            # Batches are handed out in order, so those of new lanes wait for lanes that have begun before.
+            is_first = len(new) == len(batches)
+            yield from self._fill(turn, new, batches if is_first else [])
+            yield from self._advance(turn, [] if is_first else batches)
+
+    def _fill(self, turn: int, new: list[int], batches: list[int]) -> Iterator[Step]:
+        plan = self._plan
+        # The first lane alone, so that the first batch comes early; then the others together, in larger reads.
+        for lanes in filter(None, (new[:1], new[1:])):
+            for back in reversed(range(max(plan.depth(lane) for lane in lanes))):
+                loads: list[Load] = []
+                for lane in lanes:
+                    if back < plan.depth(lane):
+                        chunk = (turn - back) % plan.n_turns(lane)
+                        loads += self._wanted(lane, chunk, turn, turn + plan.depth(lane))
+                if back == 0:
+                    yield self._step(loads, [batch for batch in batches if batch % plan.n_lanes in lanes], len(lanes))
+                elif loads:
+                    yield self._step(loads, [])
+
+    def _advance(self, turn: int, batches: list[int]) -> Iterator[Step]:
+        plan = self._plan
+        loads: list[Load] = []
+        for lane, turns in sorted(self._turns.items()):
+            if turns[0] < turn < plan.n_turns(lane):
+                depth = plan.depth(lane)
+                # A chunk that was read around the end, when the lane was filled, has dealt to the turns open then.
+                was_read = turn > plan.n_turns(lane) + turns[0] - depth
+                low = max(turn, turns[0] + depth) if was_read else turn
+                loads += self._wanted(lane, turn, low, turn + depth)
+            if not plan.reads_lanes_together:
+                ready = [batch for batch in batches if batch % plan.n_lanes <= lane]
+                if ready:
+                    yield self._step(loads, ready)
+                    loads, batches = [], batches[len(ready) :]
+        if loads or batches:
+            yield self._step(loads, batches)
+
+    def _wanted(self, lane: int, chunk: int, low: int, high: int) -> Iterator[Load]:
+        """The chunk, where it deals to turns low..high-1 that the reader owns; else nothing."""
+        part, mine = self._plan.chunk(lane, chunk), self._turns[lane]
         targets = tuple(
-            (offset + slot * n_lanes + lane, d)
-            for d, slot in enumerate(part.slots)
-            if low <= slot < high and slot in slots[lane]
+            (self._offset + turn * self._plan.n_lanes + lane, d)
+            for d, turn in enumerate(part.turns)
+            if low <= turn < high and turn in mine
         )
         if targets:
             yield Load(part, targets)
 
-    for turn in range(own[0] // n_lanes, own[-1] // n_lanes + 1):
-        batches = tuple(b for b in range(turn * n_lanes, (turn + 1) * n_lanes) if b in own)
-        new = [lane for lane, mine in slots.items() if mine[0] == turn]
-        alone = len(new) == len(batches)
-        # The first lane alone, so that the first batch comes early; then the others together, in larger reads.
-        for lanes in filter(None, (new[:1], new[1:])):
-            depth = max(plan.depth(lane) for lane in lanes)
-            done = tuple(turn * n_lanes + lane for lane in lanes) if alone else ()
-            for back in reversed(range(depth)):
-                loads = tuple(
-                    load
-                    for lane in lanes
-                    if back < plan.depth(lane)
-                    for load in wanted(lane, (turn - back) % plan.n_slots(lane), turn, turn + plan.depth(lane))
-                )
-                last = done if back == 0 else ()
-                if loads or last:
-                    sizes = tuple(plan.size(b) for b in last)
-                    yield Step(loads, tuple(offset + b for b in last), sizes, len(lanes) if back == 0 else 0)
-        if new and len(new) == len(batches):
-            batches = ()
-        loads = ()
-        for lane, mine in sorted(slots.items()):
-            if mine[0] < turn < plan.n_slots(lane):
-                depth = plan.depth(lane)
-                # A chunk that was read around the end, when the lane was filled, has dealt to the slots open then.
-                seen = turn >= plan.n_slots(lane) + mine[0] - depth + 1
-                low = max(turn, mine[0] + depth) if seen else turn
-                loads += tuple(wanted(lane, turn, low, turn + depth))
-            done = tuple(b for b in batches if b % n_lanes <= lane)
-            if done and not plan.reads_lanes_together:
-                yield Step(loads, tuple(offset + b for b in done), tuple(plan.size(b) for b in done), 0)
-                loads, batches = (), batches[len(done) :]
-        if loads or batches:
-            yield Step(loads, tuple(offset + b for b in batches), tuple(plan.size(b) for b in batches), 0)
+    def _step(self, loads: list[Load], batches: list[int], fills: int = 0) -> Step:
+        numbers = tuple(self._offset + batch for batch in batches)
+        return Step(tuple(loads), numbers, tuple(self._plan.size(batch) for batch in batches), fills)

@@ -1,6 +1,8 @@
 """How much memory and processor time this process may use, by the machine and by its control groups."""
 
 import contextlib
+import itertools
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,22 +62,19 @@ def _number(path: Path) -> int | None:
 
 def _memory_limit() -> tuple[int | None, int]:
     """The lowest limit of the groups, and what its group uses of it without the page cache."""
-    lowest: tuple[int, int] | None = None
-    for group in _groups("memory"):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit = _number(group / limit_name)
-            if limit is None or limit >= _UNLIMITED or (lowest is not None and limit >= lowest[0]):
-                continue
-            used = _number(group / used_name) or 0
-            with contextlib.suppress(OSError):
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                prefix = "total_" if "total_inactive_file" in stat else ""
-                used -= sum(int(stat.get(f"{prefix}{key}", 0)) for key in ("inactive_file", "active_file"))
-            lowest = limit, max(0, used)
-    return (None, 0) if lowest is None else lowest
+    limits: list[tuple[int, int]] = []
+    files = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for group, (limit_name, used_name) in itertools.product(_groups("memory"), files):
+        limit = _number(group / limit_name)
+        if limit is None or limit >= _UNLIMITED:
+            continue
+        used = _number(group / used_name) or 0
+        with contextlib.suppress(OSError):
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            prefix = "total_" if "total_inactive_file" in stat else ""
+            used -= sum(int(stat.get(f"{prefix}{key}", 0)) for key in ("inactive_file", "active_file"))
+        limits.append((limit, max(0, used)))
+    return min(limits, key=operator.itemgetter(0), default=(None, 0))
 
 
 def cpu_quota() -> float | None:

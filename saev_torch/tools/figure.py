@@ -1,26 +1,55 @@
-"""The picture of `inspect --plot`. Needs matplotlib, of the `demo` extra."""
+"""The figures of `inspect` and `plan`. Needs matplotlib, of the `demo` and the `plot` extra."""
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from saev_torch.errors import WriteError
+from saev_torch.format.files import write_atomic
+from saev_torch.order.mixing import Mixture
+from saev_torch.order.predict import Prediction
 from saev_torch.tools.overview import Overview
 
-__all__ = ["draw_overview"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_mixtures", "draw_overview", "draw_plan", "save"]
+
+_MUTED = "#7d858f"
+_MAX_COLUMNS = 400
 
 
-def draw_overview(overview: Overview, path: Path) -> None:
-    """Draw the norms of each layer and the counts of the labels.
+def _make_figure(width: float, height: float) -> Figure:
+    # Not pyplot, which keeps a list of all figures and may want a display.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save a figure in the format of the file's suffix.
 
     Raises:
-        WriteError: The file could not be written.
+        WriteError: The file cannot be written, or there is no such format.
     """
+    buffer = io.BytesIO()
+    try:
+        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
+    except ValueError as err:
+        raise WriteError(f"{path}: could not be drawn: {err}; choose another file, for instance .png") from err
+    write_atomic(path, buffer.getvalue())
+
+
+def draw_overview(overview: Overview) -> Figure:
+    """Draw the norms of each layer and the counts of the labels."""
     md = overview.metadata
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _make_figure(9, 3.4)
     norms, labels = figure.subplots(1, 2)
     figure.suptitle(f"{md.family} {md.ckpt}: {md.n_examples:,} examples, {overview.nbytes / 1e6:,.0f} MB")
     top = max(float(sample.norms.max()) for sample in overview.layers)
@@ -35,7 +64,54 @@ def draw_overview(overview: Overview, path: Path) -> None:
         there = np.flatnonzero(overview.labels)
         labels.bar(there, overview.labels[there])
         labels.set(xlabel="label", ylabel="content tokens", yscale="log", title="labels")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as err:
-        raise WriteError(f"{path}: could not be drawn: {err}; choose another file, for instance .png") from err
+    return figure
+
+
+def draw_mixtures(mixtures: Sequence[Mixture]) -> Figure:
+    """Draw which classes the batches of an epoch hold, one panel for each of `class_mixtures`."""
+    figure = _make_figure(8, 1 + 1.8 * len(mixtures))
+    for i, mixture in enumerate(mixtures):
+        axes = figure.add_subplot(len(mixtures), 1, i + 1)
+        _draw_shares(axes, mixture)
+        if i == len(mixtures) - 1:
+            axes.set_xlabel("part of the epoch", color=_MUTED)
+        else:
+            axes.set_xticks([])
+    figure.suptitle("Classes in the batches of one epoch; examples stored class by class", x=0.01, ha="left")
+    return figure
+
+
+def _draw_shares(axes: "Axes", mixture: Mixture) -> None:
+    shares = mixture.shares
+    # More batches than pixels would be drawn over each other; whole batches are left out, not averaged.
+    kept = np.unique(np.linspace(0, len(shares) - 1, min(len(shares), _MAX_COLUMNS)).astype(int))
+    colours = colormaps["viridis"](np.linspace(0, 1, shares.shape[1]))
+    axes.stackplot((kept + 0.5) / len(shares), shares[kept].T, colors=colours, linewidth=0)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(
+        f"{mixture.name}: {mixture.distance.mean():.3f} from the data set on average", loc="left", fontsize=10
+    )
+    axes.set_ylabel("share of classes", color=_MUTED)
+
+
+def draw_plan(chosen: Prediction, others: Sequence[Prediction]) -> Figure:
+    """Draw the quality of configurations against their memory.
+
+    Args:
+        chosen: The one to mark.
+        others: Others, of several block sizes and buffer sizes.
+    """
+    figure = _make_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for block_size in sorted({p.cfg.block_size or 0 for p in others}):
+        line = sorted((p for p in others if p.cfg.block_size == block_size), key=lambda p: p.memory_nbytes)
+        kib = np.median([p.read_nbytes for p in line]) / 1024
+        label = f"blocks of {block_size}: reads of {kib:.0f} KiB"
+        axes.plot([p.memory_nbytes / 2**30 for p in line], [p.quality for p in line], marker=".", label=label)
+    axes.plot(chosen.memory_nbytes / 2**30, chosen.quality, "*", color="black", markersize=14, label="this one")
+    axes.set(xscale="log", ylim=(0, 1.05))
+    axes.set_xlabel("memory of batches, GiB")
+    axes.set_ylabel("distinct examples, relative to a uniform draw")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    return figure

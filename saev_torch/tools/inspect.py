@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saev_torch.errors import ConfigError
+from saev_torch.tools.arguments import check_new_file
 from saev_torch.tools.overview import Overview, overlook
 
 __all__ = ["add_arguments", "run"]
@@ -28,14 +28,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SaevTorchError: It is no shard directory, or the figure has no folder.
     """
-    if args.plot is not None and not args.plot.absolute().parent.is_dir():
-        raise ConfigError(f"--plot: expected a file in a folder that exists, got {args.plot}; make the folder first")
+    check_new_file("--plot", args.plot)
     overview = overlook(args.dir)
     print("\n".join(_lines(args.dir, overview)))
     if args.plot is not None:
-        from saev_torch.tools.figure import draw_overview
+        # Imported only here: matplotlib is an extra.
+        from saev_torch.tools.figure import draw_overview, save
 
-        draw_overview(overview, args.plot)
+        save(draw_overview(overview), args.plot)
         print(f"figure       {args.plot}")
     return 0
 

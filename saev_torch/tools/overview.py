@@ -1,5 +1,6 @@
 """What is in a shard directory: sizes, labels, and how large activations are."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from saev_torch.indexed import IndexedDataset
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["LayerSample", "Overview", "overlook"]
+__all__ = ["LayerSample", "Overview", "count_labels", "overlook"]
 
 _N_SAMPLED = 512
 _EXAMPLES_PER_READ = 4096
@@ -71,26 +72,25 @@ def overlook(shards_dir: Path) -> Overview:
     """
     store = ShardStore(Path(shards_dir))
     md = store.metadata
-    try:
-        labels = _count_labels(store) if store.has_labels else None
-    finally:
-        store.close()
     return Overview(
         metadata=md,
         n_files=sum(shard.n_examples > 0 for shard in store.shards),
         nbytes=shard_nbytes(md, md.n_examples),
         has_checksums=os.path.lexists(store.shards_dir / CHECKSUMS_NAME),
-        labels=labels,
+        labels=count_labels(store) if store.has_labels else None,
         layers=[_sample(store.shards_dir, layer) for layer in md.layers],
     )
 
 
-def _count_labels(store: ShardStore) -> npt.NDArray[np.int64]:
-    counts, labels = np.zeros(256, dtype=np.int64), Labels(store)
+def count_labels(store: ShardStore) -> npt.NDArray[np.int64]:
+    """Count the content tokens of each label, `[256] int64`, with descriptors that are closed again."""
+    counts = np.zeros(256, dtype=np.int64)
     n_examples = store.metadata.n_examples
-    for start in range(0, n_examples, _EXAMPLES_PER_READ):
-        examples = np.arange(start, min(n_examples, start + _EXAMPLES_PER_READ))
-        counts += np.bincount(labels.of_examples(examples).ravel(), minlength=256)
+    with contextlib.closing(store.clone()) as opened:
+        labels = Labels(opened)
+        for start in range(0, n_examples, _EXAMPLES_PER_READ):
+            examples = np.arange(start, min(n_examples, start + _EXAMPLES_PER_READ), dtype=np.int64)
+            counts += np.bincount(labels.of_examples(examples).ravel(), minlength=256)
     return counts
 
 

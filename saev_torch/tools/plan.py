@@ -3,14 +3,14 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from saev_torch.config import LayerSpec, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.mixing import class_mixtures
-from saev_torch.order.predict import Prediction, find_best, find_smallest, predict
+from saev_torch.order.predict import MIN_READ_NBYTES, Prediction, find_best, find_smallest, predict
+from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 
 __all__ = ["add_arguments", "run"]
 
@@ -19,20 +19,10 @@ _BUFFERS = (1, 2, 4, 8, 16, 32)
 _BLOCKS = (1, 4, 16, 64, 256)
 
 
-def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    return parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     defaults = ShuffledConfig(layer=0)
-    whole, number = _positive(int), _positive(float)
+    whole, least = at_least(1), MIN_READ_NBYTES / 1024
     parser.add_argument("shards", type=Path, metavar="DIR", help="shard directory")
     parser.add_argument("--layer", default=None, help="recorded layer, or all (default: the last recorded one)")
     parser.add_argument("--tokens", default=defaults.tokens, choices=["special", "content", "all"])
@@ -41,18 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=whole, default=None, help="samples read at once (default: chosen)")
     parser.add_argument("--lanes", type=whole, default=defaults.n_lanes)
     parser.add_argument("--readers", type=whole, default=1, help="ranks times workers (default: 1)")
-    parser.add_argument("--quality", type=number, help="find the smallest memory for this quality, 0 to 1")
-    parser.add_argument("--memory-gib", type=number, help="find the best quality in this memory")
-    parser.add_argument("--min-read-kib", type=number, default=64.0, help="of what is found, the least mean read")
+    parser.add_argument("--quality", type=above_zero, help="find the smallest memory for this quality, 0 to 1")
+    parser.add_argument("--memory-gib", type=above_zero, help="find the best quality in this memory")
+    parser.add_argument("--min-read-kib", type=above_zero, default=least, help="of what is found, the least mean read")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against memory to this file")
     parser.add_argument("--plot-classes", type=Path, metavar="FILE", help="draw how classes mix over an epoch")
 
 
 def _layer(md: Metadata, text: str | None) -> LayerSpec:
-    if text is None:
-        return md.layers[-1]
-    if text == "all":
-        return "all"
+    if text is None or text == "all":
+        return "all" if text else md.layers[-1]
     try:
         return int(text)
     except ValueError as err:
@@ -61,6 +49,8 @@ def _layer(md: Metadata, text: str | None) -> LayerSpec:
 
 def run(args: argparse.Namespace) -> int:
     """Print, and draw where asked to."""
+    check_new_file("--plot", args.plot)
+    check_new_file("--plot-classes", args.plot_classes)
     md = Metadata.load(args.shards)
     cfg = ShuffledConfig(
         shards=args.shards,
@@ -83,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(describe(chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
-        from saev_torch.tools.plan_figure import draw_mixtures, draw_plan
+        from saev_torch.tools.figure import draw_mixtures, draw_plan, save
 
         if args.plot:
-            draw_plan(chosen, _others(md, cfg, args.readers), args.plot)
+            save(draw_plan(chosen, _others(md, cfg, args.readers)), args.plot)
         if args.plot_classes:
-            draw_mixtures(class_mixtures(md, chosen.cfg), args.plot_classes)
+            save(draw_mixtures(class_mixtures(md, chosen.cfg)), args.plot_classes)
     return 0
 
 
