@@ -139,6 +139,8 @@ class Crew:
                 if not self._tasks and self._more is not None:
                     self._tasks.extend(itertools.islice(self._more, 1))
                     if not self._tasks:
+                        self._stopped = True
+                        self._has_task.notify_all()
                         break
                 wait_s = self._pace.wait_s(number) if self._tasks else None
                 if self._tasks and wait_s is None:
