@@ -113,10 +113,8 @@ class Unfinished:
 
     def _is_published(self) -> bool:
         # shards.json is written after all data, and metadata.json after that.
-        path = self._shards_dir / METADATA_NAME
-        return (
-            (self._shards_dir / SHARDS_NAME).is_file() and path.is_file() and path.read_bytes() == self._metadata_json
-        )
+        shards, metadata = self._shards_dir / SHARDS_NAME, self._shards_dir / METADATA_NAME
+        return shards.is_file() and metadata.is_file() and metadata.read_bytes() == self._metadata_json
 
     def _require_vacant(self, is_new: bool = False) -> None:
         names = set(os.listdir(self._shards_dir)) - ({CLAIM_NAME} if is_new else set())
