@@ -75,7 +75,7 @@ def record(
         labels: Gives [batch, content_tokens_per_example] integers for a batch, see `pixel_to_token_labels`.
         resume: Continue a recording that was killed; batches that are on disk are not computed again.
         check_finite: Refuse NaN and infinity.
-        progress: Draw a progress bar; None for where stderr is a terminal, in the first rank.
+        progress: Show progress on stderr; None for the first rank only, and without a terminal only if it takes long.
 
     Returns:
         The shard directory.
