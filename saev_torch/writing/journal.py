@@ -67,9 +67,8 @@ class Entry(NamedTuple):
         fields = text.split(b" ")
         if len(fields) != 5 or crc != b"%08x\n" % zlib.crc32(text):
             return None
-        return cls(
-            int(fields[0]), int(fields[1]), fields[2] == b"1", fields[3].decode(), bytes.fromhex(fields[4].decode())
-        )
+        start, stop, has_labels, algorithm, checksums = (field.decode() for field in fields)
+        return cls(int(start), int(stop), has_labels == "1", algorithm, bytes.fromhex(checksums))
 
 
 @contextlib.contextmanager

@@ -22,12 +22,7 @@ def part_name(name: str) -> str:
 
 
 class Parts:
-    """The unpublished files of a directory.
-
-    Args:
-        shards_dir: The directory.
-        md: Metadata of all of it.
-    """
+    """The unpublished files of a directory; where the system refuses, methods raise a `WriteError`."""
 
     def __init__(self, shards_dir: Path, md: Metadata) -> None:
         self._shards_dir, self._md = shards_dir, md
@@ -35,11 +30,7 @@ class Parts:
         self._changed: set[str] = set()
 
     def write(self, name: str, rows: npt.NDArray[Any], offset: int) -> None:
-        """Write rows at an offset of a file, in bytes; the file is made where there is none.
-
-        Raises:
-            WriteError: The system refused.
-        """
+        """Write rows at an offset of a file, in bytes; the file is made where there is none."""
         with writing(self._shards_dir / name):
             self._changed.add(name)
             fd = self._open(name)
@@ -54,11 +45,7 @@ class Parts:
         return changed
 
     def write_empty(self, name: str) -> None:
-        """Make a file of zeros, unless it is there or published, and force it to disk.
-
-        Raises:
-            WriteError: The system refused.
-        """
+        """Make a file of zeros, unless it is there or published, and force it to disk."""
         with writing(self._shards_dir / name):
             if not (self._shards_dir / name).exists():
                 os.fsync(self._open(name))
@@ -84,11 +71,7 @@ class Parts:
         return labels_nbytes(self._md) if name == LABELS_NAME else shard_nbytes(self._md, self._md.examples_per_shard)
 
     def sync(self, names: set[str]) -> None:
-        """Force files to disk; another thread may write meanwhile.
-
-        Raises:
-            WriteError: The system refused.
-        """
+        """Force files to disk; another thread may write meanwhile."""
         for name in sorted(names):
             with writing(self._shards_dir / name):
                 # Not the descriptor of the writing thread, which may close it.

@@ -110,9 +110,8 @@ def record(
         start, stop = loader.span(mine[0])[0], loader.span(mine[-1])[1]
         example_range = (start, stop) if world.world_size > 1 else None
         shown = progress if progress is not None or world.rank == 0 else False
-        with ShardWriter(
-            Path(shards_root), md, resume, example_range=example_range, check_finite=check_finite
-        ) as writer:
+        options: dict[str, Any] = {"example_range": example_range, "check_finite": check_finite}
+        with ShardWriter(Path(shards_root), md, resume, **options) as writer:
             todo = loader.touching(mine, writer.missing())
             done = stop - start - sum(high - low for low, high in map(loader.span, todo))
             with (

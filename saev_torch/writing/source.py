@@ -15,17 +15,7 @@ __all__ = ["Batches", "Source", "Tokens"]
 
 
 class Batches:
-    """The batches of a loader by number, so that ranks and resumed runs load only their own.
-
-    Args:
-        dataloader: Does not shuffle, and has a data set with `len()` and `[i]`.
-
-    Attributes:
-        n_examples: Examples of the data set.
-
-    Raises:
-        ConfigError: Another loader, or an empty data set.
-    """
+    """The batches of a loader by number, so that ranks and resumed runs load only their own."""
 
     def __init__(self, dataloader: "DataLoader[Any]") -> None:
         if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
@@ -58,22 +48,10 @@ class Batches:
         old = self._loader
         # One batch is not worth starting workers for.
         workers = old.num_workers if len(numbers) > 1 else 0
-        options: dict[str, Any] = {} if not workers else {
-            "multiprocessing_context": old.multiprocessing_context,
-            "prefetch_factor": old.prefetch_factor,
-            "timeout": old.timeout,
-            "worker_init_fn": old.worker_init_fn,
-        }  # fmt: skip
-        return iter(
-            DataLoader(
-                old.dataset,
-                batch_sampler=[list(range(*self.span(i))) for i in numbers],
-                num_workers=workers,
-                collate_fn=old.collate_fn,
-                pin_memory=old.pin_memory,
-                **options,
-            )
-        )
+        names = ("multiprocessing_context", "prefetch_factor", "timeout", "worker_init_fn") if workers else ()
+        options: dict[str, Any] = {name: getattr(old, name) for name in ("collate_fn", "pin_memory", *names)}
+        batches = [list(range(*self.span(i))) for i in numbers]
+        return iter(DataLoader(old.dataset, batch_sampler=batches, num_workers=workers, **options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +82,7 @@ class Tokens:
 
 
 class Source:
-    """The activations of batches by number: [batch, n_layers, tokens, d_model] float32, on the model's device.
-
-    Args:
-        model: In evaluation mode, with the hooks in.
-        loader: Its batches.
-        taps: The hooks.
-        forward: Called instead of the model.
-        tokens: What of the blocks' output is wanted.
-
-    Attributes:
-        device: Where the model is.
-    """
+    """The activations of batches by number: [batch, n_layers, tokens, d_model] float32, on the model's device."""
 
     def __init__(
         self,
