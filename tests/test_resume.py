@@ -171,6 +171,19 @@ def test_a_batch_across_what_is_there(tmp_path, expected):
     assert content(tmp_path / MD.hash) == expected
 
 
+def test_the_same_writer_goes_on(tmp_path, expected):
+    """One that raised may be entered again, and then is as a new one."""
+    writer = ShardWriter(tmp_path, MD, resume=True)
+    with pytest.raises(KeyError), writer:  # noqa: PT012
+        writer.write_batch(oracle(MD)[:50], 0, oracle_labels(MD)[:50])
+        raise KeyError
+    with writer:
+        assert writer.missing() == [(50, 120)]
+        writer.write_batch(oracle(MD), 0, oracle_labels(MD))
+    assert writer.published
+    assert content(tmp_path / MD.hash) == expected
+
+
 def test_finished_is_left_as_it_is(tmp_path, expected):
     shards_dir = write_all(tmp_path).shards_dir
     before = {path.name: path.stat().st_mtime_ns for path in shards_dir.iterdir()}

@@ -196,8 +196,7 @@ class Unfinished:
             self.parts.reveal(name)
         # Dumping these makes the renames before them last, too; metadata.json comes when all else is sure to be there.
         info.dump(self._shards_dir)
-        checksums.add_files(self._shards_dir, self._metadata_json)
-        checksums.dump(self._shards_dir)
+        checksums.dump(self._shards_dir, self._metadata_json)
         write_atomic(self._shards_dir / METADATA_NAME, self._metadata_json)
         sync_dir(self._shards_dir.parent)
 
