@@ -13,9 +13,9 @@ from numpy.testing import assert_allclose
 from tqdm import tqdm
 
 from saev_torch import IndexedConfig, IndexedDataset, Metadata
+from saev_torch.demo.corpus import LAYERS, N_CONTENT, Corpus, make_corpus, record_corpora, split
 from saev_torch.demo.figure import Firings, find_meanings
-from saev_torch.demo.record import LAYERS, N_CONTENT, Corpus, make_corpus, record, split
-from saev_torch.demo.sae import Recipe, Step, TopKSAE, explained_variance, train
+from saev_torch.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -62,7 +62,7 @@ def test_recorded_activations_are_the_models(tmp_path: Path) -> None:
 
     train_corpus, held_out = split(make_corpus(12))
     assert (len(train_corpus), len(held_out)) == (10, 2)
-    shards = record(tmp_path, {"train": train_corpus, "held-out": held_out})
+    shards = record_corpora(tmp_path, {"train": train_corpus, "held-out": held_out})
     assert Metadata.load(shards["held-out"]).layers == LAYERS
 
     window = 7
@@ -109,7 +109,7 @@ class Batches:
         return iter(self.batches)
 
 
-def _train(recipe: Recipe) -> tuple[TopKSAE, Batches, list[Step]]:
+def _train(recipe: Recipe) -> tuple[TopKSAE, Batches, list[TrainingStep]]:
     loader, steps = Batches(20), []
     sae = TopKSAE(loader.batches[0]["act"], recipe)
     train(sae, loader, recipe, steps.append)

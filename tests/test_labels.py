@@ -38,10 +38,10 @@ def test_against_brute_force(data):
         assert pixel_to_token_labels(masks[0].astype(np.uint8), (rows, columns), agg, bg_label).equal(found[0])
 
 
-def test_many_masks_in_pieces(monkeypatch):
+def test_many_masks_in_turn(monkeypatch):
     masks = np.random.default_rng(0).integers(0, 3, size=(2, 5, 8, 12))
     whole = pixel_to_token_labels(masks, (4, 3))
-    monkeypatch.setattr("saev_torch.writing.labels._PIXELS_PER_PIECE", 7000)
+    monkeypatch.setattr("saev_torch.writing.labels._PIXELS_AT_ONCE", 7000)
     assert pixel_to_token_labels(masks, (4, 3)).equal(whole)
     assert whole.shape == (2, 5, 12)
 

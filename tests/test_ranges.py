@@ -12,16 +12,16 @@ def test_neighbours_become_one():
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=20))
-def test_against_a_set(pieces):
+def test_against_a_set(given_ranges):
     ranges, seen = Ranges(), set()
-    for start, n in pieces:
+    for start, n in given_ranges:
         new = set(range(start, start + n))
         overlap = ranges.overlap(start, start + n)
         assert (overlap is None) == new.isdisjoint(seen)
         if overlap is not None:
             assert set(range(*overlap)) <= new & seen
             assert overlap[0] == min(new & seen)
-        elif n > 0:
+        if n > 0:
             ranges.add(start, start + n)
             seen |= new
         assert {i for gap in ranges.gaps(40) for i in range(*gap)} == set(range(40)) - seen

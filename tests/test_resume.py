@@ -138,7 +138,7 @@ def test_what_is_there_is_not_written_again(tmp_path, monkeypatch, expected):
         with ShardWriter(tmp_path, MD, resume=True) as writer:
             for at in range(0, 60, BATCH):
                 writer.write_batch(oracle(MD)[at : at + BATCH], at, oracle_labels(MD)[at : at + BATCH])
-            writer._join_checkpoint()
+            writer._checkpoints.join()
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert reap(fork(until_60)) == -signal.SIGKILL
@@ -166,6 +166,19 @@ def test_a_batch_across_what_is_there(tmp_path, expected):
     with ShardWriter(tmp_path, MD, resume=True) as writer:
         assert writer.missing() == [(0, 40), (50, 120)]
         assert not writer.published
+        writer.write_batch(oracle(MD), 0, oracle_labels(MD))
+    assert writer.published
+    assert content(tmp_path / MD.hash) == expected
+
+
+def test_the_same_writer_goes_on(tmp_path, expected):
+    """One that raised may be entered again, and then is as a new one."""
+    writer = ShardWriter(tmp_path, MD, resume=True)
+    with pytest.raises(KeyError), writer:  # noqa: PT012
+        writer.write_batch(oracle(MD)[:50], 0, oracle_labels(MD)[:50])
+        raise KeyError
+    with writer:
+        assert writer.missing() == [(50, 120)]
         writer.write_batch(oracle(MD), 0, oracle_labels(MD))
     assert writer.published
     assert content(tmp_path / MD.hash) == expected

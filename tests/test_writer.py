@@ -155,7 +155,7 @@ def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
 
     md = metadata()
     with monkeypatch.context() as patch:
-        patch.setattr("saev_torch.writing.writer._MAX_PWRITE_BYTES", 1000)
+        patch.setattr("saev_torch.writing.parts._MAX_PWRITE_BYTES", 1000)
         patch.setattr(os, "pwrite", some)
         with ShardWriter(tmp_path, md) as writer:
             writer.write_batch(oracle(md), 0, oracle_labels(md))
@@ -370,7 +370,7 @@ def test_two_that_started_together(tmp_path, monkeypatch, finished):
     """Both find an empty directory, then the first claims it, or even finishes: nothing is taken away from it."""
     md = metadata()
     first, second = ShardWriter(tmp_path, md), ShardWriter(tmp_path, md)
-    found_vacant = second._require_vacant
+    found_vacant = second._unfinished._require_vacant
 
     def first_overtakes(*args):
         found_vacant(*args)
@@ -380,7 +380,7 @@ def test_two_that_started_together(tmp_path, monkeypatch, finished):
             if finished:
                 first.__exit__(None, None, None)
 
-    monkeypatch.setattr(second, "_require_vacant", first_overtakes)
+    monkeypatch.setattr(second._unfinished, "_require_vacant", first_overtakes)
     with pytest.raises(WriteError, match="got a finished one" if finished else "expected an empty directory"):
         second.__enter__()
     if not finished:

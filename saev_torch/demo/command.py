@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,9 @@ from tqdm import tqdm
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
+from saev_torch.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
 from saev_torch.demo.figure import Firings, Report, draw, find_meanings
-from saev_torch.demo.record import LAYERS, N_CONTENT, make_corpus, record, split
-from saev_torch.demo.sae import Recipe, Step, TopKSAE, explained_variance, train
+from saev_torch.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
@@ -65,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
         # Now, and not after all the work.
         raise ConfigError(f"--out: expected a file in a folder that exists, got {args.out}; make the folder first")
     corpus, held_out_corpus = split(make_corpus(args.windows))
-    with _shards_root(args.keep) as root:
-        shards = record(root, {"train": corpus, "held-out": held_out_corpus})
+    keep, prefix = args.keep, "saev_torch_demo_"
+    with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix=prefix) as root:
+        shards = record_corpora(Path(root), {"train": corpus, "held-out": held_out_corpus})
         n_bytes = sum(path.stat().st_size for folder in shards.values() for path in folder.glob("*.bin"))
         print(f"shards: {n_bytes / 1e6:.0f} MB, layers {LAYERS[0]} and {LAYERS[1]} of {root}")
         cfg = ShuffledConfig(shards=shards["train"], layer=args.layer, batch_size=_BATCH_SIZE, seed=args.seed)
@@ -98,15 +98,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"figure: {args.out}")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return 0
-
-
-@contextlib.contextmanager
-def _shards_root(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        yield keep
-        return
-    with tempfile.TemporaryDirectory(prefix="saev_torch_demo_") as folder:
-        yield Path(folder)
 
 
 def _ordered(cfg: OrderedConfig) -> "DataLoader[ActivationBatch]":
@@ -141,7 +132,7 @@ def _train(
     n_steps = recipe.n_epochs * len(loader)
     with tqdm(total=n_steps, desc="training", unit=" steps") as bar:
 
-        def on_step(step: Step) -> None:
+        def on_step(step: TrainingStep) -> None:
             losses.append(step.loss)
             if step.step % _EVALUATE_EVERY == 0 or step.step == n_steps:
                 curve.append((step.step, explained_variance(sae, held_out)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from saev_torch.demo.record import Corpus
+from saev_torch.demo.corpus import Corpus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,7 +177,7 @@ def draw(report: Report, path: Path) -> None:
         )
         _draw_training(figure.add_subplot(grid[0, 0]), report)
         _draw_frequencies(figure.add_subplot(grid[1, 0]), report.frequencies)
-        _draw_meanings(figure.add_subplot(grid[:, 1]), report.meanings)
+        _draw_meanings(figure.add_subplot(grid[:, 1]), report.meanings, figure.dpi)
         figure.savefig(path)
 
 
@@ -192,14 +192,8 @@ def _draw_training(axes: "Axes", report: Report) -> None:
     right.plot(steps, variances, color=_ORANGE, linewidth=1.6, marker="o", markersize=3.5)
     right.set_ylabel("explained variance, held out", color=_ORANGE)
     right.set_ylim(min(0.0, *variances), 1)
-    right.annotate(
-        f"{variances[-1]:.3f}",
-        (steps[-1], variances[-1]),
-        (-4, 8),
-        textcoords="offset points",
-        ha="right",
-        color=_ORANGE,
-    )
+    end = (steps[-1], variances[-1])
+    right.annotate(f"{variances[-1]:.3f}", end, (-4, 8), textcoords="offset points", ha="right", color=_ORANGE)
 
 
 def _draw_frequencies(axes: "Axes", frequencies: npt.NDArray[np.float64]) -> None:
@@ -214,19 +208,19 @@ def _draw_frequencies(axes: "Axes", frequencies: npt.NDArray[np.float64]) -> Non
     axes.text(0.98, 0.95, note, transform=axes.transAxes, ha="right", va="top", color=_MUTED)
 
 
-def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]]) -> None:
+def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]], dpi: float) -> None:
+    from matplotlib.colors import to_rgba
+
     axes.set_title("Latents that stand for one idea in many words")
     axes.axis("off")
     if not meanings:
         axes.text(0.5, 0.5, "none found: train longer", ha="center", color=_MUTED, transform=axes.transAxes)
         return
-    figure = axes.get_figure(root=True)
-    if figure is None:
-        raise ValueError("axes: expected axes of a figure, got none")
     # One unit is one line high and one character wide. How wide that is depends on how the font is rounded to pixels.
     width_px = axes.get_window_extent().width
-    font_pt = 0.98 * width_px / _N_COLUMNS / 0.602 * 72 / figure.dpi
-    mono: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": font_pt, "va": "center"}
+    font_pt = 0.98 * width_px / _N_COLUMNS / 0.602 * 72 / dpi
+    # Two dollar signs would otherwise start a formula.
+    mono: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": font_pt, "va": "center", "parse_math": False}
     ruler = axes.text(0, 0, 100 * "m", **mono)
     n_columns = width_px / (ruler.get_window_extent().width / 100)
     ruler.remove()
@@ -235,30 +229,14 @@ def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]
     for latent, frequency, hits in meanings:
         words = " · ".join(hit.token.lower() for hit in hits)
         axes.text(0, line, words, fontweight="bold", fontsize=10.5, va="center", color=_INK)
-        axes.text(
-            n_columns,
-            line,
-            f"latent {latent}, {100 * frequency:.2f} % of tokens",
-            ha="right",
-            va="center",
-            color=_MUTED,
-        )
+        share = f"latent {latent}, {100 * frequency:.2f} % of tokens"
+        axes.text(n_columns, line, share, ha="right", va="center", color=_MUTED)
         strongest = max(hit.value for hit in hits)
         for hit in hits:
             line += 1
-            shade = (*_rgb(_ORANGE), 0.15 + 0.45 * hit.value / strongest)
+            shade = to_rgba(_ORANGE, 0.15 + 0.45 * hit.value / strongest)
             box = {"boxstyle": "square,pad=0.1", "facecolor": shade, "edgecolor": "none"}
-            axes.text(_N_LEFT, line, _plain(hit.left), ha="right", color=_MUTED, **mono)
-            axes.text(_N_LEFT, line, _plain(hit.token), bbox=box, color=_INK, **mono)
-            axes.text(_N_LEFT + len(hit.token), line, _plain(hit.right), color=_MUTED, **mono)
+            axes.text(_N_LEFT, line, hit.left, ha="right", color=_MUTED, **mono)
+            axes.text(_N_LEFT, line, hit.token, bbox=box, color=_INK, **mono)
+            axes.text(_N_LEFT + len(hit.token), line, hit.right, color=_MUTED, **mono)
         line += _LINES_PER_LATENT - N_HITS_SHOWN
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return red, green, blue
-
-
-def _plain(text: str) -> str:
-    # Two dollar signs would otherwise start a formula.
-    return text.replace("$", r"\$")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Loader", "Recipe", "Step", "TopKSAE", "explained_variance", "train"]
+__all__ = ["Loader", "Recipe", "TopKSAE", "TrainingStep", "explained_variance", "train"]
 
 _N_WARMUP = 20
 _DECAY_SHARE = 0.25
@@ -44,7 +44,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class TrainingStep:
     """One training step, as it was.
 
     Attributes:
@@ -125,7 +125,7 @@ def explained_variance(sae: TopKSAE, act: Tensor) -> float:
     return 1.0 - residual / float((x - x.mean(dim=0)).square().sum())
 
 
-def train(sae: TopKSAE, loader: Loader, recipe: Recipe, on_step: Callable[[Step], None]) -> None:
+def train(sae: TopKSAE, loader: Loader, recipe: Recipe, on_step: Callable[[TrainingStep], None]) -> None:
     """Train an autoencoder on the batches of a loader.
 
     Args:
@@ -159,7 +159,7 @@ def train(sae: TopKSAE, loader: Loader, recipe: Recipe, on_step: Callable[[Step]
             n_samples += len(x)
             waited_s += got - asked
             spent_s += time.perf_counter() - asked
-            on_step(Step(step, loss.item(), n_samples / spent_s, waited_s / spent_s))
+            on_step(TrainingStep(step, loss.item(), n_samples / spent_s, waited_s / spent_s))
 
 
 def _lr_factor(n_done: int, n_steps: int) -> float:

@@ -114,12 +114,14 @@ class Checksums:
         if self.labels is not None:
             self.labels[start:stop] = sums[n_acts:].reshape(stop - start)
 
-    def dump(self, shards_dir: Path) -> Path:
-        """Write checksums.json and return its path.
+    def dump(self, shards_dir: Path, metadata_json: bytes) -> None:
+        """Write checksums.json, with those of shards.json, which is there, and of metadata.json, which will be.
 
         Raises:
             WriteError: The operating system refused.
         """
+        self.files = {METADATA_NAME: zlib.crc32(metadata_json)}
+        self.files[SHARDS_NAME] = zlib.crc32((shards_dir / SHARDS_NAME).read_bytes())
         obj: dict[str, Any] = {
             "version": _VERSION,
             "algorithm": self.algorithm,
@@ -128,9 +130,7 @@ class Checksums:
             "files": {name: f"{crc:08x}" for name, crc in self.files.items()},
         }
         obj["crc32"] = _own_crc(obj)
-        path = Path(shards_dir) / CHECKSUMS_NAME
-        write_atomic(path, json.dumps(obj, indent=2).encode())
-        return path
+        write_atomic(shards_dir / CHECKSUMS_NAME, json.dumps(obj, indent=2).encode())
 
     @classmethod
     def load(cls, shards_dir: Path, md: Metadata) -> "Checksums":
@@ -159,11 +159,6 @@ class Checksums:
                 "it is of another data set"
             ) from err
         return cls(acts, labels, files, obj["algorithm"])
-
-    def add_files(self, shards_dir: Path, metadata_json: bytes) -> None:
-        """Include shards.json, which is there, and metadata.json, which will be."""
-        self.files[METADATA_NAME] = zlib.crc32(metadata_json)
-        self.files[SHARDS_NAME] = zlib.crc32((shards_dir / SHARDS_NAME).read_bytes())
 
 
 def _own_crc(obj: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ __all__ = ["local_copy"]
 
 _log = logging.getLogger("saev_torch")
 
-_PIECE_NBYTES = 64 << 20
+_SEND_NBYTES = 64 << 20
 
 
 def _files(shards_dir: Path) -> list[str]:
@@ -97,7 +97,7 @@ def _copy_file(shards_dir: Path, name: str, target: Path) -> None:
         with open(target, "wb") as out:
             left = os.fstat(source).st_size
             while left:
-                n = os.sendfile(out.fileno(), source, None, min(left, _PIECE_NBYTES))
+                n = os.sendfile(out.fileno(), source, None, min(left, _SEND_NBYTES))
                 if n == 0:
                     raise ReadError(f"{shards_dir / name}: expected {left} more bytes, got none; copy it again.")
                 left -= n

@@ -1,4 +1,7 @@
-"""What callers hand to the writer, checked and as arrays that can be written as they are."""
+"""What callers hand to the writer, checked and as arrays that can be written as they are.
+
+Each check raises a `WriteError` that says what was expected and what came.
+"""
 
 import operator
 
@@ -12,15 +15,11 @@ from saev_torch.format.metadata import Metadata
 
 __all__ = ["check_activations", "check_example_range", "check_finite", "check_labels", "check_start"]
 
-_FINITE_PIECE = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
+_N_LOOKED_AT = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
 
 
 def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return activations as a contiguous little-endian array on the host.
-
-    Raises:
-        WriteError: No tensor or array, or of another dtype or shape.
-    """
+    """Return activations as a contiguous little-endian array on the host."""
     if not isinstance(activations, torch.Tensor | np.ndarray):
         raise WriteError(f"activations: expected a tensor or an array, got {type(activations).__name__}")
     if activations.dtype not in (torch.float32, np.dtype(np.float32)):
@@ -43,13 +42,10 @@ def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> Non
         acts: [batch, n_layers, tokens_per_example, d_model] float32, contiguous.
         md: Metadata, to name the layer.
         start: Example that the first of the batch is.
-
-    Raises:
-        WriteError: The first bad value, by example, layer, token and dimension.
     """
     flat = acts.reshape(-1)
-    for at in range(0, len(flat), _FINITE_PIECE):
-        is_finite = np.isfinite(flat[at : at + _FINITE_PIECE])
+    for at in range(0, len(flat), _N_LOOKED_AT):
+        is_finite = np.isfinite(flat[at : at + _N_LOOKED_AT])
         if not is_finite.all():
             bad = at + int(np.argmin(is_finite))
             e, layer_idx, token, dim = (int(i) for i in np.unravel_index(bad, acts.shape))
@@ -61,11 +57,7 @@ def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> Non
 
 
 def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch: int) -> npt.NDArray[np.uint8]:
-    """Return labels as a contiguous [batch, content_tokens_per_example] uint8 array.
-
-    Raises:
-        WriteError: Of another shape, no integers, or outside 0..255.
-    """
+    """Return labels as a contiguous [batch, content_tokens_per_example] uint8 array."""
     if isinstance(patch_labels, torch.Tensor):
         patch_labels = patch_labels.detach().cpu()
     try:
@@ -92,9 +84,6 @@ def check_start(start_idx: int, batch: int, bounds: tuple[int, int]) -> int:
         start_idx: What the caller gave.
         batch: Examples in the batch.
         bounds: Examples that this writer may write, the second excluded.
-
-    Raises:
-        WriteError: No integer, or the batch leaves the bounds.
     """
     try:
         start = operator.index(start_idx)
@@ -109,11 +98,7 @@ def check_start(start_idx: int, batch: int, bounds: tuple[int, int]) -> int:
 
 
 def check_example_range(md: Metadata, example_range: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the examples that a writer is for; all of them by default.
-
-    Raises:
-        WriteError: Not two integers `0 <= start < stop <= n_examples`.
-    """
+    """Return the examples that a writer is for; all of them by default."""
     if example_range is None:
         return 0, md.n_examples
     try:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saev_torch.errors import WriteError
+from saev_torch.format.checksums import ALGORITHM
 from saev_torch.format.files import open_regular
+from saev_torch.format.metadata import Metadata
 
-__all__ = ["CLAIM_NAME", "Journal", "Record", "claimed", "is_alive", "journal_name", "journal_ranges", "read_records"]
+__all__ = ["CLAIM_NAME", "Entry", "Journal", "claimed", "is_alive", "journal_name", "journal_ranges", "read_journals"]
 
 CLAIM_NAME = ".unfinished"
 _JOURNAL = re.compile(r"\.journal-(\d{1,19})-(\d{1,19})")
@@ -38,8 +40,8 @@ def _close_held() -> None:
 os.register_at_fork(after_in_child=_close_held)
 
 
-class Record(NamedTuple):
-    """Examples that are durably on disk.
+class Entry(NamedTuple):
+    """One line of a journal: examples that are durably on disk.
 
     Attributes:
         start: The first.
@@ -60,14 +62,13 @@ class Record(NamedTuple):
         return f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
 
     @classmethod
-    def _from_line(cls, line: bytes) -> "Record | None":
+    def _from_line(cls, line: bytes) -> "Entry | None":
         text, _, crc = line.rpartition(b" ")
         fields = text.split(b" ")
         if len(fields) != 5 or crc != b"%08x\n" % zlib.crc32(text):
             return None
-        return cls(
-            int(fields[0]), int(fields[1]), fields[2] == b"1", fields[3].decode(), bytes.fromhex(fields[4].decode())
-        )
+        start, stop, has_labels, algorithm, checksums = (field.decode() for field in fields)
+        return cls(int(start), int(stop), has_labels == "1", algorithm, bytes.fromhex(checksums))
 
 
 @contextlib.contextmanager
@@ -138,18 +139,39 @@ def journal_ranges(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     return {name: (int(match[1]), int(match[2])) for name, match in found.items() if match}
 
 
-def read_records(shards_dir: Path, name: str) -> Iterator[Record]:
-    """Yield the records of a journal, up to the first line that is torn.
+def read_journals(shards_dir: Path, md: Metadata) -> Iterator[Entry]:
+    """Yield the entries of all journals of a directory, which stays claimed meanwhile.
+
+    What a process without the package xxhash has written, or one with it, is left out: that is written again.
 
     Raises:
-        OSError: The file could not be read.
+        WriteError: The journals contradict the metadata or each other.
+        OSError: A file could not be read.
     """
+    has_labels = None
+    for name in journal_ranges(os.listdir(shards_dir)):
+        for entry in _read_journal(shards_dir, name):
+            if entry.algorithm != ALGORITHM:
+                continue
+            n_sums = (entry.stop - entry.start) * (md.n_layers + entry.has_labels)
+            is_fit = 0 <= entry.start < entry.stop <= md.n_examples and len(entry.checksums) == 4 * n_sums
+            if not is_fit or has_labels is (not entry.has_labels):
+                raise WriteError(
+                    f"{shards_dir / name}: expected labels for all examples or for none, and examples of this data "
+                    f"set, got {entry.start}..{entry.stop}; delete the directory and write it again"
+                )
+            has_labels = entry.has_labels
+            yield entry
+
+
+def _read_journal(shards_dir: Path, name: str) -> Iterator[Entry]:
+    """Yield the entries of a journal, up to the first line that is torn."""
     with os.fdopen(open_regular(shards_dir, name), "rb") as file:
         for line in file:
-            record = Record._from_line(line)
-            if record is None:
+            entry = Entry._from_line(line)
+            if entry is None:
                 return
-            yield record
+            yield entry
 
 
 class Journal:
@@ -160,31 +182,28 @@ class Journal:
         start: First example that the writer is for.
         stop: The one behind the last.
 
-    Attributes:
-        name: Its file name.
-
     Raises:
         BlockingIOError: A living writer has it.
         OSError: The system refused.
     """
 
     def __init__(self, shards_dir: Path, start: int, stop: int) -> None:
-        self.name = journal_name(start, stop)
-        self._fd = os.open(shards_dir / self.name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        name = journal_name(start, stop)
+        self._fd = os.open(shards_dir / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         _held.add(self._fd)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # What a kill left of a line would swallow the next one.
-            n_bytes = sum(len(record._to_line()) for record in read_records(shards_dir, self.name))
+            n_bytes = sum(len(entry._to_line()) for entry in _read_journal(shards_dir, name))
             os.ftruncate(self._fd, n_bytes)
             os.lseek(self._fd, n_bytes, os.SEEK_SET)
         except BaseException:
             self.close()
             raise
 
-    def append(self, records: Iterable[Record]) -> None:
-        """Append records of data that is on disk already, and return when they are, too."""
-        view = memoryview(b"".join(record._to_line() for record in records))
+    def append(self, entries: Iterable[Entry]) -> None:
+        """Append entries of data that is on disk already, and return when they are, too."""
+        view = memoryview(b"".join(entry._to_line() for entry in entries))
         while view:
             view = view[os.write(self._fd, view) :]
         os.fsync(self._fd)

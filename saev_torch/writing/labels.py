@@ -9,7 +9,7 @@ from saev_torch.format.metadata import PixelAgg
 __all__ = ["pixel_to_token_labels"]
 
 _N_LABELS = 256
-_PIXELS_PER_PIECE = 1 << 24  # Bounds the memory for many masks at once: 8 bytes a pixel.
+_PIXELS_AT_ONCE = 1 << 24  # Bounds the memory for many masks at once: 8 bytes a pixel.
 
 
 def pixel_to_token_labels(
@@ -56,7 +56,7 @@ def pixel_to_token_labels(
     height, width = pixels.shape[-2:]
     masks = pixels.reshape(-1, height, width)
     labels = np.empty((len(masks), rows * columns), dtype=np.uint8)
-    n_fit = max(1, _PIXELS_PER_PIECE // max(1, height * width, rows * columns * _N_LABELS))
+    n_fit = max(1, _PIXELS_AT_ONCE // max(1, height * width, rows * columns * _N_LABELS))
     for start in range(0, len(masks), n_fit):
         labels[start : start + n_fit] = _aggregate(masks[start : start + n_fit], rows, columns, agg, bg_label)
     return torch.from_numpy(labels.reshape(*pixels.shape[:-2], rows * columns))
@@ -68,8 +68,8 @@ def _aggregate(
     n_masks, height, width = masks.shape
     tokens = masks.reshape(n_masks, rows, height // rows, columns, width // columns).transpose(0, 1, 3, 2, 4)
     tokens = tokens.reshape(n_masks * rows * columns, -1)
-    slots = tokens.astype(np.int64) + _N_LABELS * np.arange(len(tokens))[:, None]
-    counts = np.bincount(slots.ravel(), minlength=_N_LABELS * len(tokens)).reshape(-1, _N_LABELS)
+    bins = tokens.astype(np.int64) + _N_LABELS * np.arange(len(tokens))[:, None]
+    counts = np.bincount(bins.ravel(), minlength=_N_LABELS * len(tokens)).reshape(-1, _N_LABELS)
     if agg is PixelAgg.PREFER_FG:
         # Less than any label that is there, more than one that is not: argmax takes it where there is no other.
         counts[:, bg_label] = np.minimum(counts[:, bg_label], 1)

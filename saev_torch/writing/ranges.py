@@ -21,8 +21,8 @@ class Ranges:
         return None
 
     def add(self, start: int, stop: int) -> None:
-        """Add `start..stop`, which overlaps no range."""
-        # Ranges low..high touch it and become one with it; there are two at most, as nothing overlaps.
+        """Add `start..stop`, parts of which may be in a range already."""
+        # Ranges low..high overlap or touch it, and become one with it.
         low = bisect.bisect_left(self._stops, start)
         high = bisect.bisect_right(self._starts, stop)
         self._starts[low:high] = [min([start, *self._starts[low:high]])]

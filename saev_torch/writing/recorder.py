@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader
 
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.processes.world import find_world
 from saev_torch.writing.progress import Progress
+from saev_torch.writing.source import Batches, Source, Tokens
 from saev_torch.writing.taps import Taps
 from saev_torch.writing.writer import ShardWriter
 
@@ -74,7 +75,7 @@ def record(
         labels: Gives [batch, content_tokens_per_example] integers for a batch, see `pixel_to_token_labels`.
         resume: Continue a recording that was killed; batches that are on disk are not computed again.
         check_finite: Refuse NaN and infinity.
-        progress: Draw a progress bar; None for where stderr is a terminal, in the first rank.
+        progress: Show progress on stderr; None for the first rank only, and without a terminal only if it takes long.
 
     Returns:
         The shard directory.
@@ -83,33 +84,21 @@ def record(
         ConfigError: The layers, the loader or the tokens do not fit the model.
         WriteError: The shards are there already, or could not be written.
     """
-    world = find_world(None, None)
-    loader = _Batches(dataloader)
+    world, loader = find_world(None, None), Batches(dataloader)
     mine = range(len(loader) * world.rank // world.world_size, len(loader) * (world.rank + 1) // world.world_size)
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    first = (int(cls_token) if first_content_token is None else first_content_token, content_tokens_per_example)
     taps = Taps(model, layers, blocks, batch_dim)
-
-    def compute(batch: Any) -> torch.Tensor:
-        batch = _to(batch, device)
-        taps.expect()
-        _run(model, batch, forward)
-        acts = taps.take()
-        tokens = _choose_tokens(acts.shape[2], cls_token, *first)
-        _refuse_padding(batch, tokens)
-        return acts[:, :, tokens] if len(tokens) < acts.shape[2] else acts
-
+    first = int(cls_token) if first_content_token is None else first_content_token
+    source = Source(model, loader, taps, forward, Tokens(cls_token, first, content_tokens_per_example))
     with _evaluating(model), torch.inference_mode(), taps:
-        # The first batch also tells the shapes; a rank without any batch looks at the first of all.
-        (probe_batch,) = loader.load([mine.start if mine else 0])
-        probe = compute(probe_batch)
+        # A rank without any batch looks at the first of all, as it must know the directory's name.
+        shape = source.peek(mine.start if mine else 0)
         md = Metadata(
             family=family,
             ckpt=ckpt,
             layers=taps.layers,
-            content_tokens_per_example=probe.shape[2] - int(cls_token),
+            content_tokens_per_example=shape[2] - int(cls_token),
             cls_token=cls_token,
-            d_model=probe.shape[3],
+            d_model=shape[3],
             n_examples=loader.n_examples,
             max_tokens_per_shard=max_tokens_per_shard,
             data=data,
@@ -118,76 +107,21 @@ def record(
         )
         if not mine:
             return Path(shards_root) / md.hash
-        bounds = (loader.span(mine[0])[0], loader.span(mine[-1])[1])
-        options: dict[str, Any] = {"check_finite": check_finite}
-        if world.world_size > 1:
-            options["example_range"] = bounds
+        start, stop = loader.span(mine[0])[0], loader.span(mine[-1])[1]
+        example_range = (start, stop) if world.world_size > 1 else None
+        shown = progress if progress is not None or world.rank == 0 else False
+        options: dict[str, Any] = {"example_range": example_range, "check_finite": check_finite}
         with ShardWriter(Path(shards_root), md, resume, **options) as writer:
-            todo = [i for i in mine if _intersects(loader.span(i), writer.missing())]
-            done = bounds[1] - bounds[0] - sum(stop - start for start, stop in map(loader.span, todo))
-            shown = progress if progress is not None or world.rank == 0 else False
+            todo = loader.touching(mine, writer.missing())
+            done = stop - start - sum(high - low for low, high in map(loader.span, todo))
             with (
-                _Stream(writer, device) as stream,
-                Progress(bounds[1] - bounds[0], "recording", "examples", shown, done) as bar,
+                _Stream(writer, source.device) as stream,
+                Progress(stop - start, "recording", "examples", shown, done) as bar,
             ):
-                rest = todo[1:] if todo[:1] == [mine.start] else todo
-                batches: Iterable[Any] = loader.load(rest)
-                if rest != todo:
-                    stream.write(probe, loader.span(mine.start), None if labels is None else labels(probe_batch))
-                    bar.update(len(probe))
-                del probe, probe_batch
-                for i, batch in zip(rest, batches, strict=True):
-                    acts = compute(batch)
+                for i, batch, acts in source.compute(todo):
                     stream.write(acts, loader.span(i), None if labels is None else labels(batch))
                     bar.update(len(acts))
     return writer.shards_dir
-
-
-class _Batches:
-    """The batches of a loader by number, so that ranks and resumed runs load only their own."""
-
-    def __init__(self, dataloader: "DataLoader[Any]") -> None:
-        if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
-            raise ConfigError("dataloader: expected a DataLoader on a data set with len() and [i], got something else.")
-        if not isinstance(dataloader.sampler, SequentialSampler) or dataloader.batch_size is None:
-            raise ConfigError(
-                "dataloader: expected batches in the order of the data set, got another sampler; use "
-                "DataLoader(dataset, batch_size=...) without shuffle, which is what example_idx refers to."
-            )
-        self._loader = dataloader
-        self._batch_size: int = dataloader.batch_size
-        self.n_examples = len(dataloader.dataset)  # type: ignore[arg-type]
-        if not self.n_examples:
-            raise ConfigError("dataloader: expected at least one example, got an empty data set.")
-
-    def __len__(self) -> int:
-        return -(-self.n_examples // self._batch_size)
-
-    def span(self, i: int) -> tuple[int, int]:
-        """Return the first example of a batch, and the one behind its last."""
-        return i * self._batch_size, min((i + 1) * self._batch_size, self.n_examples)
-
-    def load(self, numbers: Sequence[int]) -> Iterator[Any]:
-        """Yield the batches of these numbers."""
-        old = self._loader
-        # One batch is not worth starting workers for.
-        workers = old.num_workers if len(numbers) > 1 else 0
-        options: dict[str, Any] = {} if not workers else {
-            "multiprocessing_context": old.multiprocessing_context,
-            "prefetch_factor": old.prefetch_factor,
-            "timeout": old.timeout,
-            "worker_init_fn": old.worker_init_fn,
-        }  # fmt: skip
-        return iter(
-            DataLoader(
-                old.dataset,
-                batch_sampler=[list(range(*self.span(i))) for i in numbers],
-                num_workers=workers,
-                collate_fn=old.collate_fn,
-                pin_memory=old.pin_memory,
-                **options,
-            )
-        )
 
 
 class _Stream:
@@ -244,48 +178,6 @@ class _Stream:
         if ready is not None:
             ready.synchronize()
         self._writer.write_batch(host, start, labels)
-
-
-def _choose_tokens(n_tokens: int, cls_token: bool, first: int, n_content: int | None) -> list[int]:
-    n_content = n_tokens - first if n_content is None else n_content
-    if n_content < 1 or first < int(cls_token) or first + n_content > n_tokens:
-        raise ConfigError(
-            f"content_tokens_per_example: expected content tokens {first}..{first + n_content} among the {n_tokens} "
-            "that the blocks put out; give content_tokens_per_example and first_content_token."
-        )
-    return [0] * cls_token + list(range(first, first + n_content))
-
-
-def _refuse_padding(batch: Any, tokens: list[int]) -> None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, tokens].all()):
-        raise ConfigError(
-            "dataloader: expected tokens only, got padding among those to record (attention_mask is 0); cut the text "
-            "into windows of one length, see token_windows."
-        )
-
-
-def _intersects(span: tuple[int, int], ranges: list[tuple[int, int]]) -> bool:
-    return any(span[0] < stop and start < span[1] for start, stop in ranges)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return [_to(value, device) for value in batch]
-    return batch
-
-
-def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], object] | None) -> None:
-    if forward is not None:
-        forward(model, batch)
-    elif isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(batch[0] if isinstance(batch, list) else batch)
 
 
 @contextlib.contextmanager

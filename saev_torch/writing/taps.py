@@ -27,26 +27,18 @@ def find_blocks(model: nn.Module, blocks: str | None = None) -> list[str]:
     Raises:
         ConfigError: There is none, or none of that name.
     """
-    modules = dict(model.named_modules())
-    if blocks is not None:
-        if not isinstance(modules.get(blocks), nn.ModuleList | nn.Sequential):
-            raise ConfigError(f"blocks: expected the name of a ModuleList or Sequential of the model, got {blocks!r}.")
-        return _members(blocks, modules[blocks])
-    best: tuple[tuple[int, int], str] | None = None
-    for name, module in modules.items():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module}) == 1:
-            size = (len(module), sum(p.numel() for p in module.parameters()))
-            best = max(best or (size, name), (size, name), key=lambda pair: pair[0])
-    if best is None:
-        raise ConfigError(
-            f"blocks: expected a list of blocks in the model, found none in {type(model).__name__}; "
-            "name the modules, as in layers={6: 'encoder.layers.6'}."
-        )
-    return _members(best[1], modules[best[1]])
-
-
-def _members(name: str, module: nn.Module) -> list[str]:
-    return [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+    if blocks is None:
+        alike = [name for name, members in lists.items() if len({type(member) for member in members}) == 1]
+        if not alike:
+            raise ConfigError(
+                f"blocks: expected a list of blocks in the model, found none in {type(model).__name__}; "
+                "name the modules, as in layers={6: 'encoder.layers.6'}."
+            )
+        blocks = max(alike, key=lambda name: (len(lists[name]), sum(p.numel() for p in lists[name].parameters())))
+    elif blocks not in lists:
+        raise ConfigError(f"blocks: expected the name of a ModuleList or Sequential of the model, got {blocks!r}.")
+    return [f"{blocks}.{member}" if blocks else member for member, _ in lists[blocks].named_children()]
 
 
 class Taps:
@@ -95,28 +87,21 @@ class Taps:
         """Forget what the last forward pass left."""
         self._found = [None] * len(self._modules)
 
-    def take(self, tokens: slice | Sequence[int] | None = None) -> torch.Tensor:
-        """Return what the blocks put out since `expect`.
-
-        Args:
-            tokens: Which tokens; default is all.
-
-        Returns:
-            [batch, n_layers, tokens, d_model] float32, on the model's device.
+    def take(self) -> torch.Tensor:
+        """Return what the blocks put out since `expect`: [batch, n_layers, tokens, d_model] float32, on their device.
 
         Raises:
             ConfigError: A block did not run, or the blocks put out different shapes.
         """
-        found = []
-        for layer, out in zip(self.layers, self._found, strict=True):
-            if out is None:
-                raise ConfigError(f"layers: expected layer {layer} to run in a forward pass, got none; name another.")
-            found.append(out)
-        self._found = []
-        if len({out.shape for out in found}) > 1:
-            shapes = {layer: list(out.shape) for layer, out in zip(self.layers, found, strict=True)}
+        found, self._found = self._found, []
+        outs = [out for out in found if out is not None]
+        if len(outs) < len(found):
+            layer = self.layers[found.index(None)]
+            raise ConfigError(f"layers: expected layer {layer} to run in a forward pass, got none; name another.")
+        if len({out.shape for out in outs}) > 1:
+            shapes = {layer: list(out.shape) for layer, out in zip(self.layers, outs, strict=True)}
             raise ConfigError(f"layers: expected blocks of one shape, got {shapes}; record them one by one.")
-        return torch.stack([out if tokens is None else out[:, tokens] for out in found], dim=1)
+        return torch.stack(outs, dim=1)
 
     def _keep(self, i: int, out: Any) -> None:
         out = getattr(out, "last_hidden_state", out)

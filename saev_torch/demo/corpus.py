@@ -9,24 +9,23 @@ import dataclasses
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
 from saev_torch.errors import ConfigError
-from saev_torch.format.metadata import Metadata
-from saev_torch.writing.writer import ShardWriter
+from saev_torch.writing.recorder import record, token_windows
 
-__all__ = ["LAYERS", "N_CONTENT", "Corpus", "make_corpus", "record", "split"]
+__all__ = ["LAYERS", "N_CONTENT", "Corpus", "make_corpus", "record_corpora", "split"]
 
 LAYERS = (2, 4)
 N_CONTENT = 127
 """Content tokens of a window; with [CLS] in front, 128 are stored."""
 
-_FAMILY = "minilm"
-_CKPT = "sentence-transformers/all-MiniLM-L6-v2"
+_CLS, _SEP = 101, 102  # In BERT's vocabulary, which MiniLM has.
 _N_PER_BATCH = 32
 _N_PER_SHARD = 64
 _HOLD_OUT_EVERY = 10
@@ -106,7 +105,7 @@ def split(corpus: Corpus) -> tuple[Corpus, Corpus]:
     return corpus.take(windows[~held_out]), corpus.take(windows[held_out])
 
 
-def record(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
+def record_corpora(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
     """Run the model over each corpus and write its activations at `LAYERS`, [CLS] included.
 
     Args:
@@ -125,43 +124,27 @@ def record(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(get_model_path(), local_files_only=True).eval()
+    model = AutoModel.from_pretrained(get_model_path(), local_files_only=True)
     # What comes after the last recorded block would be computed for nothing.
     model.encoder.layer = model.encoder.layer[: max(LAYERS)]
-    cls_id, sep_id = 101, 102  # BERT's vocabulary, which MiniLM has.
     shards_dirs = {}
-    with tqdm(total=sum(map(len, corpora.values())), desc="recording", unit=" windows") as bar:
-        for name, corpus in corpora.items():
-            md = _make_metadata(name, len(corpus), model.config.hidden_size)
-            with ShardWriter(shards_root, md) as writer, torch.inference_mode():
-                for start in range(0, len(corpus), _N_PER_BATCH):
-                    ids = torch.from_numpy(corpus.ids[start : start + _N_PER_BATCH])
-                    # The model expects [SEP] behind a text; it is not stored, as it means nothing here.
-                    ids = torch.nn.functional.pad(
-                        torch.nn.functional.pad(ids, (1, 0), value=cls_id), (0, 1), value=sep_id
-                    )
-                    hidden = model(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
-                    ).hidden_states
-                    activations = torch.stack([hidden[layer] for layer in LAYERS], dim=1)[:, :, : 1 + N_CONTENT]
-                    writer.write_batch(activations, start)
-                    bar.update(len(ids))
-            shards_dirs[name] = shards_root / md.hash
+    for name, corpus in corpora.items():
+        # The model expects [SEP] behind a text; it is not stored, as it means nothing here.
+        windows = token_windows(corpus.ids.tolist(), N_CONTENT, prefix=[_CLS], suffix=[_SEP])
+        inputs: Any = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows]
+        shards_dirs[name] = record(
+            model,
+            DataLoader(inputs, batch_size=_N_PER_BATCH),
+            layers={layer: f"encoder.layer.{layer - 1}" for layer in LAYERS},
+            shards_root=shards_root,
+            family="minilm",
+            ckpt="sentence-transformers/all-MiniLM-L6-v2",
+            dataset=Path("pydoc_data.topics") / name,
+            cls_token=True,
+            content_tokens_per_example=N_CONTENT,
+            # saev keeps a pickle of its own description of the data here. Nothing in this package unpickles it.
+            data=base64.b64encode(pickle.dumps({"text": "pydoc_data.topics", "part": name})).decode(),
+            max_tokens_per_shard=_N_PER_SHARD * (1 + N_CONTENT) * len(LAYERS),
+            progress=True,
+        )
     return shards_dirs
-
-
-def _make_metadata(name: str, n_examples: int, d_model: int) -> Metadata:
-    # saev keeps a pickle of its own description of the data here. Nothing in this package unpickles it.
-    data = base64.b64encode(pickle.dumps({"text": "pydoc_data.topics", "part": name})).decode()
-    return Metadata(
-        family=_FAMILY,
-        ckpt=_CKPT,
-        layers=LAYERS,
-        content_tokens_per_example=N_CONTENT,
-        cls_token=True,
-        d_model=d_model,
-        n_examples=n_examples,
-        max_tokens_per_shard=_N_PER_SHARD * (1 + N_CONTENT) * len(LAYERS),
-        data=data,
-        dataset=Path("pydoc_data.topics") / name,
-    )

@@ -1,0 +1,137 @@
+"""What a model computes from the batches of a loader, by their numbers, so that only what is missing is computed."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from saev_torch.errors import ConfigError
+from saev_torch.writing.taps import Taps
+
+__all__ = ["Batches", "Source", "Tokens"]
+
+
+class Batches:
+    """The batches of a loader by number, so that ranks and resumed runs load only their own."""
+
+    def __init__(self, dataloader: "DataLoader[Any]") -> None:
+        if not isinstance(dataloader, DataLoader) or isinstance(dataloader.dataset, IterableDataset):
+            raise ConfigError("dataloader: expected a DataLoader on a data set with len() and [i], got something else.")
+        if not isinstance(dataloader.sampler, SequentialSampler) or dataloader.batch_size is None:
+            raise ConfigError(
+                "dataloader: expected batches in the order of the data set, got another sampler; use "
+                "DataLoader(dataset, batch_size=...) without shuffle, which is what example_idx refers to."
+            )
+        self._loader = dataloader
+        self._batch_size: int = dataloader.batch_size
+        self.n_examples = len(dataloader.dataset)  # type: ignore[arg-type]
+        if not self.n_examples:
+            raise ConfigError("dataloader: expected at least one example, got an empty data set.")
+
+    def __len__(self) -> int:
+        return -(-self.n_examples // self._batch_size)
+
+    def span(self, i: int) -> tuple[int, int]:
+        """Return the first example of a batch, and the one behind its last."""
+        return i * self._batch_size, min((i + 1) * self._batch_size, self.n_examples)
+
+    def touching(self, numbers: Iterable[int], ranges: list[tuple[int, int]]) -> list[int]:
+        """Pick the batches with examples in these ranges."""
+        spans = {i: self.span(i) for i in numbers}
+        return [i for i, span in spans.items() if any(span[0] < stop and start < span[1] for start, stop in ranges)]
+
+    def load(self, numbers: Sequence[int]) -> Iterator[Any]:
+        """Yield the batches of these numbers."""
+        old = self._loader
+        # One batch is not worth starting workers for.
+        workers = old.num_workers if len(numbers) > 1 else 0
+        names = ("multiprocessing_context", "prefetch_factor", "timeout", "worker_init_fn") if workers else ()
+        options: dict[str, Any] = {name: getattr(old, name) for name in ("collate_fn", "pin_memory", *names)}
+        batches = [list(range(*self.span(i))) for i in numbers]
+        return iter(DataLoader(old.dataset, batch_sampler=batches, num_workers=workers, **options))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Which tokens of a block's output are recorded: the first if it is [CLS], and content from another one on."""
+
+    cls_token: bool
+    first: int
+    n_content: int | None
+
+    def choose(self, n_tokens: int, batch: Any) -> list[int]:
+        """Return the indices among the tokens of a batch; none of them may be padding."""
+        n_content = n_tokens - self.first if self.n_content is None else self.n_content
+        stop = self.first + n_content
+        if n_content < 1 or self.first < int(self.cls_token) or stop > n_tokens:
+            raise ConfigError(
+                f"content_tokens_per_example: expected content tokens {self.first}..{stop} among the {n_tokens} "
+                "that the blocks put out; give content_tokens_per_example and first_content_token."
+            )
+        tokens = [0] * self.cls_token + list(range(self.first, stop))
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, tokens].all()):
+            raise ConfigError(
+                "dataloader: expected tokens only, got padding among those to record (attention_mask is 0); cut the "
+                "text into windows of one length, see token_windows."
+            )
+        return tokens
+
+
+class Source:
+    """The activations of batches by number: [batch, n_layers, tokens, d_model] float32, on the model's device."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Batches,
+        taps: Taps,
+        forward: Callable[[nn.Module, Any], object] | None,
+        tokens: Tokens,
+    ) -> None:
+        self.device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        self._model, self._loader, self._taps, self._forward, self._tokens = model, loader, taps, forward, tokens
+        self._peeked: list[tuple[int, Any, torch.Tensor]] = []
+
+    def peek(self, i: int) -> torch.Size:
+        """Return the shape of the activations of a batch, which are kept: it need not be computed again."""
+        (batch,) = self._loader.load([i])
+        self._peeked = [(i, batch, self._run(batch))]
+        return self._peeked[0][2].shape
+
+    def compute(self, numbers: list[int]) -> Iterator[tuple[int, Any, torch.Tensor]]:
+        """Yield the number, the batch and the activations of each of these batches."""
+        is_peeked = numbers[:1] == [i for i, _, _ in self._peeked]
+        rest = numbers[is_peeked:]
+        batches = self._loader.load(rest)
+        if is_peeked:
+            yield self._peeked.pop()
+        self._peeked.clear()
+        for i, batch in zip(rest, batches, strict=True):
+            yield i, batch, self._run(batch)
+
+    def _run(self, batch: Any) -> torch.Tensor:
+        batch = _to(batch, self.device)
+        self._taps.expect()
+        if self._forward is not None:
+            self._forward(self._model, batch)
+        elif isinstance(batch, Mapping):
+            self._model(**batch)
+        else:
+            self._model(batch[0] if isinstance(batch, list) else batch)
+        acts = self._taps.take()
+        tokens = self._tokens.choose(acts.shape[2], batch)
+        return acts[:, :, tokens] if len(tokens) < acts.shape[2] else acts
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_to(value, device) for value in batch]
+    return batch
