@@ -7,21 +7,20 @@ is not asked. So the count lives in memory shared by a data set and its copies i
 
 import contextlib
 import fcntl
-import mmap
 import os
 import threading
 import weakref
 from collections.abc import Iterator
-from multiprocessing import context, reduction
 from typing import Any
 
 import numpy as np
+
+from saev_torch.processes.page import SharedPage, is_spawning
 
 __all__ = ["EpochCounter"]
 
 _N_ROWS = 32
 _WORDS = 16
-_N_FLAGS = 8
 _ROW = np.dtype(
     [
         ("order", np.int64),  # 0: not in use; else ascending
@@ -33,6 +32,7 @@ _ROW = np.dtype(
         ("taken", np.uint64, (_WORDS,)),  # one bit for each worker
     ]
 )
+_PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64), ("has_advised", np.bool_)])
 _NO_SESSION = -1
 _ALL = np.uint64(2**64 - 1)
 
@@ -52,51 +52,47 @@ class EpochCounter:
     """Counts the iterations of a data set, for each process that consumes it.
 
     Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own.
+
+    Args:
+        page: Where it counts; left out, a new page.
+        birth: The latest place that was settled when this process was made.
     """
 
-    def __init__(self) -> None:
-        self._attach(os.memfd_create("saev_torch", os.MFD_CLOEXEC))
-
-    def _attach(self, fd: int) -> None:
-        self._fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
-        nbytes = _N_ROWS * _ROW.itemsize
-        os.ftruncate(fd, nbytes + _N_FLAGS)
-        pages = mmap.mmap(fd, nbytes + _N_FLAGS)
-        self._rows = np.frombuffer(pages, dtype=_ROW, count=_N_ROWS)
-        self._flags = np.frombuffer(pages, dtype=np.uint8, offset=nbytes)
+    def __init__(self, page: SharedPage | None = None, birth: int = 0) -> None:
+        self._page = page or SharedPage(_PAGE)
+        self._rows = self._page.fields["rows"]
         self._lock = threading.Lock()
-        # The latest place that was settled when this process was made.
-        self._birth = 0
+        self._birth = birth
         _counters.add(self)
 
     def _remember_birth(self) -> None:
         settled = self._rows["order"][self._rows["session"] == _NO_SESSION]
         self._birth = int(settled.max(initial=0))
 
-    def __getstate__(self) -> dict[str, Any]:
-        if context.get_spawning_popen() is not None:
-            self._remember_birth()
-            return {"fd": reduction.DupFd(self._fd), "birth": self._birth}
-        return {"rows": self._rows.tobytes()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not is_spawning():
+            return EpochCounter, (self._page,)
+        self._remember_birth()
+        return EpochCounter, (self._page, self._birth)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "fd" in state:
-            self._attach(state["fd"].detach())
-            self._birth = state["birth"]
-        else:
-            self.__init__()  # type: ignore[misc]
-            self._rows[:] = np.frombuffer(state["rows"], dtype=_ROW)
+    @property
+    def scale(self) -> float | None:
+        """What activations are multiplied with; None for nothing."""
+        return float(self._page.fields["scale"]) or None
+
+    @scale.setter
+    def scale(self, value: float | None) -> None:
+        self._page.fields["scale"] = value or 0.0
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         # A lock of the file system goes away with a killed worker; it does not tell threads apart.
         with self._lock:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX)
+            fcntl.lockf(self._page.fd, fcntl.LOCK_EX)
             try:
                 yield
             finally:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN)
+                fcntl.lockf(self._page.fd, fcntl.LOCK_UN)
 
     def begin(
         self,
@@ -163,12 +159,12 @@ class EpochCounter:
                 return 0, 0, False
             return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
 
-    def first(self, what: int) -> bool:
-        """Whether this is the first call with `what` (0 or 1), in this process or any worker."""
+    def may_advise(self) -> bool:
+        """Whether this is the first call, in this process or any worker."""
         with self._locked():
-            seen = bool(self._flags[what])
-            self._flags[what] = 1
-            return not seen
+            is_first = not self._page.fields["has_advised"]
+            self._page.fields["has_advised"] = True
+            return is_first
 
     def _following(self, consumer: int) -> tuple[int, int]:
         latest = self._latest(consumer)
