@@ -19,11 +19,10 @@ from saev_torch.order.places import find_sample, locate_batch
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes, count_open_slots, make_steps, slot_nbytes
-from saev_torch.processes.counters import Counters, Meter, Watch, log_to_stderr
+from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.direct import reads_past_cache
 from saev_torch.reading.engine import Engine
-from saev_torch.reading.placing import OpenBatch
 from saev_torch.reading.scaling import Scaler
 from saev_torch.reading.slots import make_pool
 from saev_torch.reading.store import ShardStore
@@ -88,11 +87,10 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.n_samples = self._own_selection().n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
         self._counters = Counters()
-        self._meter: Meter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The selection may hold a number for each example; a worker works it out again.
-        return {**self.__dict__, "_selection": None, "_meter": None}
+        return {**self.__dict__, "_selection": None}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
@@ -116,10 +114,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         return self.cursor.digest
 
     def metrics(self) -> dict[str, float]:
-        """What the readers of this rank, here or in workers, did since the last call; see `Meter.read`."""
-        if self._meter is None:
-            self._meter = Meter(self._counters)
-        return self._meter.read(self.cursor.world.rank)
+        """What the readers of this rank, here or in workers, did since the last call; see `Counters.rates`."""
+        return self._counters.rates(self.cursor.world.rank)
 
     def __len__(self) -> int:
         """Batches that this rank yields in an epoch."""
@@ -245,29 +241,24 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         advice = advise_lanes(plan, share) if start.rank == 0 else None
         if advice is not None and self.cursor.may_advise():
             _log.warning(advice)
-        watch = self._watch(iteration)
         with iteration.naming():
             engine = self._open_engine(plan, iteration, scaler)
-        try:
-            while (opened := _next_batch(engine, iteration)) is not None:
-                watch.count(opened.size, engine.waits, engine.fill)
-                batch = make_batch(opened, selection, self.batch_size)
-                if start.scale is not None and scaler is None:
-                    act = batch["act"].numpy()
-                    np.multiply(act, np.float32(start.scale), out=act)
-                # The caller alone decides how long the batch lives.
-                del opened
-                iteration.count(batch.digest)
-                yield batch
-                del batch
-        finally:
-            watch.stop()
-            engine.close()
-
-
-def _next_batch(engine: Engine, iteration: Iteration) -> OpenBatch | None:
-    with iteration.naming():
-        return engine.next_batch()
+            watch = self._watch(iteration)
+            try:
+                while (opened := engine.next_batch()) is not None:
+                    watch.count(opened.size, engine.waits, engine.fill)
+                    batch = make_batch(opened, selection, self.batch_size)
+                    if start.scale is not None and scaler is None:
+                        act = batch["act"].numpy()
+                        np.multiply(act, np.float32(start.scale), out=act)
+                    # The caller alone decides how long the batch lives.
+                    del opened
+                    iteration.count(batch.digest)
+                    yield batch
+                    del batch
+            finally:
+                watch.stop()
+                engine.close()
 
 
 class OrderedActivations(Activations):
@@ -301,20 +292,7 @@ class OrderedActivations(Activations):
 class ShuffledActivations(Activations):
     """Whole batches in a seeded random order, another in each epoch; see `saev_torch.order.shuffle`.
 
-    Args:
-        cfg: What to read.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
-        world_size: Number of ranks; given with `rank`.
-
-    Attributes:
-        cfg: The config.
-        metadata: Metadata of the shards.
-        n_samples: Samples in the selection.
-
-    Raises:
-        ShardsNotFoundError: The directory or one of its files is missing.
-        FormatError: A file does not follow the format, or has the wrong size.
-        ConfigError: The config asks for what these shards do not hold.
+    Arguments, attributes and errors are those of `OrderedActivations`.
     """
 
     cfg: ShuffledConfig

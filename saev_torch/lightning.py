@@ -48,14 +48,10 @@ class _TrainLoader(ShuffledDataLoader):
     def __init__(self, cfg: ShuffledConfig, module: LightningDataModule, **kwargs: Any) -> None:
         super().__init__(cfg, **kwargs)
         self._module = module
-        # Places in the sequence, each with the number of batches that were trained on when it is reached.
-        self._places: list[tuple[int, Position]] = []
+        # Places in the sequence, by the number of batches that were trained on when they are reached.
+        self._places: dict[int, Position] = {}
         # Whether the next iteration is the one after the latest place, not the rest of that one.
         self._next_is_new = False
-
-    def _find_place(self, trainer: Any) -> Position | None:
-        wanted = _n_trained(trainer)
-        return next((place for n, place in self._places if n == wanted), None)
 
     def __iter__(self) -> Any:
         # A generator, because only with the first batch the trainer's counts are those of the checkpoint.
@@ -64,15 +60,20 @@ class _TrainLoader(ShuffledDataLoader):
         if is_training:
             self.dataset.cursor.load(self._find_start(trainer))
         batches = super().__iter__()
-        self._places = [(_n_trained(trainer), batches.iteration.position)] if is_training else []
+        n_before = _n_trained(trainer) if is_training else 0
+        self._places = {n_before: batches.iteration.position} if is_training else {}
         self._next_is_new = True
-        for batch in batches:
-            self._note(batches.iteration.position)
+        for n_fetched, batch in enumerate(batches, start=1):
+            if is_training:
+                # The place behind this batch counts once that is trained on; those before it are not asked for again.
+                n_trained = _n_trained(trainer)
+                self._places = {n: place for n, place in self._places.items() if n >= n_trained}
+                self._places[n_before + n_fetched] = batches.iteration.position
             yield batch
 
     def _find_start(self, trainer: Any) -> Position:
         """Where the trainer stands."""
-        place = self._find_place(trainer)
+        place = self._places.get(_n_trained(trainer))
         if place is None:
             # No state that belongs to these counts: nothing better is known than the counts.
             epochs: Any = trainer.fit_loop.epoch_progress.current
@@ -80,17 +81,10 @@ class _TrainLoader(ShuffledDataLoader):
             return self.dataset.cursor.position_after(n_batches, epochs.processed)
         return place.next_start() if self._next_is_new else place
 
-    def _note(self, place: Position) -> None:
-        """Note the place behind the batch that was fetched last; it counts once that is trained on."""
-        if self._places and (trainer := self._module.trainer) is not None:
-            self._places.append((self._places[-1][0] + 1, place))
-            wanted = _n_trained(trainer)
-            self._places = [(n, place) for n, place in self._places if n >= wanted]
-
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last batch that was trained on."""
         trainer = self._module.trainer
-        place = None if trainer is None else self._find_place(trainer)
+        place = None if trainer is None else self._places.get(_n_trained(trainer))
         if trainer is None or place is None:
             return super().state_dict()
         state = dump_state(self.metadata, self.cfg, place)
@@ -99,7 +93,7 @@ class _TrainLoader(ShuffledDataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; it holds if the trainer then turns out to have trained on as many batches."""
         super().load_state_dict(state)
-        self._places = [(state.get(_N_TRAINED, -1), load_state(self.metadata, self.cfg, state))]
+        self._places = {state.get(_N_TRAINED, -1): load_state(self.metadata, self.cfg, state)}
         self._next_is_new = state.get(_IS_OVER, False)
 
 

@@ -20,7 +20,7 @@ _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
 
 
-class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):
+class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: ignore[misc, override]
     """A `DataLoader` of whole batches that knows its config, counts what is taken, and can be shut down."""
 
     dataset: OrderedActivations | ShuffledActivations
@@ -43,37 +43,18 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):
         return self.dataset.scale
 
     def metrics(self) -> dict[str, float]:
-        """What this loader did since the last call, for a logger; see `Meter.read`."""
+        """What this loader did since the last call, for a logger; see `Counters.rates`."""
         return self.dataset.metrics()
 
-    # torch's own class sets these two to None and False, because the data set makes the batches.
     @property
-    def batch_size(self) -> int:
-        """Samples in a batch."""
-        return self.dataset.batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: Any) -> None:
-        pass
-
-    @property
-    def drop_last(self) -> bool:
-        """Whether a last batch that is not full is left out."""
-        return self.dataset.drop_last
-
-    @drop_last.setter
-    def drop_last(self, value: Any) -> None:
-        pass
-
-    # torch's own has nothing to say where the data set makes the batches. Trainers tell a sampler which epoch begins.
-    @property
-    def sampler(self) -> Iterable[Any]:
+    def sampler(self) -> Iterable[Any]:  # type: ignore[override]
         """Where a trainer announces the epoch: `sampler.set_epoch`."""
         return _EpochListener(self)
 
-    @sampler.setter
-    def sampler(self, value: Any) -> None:
-        pass
+    def __setattr__(self, attr: str, val: Any) -> None:
+        # While it is made, torch would set these to None, False and a sampler of its own.
+        if attr not in ("batch_size", "drop_last", "sampler") or "_iterator" in self.__dict__:
+            super().__setattr__(attr, val)
 
     def __len__(self) -> int:
         """Batches that this rank yields in an epoch."""
@@ -124,14 +105,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):
         return self.dataset.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue where a state was taken, with any number of workers and ranks.
-
-        Args:
-            state: What `state_dict` returned, of a loader or a data set with the same data and config.
-
-        Raises:
-            StateError: It is no state, of a newer version, or of other data or another config.
-        """
+        """Let the next iteration continue where a state of a loader or a data set was taken; see the data set."""
         self.dataset.load_state_dict(state)
 
     def shutdown(self) -> None:
@@ -229,11 +203,7 @@ class OrderedDataLoader(_ActivationDataLoader):
 class ShuffledDataLoader(_ActivationDataLoader):
     """Batches in a seeded random order: a `DataLoader` on `ShuffledActivations`.
 
-    Args:
-        cfg: What to read.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
-        world_size: Number of ranks; given with `rank`.
-        **kwargs: Arguments of `torch.utils.data.DataLoader`, for instance `num_workers`.
+    Arguments are those of `OrderedDataLoader`.
     """
 
     def __init__(

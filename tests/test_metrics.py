@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saev_torch import ConfigError, OrderedConfig, OrderedDataLoader, ShuffledConfig, ShuffledDataLoader
-from saev_torch.processes.counters import Counters, Meter
+from saev_torch.processes.counters import Counters
 
 NAMES = {
     "loader/samples_per_s", "loader/bytes_per_s", "loader/read_mb", "loader/read_mb_s", "loader/buffer_fill",
@@ -71,7 +71,7 @@ def test_several_readers_add_up() -> None:
     assert counters.sums(1)["n_samples"] == 100
     assert counters.sums(2)["n_active"] == 0
     time.sleep(0.1)
-    found = Meter(counters).read(0)
+    found = counters.rates(0)
     assert 0 < found["loader/samples_per_s"] < 2000
     assert found["loader/read_mb"] == 8
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from saev_torch.processes.page import SharedPage, is_spawning
 
-__all__ = ["Counters", "Meter", "Row", "Waits", "Watch", "log_to_stderr"]
+__all__ = ["Counters", "Row", "Waits", "Watch", "log_to_stderr"]
 
 _N_ROWS = 256
 _ROW = np.dtype(
@@ -29,6 +29,7 @@ _ROW = np.dtype(
         ("consumer_s", np.float64),
     ]
 )
+_WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
 _SUMS = ("n_samples", "nbytes", "disk_s", "plan_s", "consumer_s")
 
 Row = Any
@@ -45,6 +46,7 @@ class Counters:
     def __init__(self, page: SharedPage | None = None) -> None:
         self._page = page or SharedPage(np.dtype([("rows", _ROW, (_N_ROWS,))]))
         self._rows = self._page.fields["rows"]
+        self._last: tuple[float, dict[str, float]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Counters, ((self._page,) if is_spawning() else ())
@@ -72,23 +74,8 @@ class Counters:
             "began": float((active if len(active) else mine)["began"].min(initial=np.inf)),
         }
 
-
-_WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
-
-
-class Meter:
-    """Turns the sums of counters into rates since the last look, or since the iteration began.
-
-    Args:
-        counters: Where the readers count.
-    """
-
-    def __init__(self, counters: Counters) -> None:
-        self._counters = counters
-        self._last: tuple[float, dict[str, float]] | None = None
-
-    def read(self, rank: int) -> dict[str, float]:
-        """Look.
+    def rates(self, rank: int) -> dict[str, float]:
+        """Rates since the last call, or since the iteration began.
 
         Args:
             rank: Whose readers.
@@ -100,21 +87,20 @@ class Meter:
             `loader/wait_consumer`, the share of the readers' time in which a batch was awaited from the disk or from
             planning, or nothing was left to read until the consumer took one; `loader/n_readers`, those at work.
         """
-        now, sums = time.monotonic(), self._counters.sums(rank)
+        now, sums = time.monotonic(), self.sums(rank)
         then, before = self._last or (min(now, sums["began"]), dict.fromkeys(sums, 0.0))
         self._last = now, sums
-        spent = max(now - then, 1e-9)
-        n_readers = max(1.0, sums["n_active"])
+        per_s = {key: (sums[key] - before[key]) / max(now - then, 1e-9) for key in _SUMS}
         found = {
-            "loader/samples_per_s": (sums["n_samples"] - before["n_samples"]) / spent,
-            "loader/bytes_per_s": (sums["nbytes"] - before["nbytes"]) / spent,
+            "loader/samples_per_s": per_s["n_samples"],
+            "loader/bytes_per_s": per_s["nbytes"],
             "loader/read_mb": sums["nbytes"] / 1e6,
-            "loader/read_mb_s": (sums["nbytes"] - before["nbytes"]) / spent / 1e6,
+            "loader/read_mb_s": per_s["nbytes"] / 1e6,
             "loader/buffer_fill": sums["fill"],
             "loader/n_readers": sums["n_active"],
         }
         for name, key in _WAITS.items():
-            found[f"loader/{name}"] = min(1.0, (sums[key] - before[key]) / spent / n_readers)
+            found[f"loader/{name}"] = min(1.0, per_s[key] / max(1.0, sums["n_active"]))
         return found
 
 
@@ -166,9 +152,8 @@ class Watch:
         row, before = self._row, self._waits
         row["n_samples"] += n_samples
         row["nbytes"] += waits.nbytes - before.nbytes
-        row["disk_s"] += waits.disk_s - before.disk_s
-        row["plan_s"] += waits.plan_s - before.plan_s
-        row["consumer_s"] += waits.consumer_s - before.consumer_s
+        for key in _WAITS.values():
+            row[key] += getattr(waits, key) - getattr(before, key)
         row["fill"] = fill
         self._waits = dataclasses.replace(waits)
         now = time.monotonic()

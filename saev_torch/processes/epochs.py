@@ -34,7 +34,6 @@ _ROW = np.dtype(
 )
 _PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64), ("has_advised", np.bool_)])
 _NO_SESSION = -1
-_ALL = np.uint64(2**64 - 1)
 
 
 _counters: "weakref.WeakSet[EpochCounter]" = weakref.WeakSet()
@@ -131,16 +130,14 @@ class EpochCounter:
                 found = int(row["epoch"]), int(row["start"])
             else:
                 found = self._following(consumer) if at is None else at
-                row = self._add(consumer, 0 if session is None else session, *found)
-                row["n_workers"] = n_workers
-                row["taken"][:] = _ALL if session is None else np.uint64(0)
+                row = self._add(consumer, session or 0, *found, n_workers)
             row["taken"][word] |= mask
             return found if at is None else at
 
     def set(self, consumer: int, epoch: int, start: int) -> None:
         """Choose the next iteration: its epoch, and the batch to start at."""
         with self._locked():
-            self._add(consumer, _NO_SESSION, epoch, start)["taken"][:] = _ALL
+            self._add(consumer, _NO_SESSION, epoch, start)
 
     def next(self, consumer: int) -> tuple[int, int]:
         """The epoch of the next iteration, and the batch that it starts at."""
@@ -181,15 +178,14 @@ class EpochCounter:
             mine = self._rows[(self._rows["order"] > 0) & (self._rows["session"] == _NO_SESSION)]
         return mine[np.argmax(mine["order"])] if len(mine) else None
 
-    def _add(self, consumer: int, session: int, epoch: int, start: int) -> Any:
+    def _add(self, consumer: int, session: int, epoch: int, start: int, n_workers: int = 1) -> Any:
+        rows = np.sort(self._rows, order="order")
+        latest = dict(zip(rows["consumer"].tolist(), rows["order"].tolist(), strict=True))
         # The oldest, but no process's latest: that is all it knows of its epoch.
-        _, consumers = np.unique(self._rows["consumer"], return_inverse=True)
-        latest = np.zeros(consumers.max() + 1, dtype=np.int64)
-        np.maximum.at(latest, consumers, self._rows["order"])
-        order = self._rows["order"]
-        in_use = (order > 0) & (order == latest[consumers])
-        place = int(np.argmin(np.where(in_use & ~in_use.all(), order.max() + 1, order)))
-        row = self._rows[place]
-        row["order"] = self._rows["order"].max() + 1
-        row["consumer"], row["session"], row["epoch"], row["start"] = consumer, session, epoch, start
+        free = [order for consumer, order in rows[["consumer", "order"]].tolist() if order < max(1, latest[consumer])]
+        row = self._rows[np.flatnonzero(self._rows["order"] == (free or rows["order"])[0])[0]]
+        # Field by field: the row is part of the page.
+        row["order"] = rows["order"][-1] + 1
+        row["consumer"], row["session"], row["n_workers"] = consumer, session, n_workers
+        row["epoch"], row["start"], row["taken"][:] = epoch, start, 0
         return row

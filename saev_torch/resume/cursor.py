@@ -95,15 +95,12 @@ class Iteration:
         try:
             yield
         except SaevTorchError as err:
-            raise type(err)(f"{err} [{self}]") from err
-
-    def __str__(self) -> str:
-        info, start = get_worker_info(), self.start
-        worker = "" if info is None else f"worker {info.id} of {info.num_workers}, "
-        return (
-            f"rank {start.rank} of {start.world_size}, {worker}process {os.getpid()}, epoch {start.epoch}, "
-            f"after batch {self._batch} of {self.share.stop}"
-        )
+            info, start = get_worker_info(), self.start
+            worker = "" if info is None else f"worker {info.id} of {info.num_workers}, "
+            raise type(err)(
+                f"{err} [rank {start.rank} of {start.world_size}, {worker}process {os.getpid()}, epoch {start.epoch}, "
+                f"after batch {self._batch} of {self.share.stop}]"
+            ) from err
 
 
 class Cursor:
