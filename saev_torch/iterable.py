@@ -15,7 +15,6 @@ from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Described
-from saev_torch.order.places import find_sample, locate_batch
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes, count_open_slots, make_steps, slot_nbytes
@@ -174,9 +173,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         """
         if not 0 <= batch_idx < self.n_batches:
             raise IndexError(f"batch {batch_idx} is out of range: there are {self.n_batches}, from 0.")
-        plan = self._plan(self.cursor.epoch if epoch is None else epoch)
-        found = locate_batch(self._own_selection(), plan, batch_idx)
-        return {key: torch.from_numpy(column) for key, column in found.items()}
+        cells = self._own_selection().cells(self._plan(epoch).locate(batch_idx))
+        return {key: torch.from_numpy(column) for key, column in self._own_selection().columns(cells).items()}
 
     def find(
         self, example_idx: int, token_idx: int, layer: int | None = None, epoch: int | None = None
@@ -196,14 +194,14 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         Raises:
             IndexError: The selection has no such sample.
         """
-        plan = self._plan(self.cursor.epoch if epoch is None else epoch)
-        return find_sample(self._own_selection(), plan, example_idx, token_idx, layer)
+        return self._plan(epoch).find(self._own_selection().find(example_idx, token_idx, layer))
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         # Not a generator itself: which epoch this is must be settled now, not at the first batch.
         return self._iterate(self.cursor.begin())
 
-    def _plan(self, epoch: int) -> OrderedPlan | ShufflePlan:
+    def _plan(self, epoch: int | None) -> OrderedPlan | ShufflePlan:
+        """The order of samples in an epoch, None for the latest."""
         raise TypeError(f"{type(self).__name__}: expected OrderedActivations or ShuffledActivations; use one of them.")
 
     def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
@@ -285,7 +283,7 @@ class OrderedActivations(Activations):
     def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
         super().__init__(cfg, ShardStore(cfg.shards), (), rank, world_size)
 
-    def _plan(self, epoch: int) -> OrderedPlan:
+    def _plan(self, epoch: int | None) -> OrderedPlan:
         return OrderedPlan(self.n_samples, self.batch_size)
 
 
@@ -314,8 +312,8 @@ class ShuffledActivations(Activations):
             # Compiled here, for all workers that are forked.
             find_scale_kernels()
 
-    def _plan(self, epoch: int) -> ShufflePlan:
-        cfg = self.cfg
+    def _plan(self, epoch: int | None) -> ShufflePlan:
+        cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else epoch
         return ShufflePlan.make(
             self.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, epoch
         )

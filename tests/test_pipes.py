@@ -137,7 +137,7 @@ def test_stateful_data_loader(chain: str, n_workers: int, persistent: bool, cfg:
         return loader
 
     loader = make()
-    epochs = [list(loader) for _ in range(3)]
+    epochs = [list(loader) for _ in range(4)]
     for k in (0, 1, len(epochs[0]) // 2, len(epochs[0])):
         loader = make()
         got = take(loader, k)
@@ -150,6 +150,8 @@ def test_stateful_data_loader(chain: str, n_workers: int, persistent: bool, cfg:
         assert is_next == (not n_workers and len(got) == len(epochs[0])) or "filter" in chain
         assert got + list(loader) == (epochs[0] + epochs[1] if is_next else epochs[0])
         assert list(loader) == epochs[1 + is_next]
+        loader = make(loader.state_dict())
+        assert list(loader) == epochs[2 + is_next]
     del loader
 
 

@@ -94,12 +94,7 @@ class EpochCounter:
                 fcntl.lockf(self._page.fd, fcntl.LOCK_UN)
 
     def begin(
-        self,
-        consumer: int,
-        session: int | None,
-        worker: int,
-        n_workers: int = 1,
-        at: tuple[int, int] | None = None,
+        self, consumer: int, session: int | None, worker: int, n_workers: int = 1, at: tuple[int, int] | None = None
     ) -> tuple[int, int]:
         """Begin an iteration, or join one that another worker of the session has begun.
 
@@ -129,10 +124,10 @@ class EpochCounter:
                 row = rows[np.flatnonzero(joined)[np.argmin(rows["order"][joined])]]
                 found = int(row["epoch"]), int(row["start"])
             else:
-                found = self._following(consumer) if at is None else at
+                found = at or self._following(consumer)
                 row = self._add(consumer, session or 0, *found, n_workers)
             row["taken"][word] |= mask
-            return found if at is None else at
+            return at or found
 
     def set(self, consumer: int, epoch: int, start: int) -> None:
         """Choose the next iteration: its epoch, and the batch to start at."""
@@ -172,10 +167,11 @@ class EpochCounter:
         return int(latest["epoch"]) + 1, 0
 
     def _latest(self, consumer: int) -> Any:
-        mine = self._rows[(self._rows["order"] > 0) & (self._rows["consumer"] == consumer)]
+        used = self._rows[self._rows["order"] > 0]
+        mine = used[used["consumer"] == consumer]
         if not len(mine):
             # Chosen before this process was started, for all that come.
-            mine = self._rows[(self._rows["order"] > 0) & (self._rows["session"] == _NO_SESSION)]
+            mine = used[used["session"] == _NO_SESSION]
         return mine[np.argmax(mine["order"])] if len(mine) else None
 
     def _add(self, consumer: int, session: int, epoch: int, start: int, n_workers: int = 1) -> Any:

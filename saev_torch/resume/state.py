@@ -75,7 +75,8 @@ def load_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, state: Any) ->
     missing = [key for key in (*expected, "epoch", "batch", "digest", "rank", "world_size") if key not in state]
     if missing:
         raise StateError(f"state: expected the keys {missing}, got none of them; it is incomplete.")
-    different = [key for key in expected if not _same(state[key], expected[key])]
+    # True == 1 in Python.
+    different = [key for key in expected if type(state[key]) is not type(expected[key]) or state[key] != expected[key]]
     if different:
         lines = ", ".join(f"{key}: expected {short(expected[key])}, got {short(state[key])}" for key in different)
         raise StateError(
@@ -103,10 +104,3 @@ def _load_scale(cfg: OrderedConfig | ShuffledConfig, scale: Any) -> float | None
             "config that it was saved with, or start anew."
         )
     return scale
-
-
-def _same(a: object, b: object) -> bool:
-    # True == 1 in Python, and a tuple may have become a list on its way through JSON.
-    if isinstance(a, tuple):
-        a = list(a)
-    return type(a) is type(b) and a == b
