@@ -212,6 +212,7 @@ def test_a_copy_counts_on_by_itself(copied: Any) -> None:
     cursor.scale = 0.5
     take(cursor.begin(), 2)
     other = copied(cursor)
+    assert place(other) == (1, 0)
     assert [place(other.begin()) for _ in range(2)] == [(1, 0), (2, 0)]
     other.scale = 2.0
     assert (place(cursor), cursor.scale) == ((0, 2), 0.5)

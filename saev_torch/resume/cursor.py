@@ -44,6 +44,11 @@ class Position:
     world_size: int = 1
     scale: float | None = None
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and batch."""
+        return self.epoch, self.batch
+
     def next_start(self) -> "Position":
         """The start of the next epoch; this place, if it is the start of one."""
         return dataclasses.replace(self, epoch=self.epoch + 1, batch=0) if self.batch else self
@@ -175,12 +180,9 @@ class Cursor:
         Raises:
             StateError: Workers make the batches, and nobody counted here how many were taken.
         """
-        epoch, start, in_workers = self._epochs.current(consumer_pid())
-        latest = self._latest
-        is_counted = latest is not None and (
-            get_worker_info() is not None or (latest.start.epoch, latest.start.batch) == (epoch, start)
-        )
-        if in_workers and not is_counted:
+        *place, in_workers = self._epochs.current(consumer_pid())
+        latest, in_worker = self._latest, get_worker_info() is not None
+        if in_workers and (latest is None or (latest.start.place != tuple(place) and not in_worker)):
             raise StateError(
                 "state_dict: expected n_batches, because workers make the batches and only the consumer knows how "
                 "many it took, got None; call state_dict(n_batches=...), or use ShuffledDataLoader or "
@@ -220,14 +222,12 @@ class Cursor:
         """Let the next iteration begin at a place; it holds until a batch is taken."""
         # What training began with counts, whatever the data say today.
         self.scale = position.scale
-        world = self.world
-        if (position.rank, position.world_size) != (world.rank, world.world_size):
-            position = dataclasses.replace(
-                position, digest=StreamDigest(), rank=world.rank, world_size=world.world_size
-            )
+        rank, world_size = self.world.rank, self.world.world_size
+        if (position.rank, position.world_size) != (rank, world_size):
+            position = dataclasses.replace(position, digest=StreamDigest(), rank=rank, world_size=world_size)
         if get_worker_info() is None:
             position = self._settle(position)
-            self._epochs.set(consumer_pid(), position.epoch, position.batch)
+            self._epochs.set(consumer_pid(), *position.place)
         self._latest, self._loaded, self._loaded_pid = None, position, os.getpid()
 
     def begin(self) -> Iteration:
@@ -238,17 +238,16 @@ class Cursor:
             return self._start(*self._epochs.begin(pid, None, 0))
         # A worker that loaded a state itself knows best; else the parent put the place where all workers find it. A
         # forked worker inherits what was loaded in its parent, which has told all workers already.
-        loaded = self._loaded if self._loaded_pid == os.getpid() else None
-        at = None if loaded is None else (loaded.epoch, loaded.batch)
+        at = self._loaded.place if self._loaded is not None and self._loaded_pid == os.getpid() else None
         found = self._epochs.begin(pid, info.seed - info.id, info.id, info.num_workers, at)
         return self._start(*found, info.id, info.num_workers)
 
     def begin_elsewhere(self) -> Iteration:
         """Settle where the next iteration begins, whose batches are counted here, whichever process makes them."""
         self._hold()
-        epoch, start = self._epochs.next(consumer_pid())
-        self._epochs.set(consumer_pid(), epoch, start)
-        return self._start(epoch, start)
+        place = self._epochs.next(consumer_pid())
+        self._epochs.set(consumer_pid(), *place)
+        return self._start(*place)
 
     def follow(self, iteration: Iteration) -> None:
         """Stand where an iteration does."""
@@ -260,7 +259,7 @@ class Cursor:
         latest = self._latest
         if latest is None or not latest.is_resumed or latest.n_taken or get_worker_info() is not None:
             return
-        if self._epochs.current(consumer_pid())[:2] == (latest.start.epoch, latest.start.batch):
+        if self._epochs.current(consumer_pid())[:2] == latest.start.place:
             self.load(latest.start)
 
     def _start(self, epoch: int, batch: int, worker: int = 0, n_workers: int = 1) -> Iteration:
@@ -270,7 +269,7 @@ class Cursor:
             stride=start.world_size * n_workers,
             stop=self.end(batch),
         )
-        is_resumed = loaded is not None and (loaded.epoch, loaded.batch) == (epoch, batch)
+        is_resumed = loaded is not None and loaded.place == start.place
         self._loaded = None
         self._latest = Iteration(start, share, get_worker_info() is not None, is_resumed)
         return self._latest
