@@ -12,7 +12,7 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
 from saev_torch.reading.placing import OpenBatch
 from saev_torch.reading.slots import Lease, Slot, attach
-from saev_torch.resume import batch_digest
+from saev_torch.resume.digest import batch_digest
 
 __all__ = ["ActivationBatch", "make_batch"]
 

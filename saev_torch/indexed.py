@@ -13,7 +13,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import IndexedConfig
-from saev_torch.format.metadata import Metadata
+from saev_torch.format.metadata import Described
 from saev_torch.order.selection import IndexMap, Selection
 from saev_torch.order.steps import slot_nbytes
 from saev_torch.processes.counters import log_to_stderr
@@ -71,7 +71,7 @@ def _collate_samples(samples: Any, *, collate_fn_map: Any = None) -> Any:
 default_collate_fn_map[_Sample] = _collate_samples
 
 
-class IndexedDataset(Dataset[dict[str, Any]]):
+class IndexedDataset(Described, Dataset[dict[str, Any]]):
     """Random access to samples by number, in the order of the bytes on disk.
 
     `ds[i]` is a dict of `act` (`[d_model] float32`), `example_idx`, `token_idx`, and where they exist `token_label` and
@@ -82,6 +82,7 @@ class IndexedDataset(Dataset[dict[str, Any]]):
 
     Attributes:
         cfg: The config.
+        metadata: Metadata of the shards.
         index_map: Numbers of samples, and where they are.
 
     Raises:
@@ -93,8 +94,9 @@ class IndexedDataset(Dataset[dict[str, Any]]):
     def __init__(self, cfg: IndexedConfig) -> None:
         self.cfg = cfg
         self._store = ShardStore(cfg.shards)
-        self._selection = Selection(self._store.metadata, cfg.tokens, cfg.layer)
-        self.index_map = IndexMap(self._store.metadata, cfg.tokens, cfg.layer)
+        self.metadata = self._store.metadata
+        self._selection = Selection(self.metadata, cfg.tokens, cfg.layer)
+        self.index_map = IndexMap(self.metadata, cfg.tokens, cfg.layer)
         self._begin()
         if cfg.debug:
             log_to_stderr()
@@ -111,21 +113,6 @@ class IndexedDataset(Dataset[dict[str, Any]]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
-
-    @property
-    def metadata(self) -> Metadata:
-        """Metadata of the shards."""
-        return self._store.metadata
-
-    @property
-    def md(self) -> Metadata:
-        """Short for `metadata`."""
-        return self._store.metadata
-
-    @property
-    def d_model(self) -> int:
-        """Width of the activations."""
-        return self.metadata.d_model
 
     def __len__(self) -> int:
         return self._selection.n_samples

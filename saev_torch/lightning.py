@@ -9,13 +9,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
-from saev_torch.loaders import CountedBatches, OrderedDataLoader, ShuffledDataLoader
+from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
-from saev_torch.resume import Position, StreamDigest, dump_state, load_state
+from saev_torch.resume.cursor import Position
+from saev_torch.resume.digest import StreamDigest
+from saev_torch.resume.state import dump_state, load_state
 
 __all__ = ["ActivationsCheckpoint", "ActivationsDataModule", "LoaderMetrics"]
 
@@ -47,55 +48,43 @@ class _TrainLoader(ShuffledDataLoader):
     def __init__(self, cfg: ShuffledConfig, module: LightningDataModule, **kwargs: Any) -> None:
         super().__init__(cfg, **kwargs)
         self._module = module
-        # Places in the sequence, each with the number of batches that were trained on when it is reached.
-        self._places: list[tuple[int, Position]] = []
+        # Places in the sequence, by the number of batches that were trained on when they are reached.
+        self._places: dict[int, Position] = {}
         # Whether the next iteration is the one after the latest place, not the rest of that one.
         self._next_is_new = False
 
-    def _find_place(self, trainer: Trainer) -> Position | None:
-        wanted = _n_trained(trainer)
-        return next((place for n, place in self._places if n == wanted), None)
-
     def __iter__(self) -> Any:
-        return _Iteration(self)
+        # A generator, because only with the first batch the trainer's counts are those of the checkpoint.
+        trainer: Any = self._module.trainer
+        is_training = trainer is not None and trainer.training
+        if is_training:
+            self.dataset.cursor.load(self._find_start(trainer))
+        batches = super().__iter__()
+        n_before = _n_trained(trainer) if is_training else 0
+        self._places = {n_before: batches.iteration.position} if is_training else {}
+        self._next_is_new = True
+        for n_fetched, batch in enumerate(batches, start=1):
+            if is_training:
+                # The place behind this batch counts once that is trained on; those before it are not asked for again.
+                n_trained = _n_trained(trainer)
+                self._places = {n: place for n, place in self._places.items() if n >= n_trained}
+                self._places[n_before + n_fetched] = batches.iteration.position
+            yield batch
 
-    def begin(self) -> CountedBatches:
-        """Begin to iterate: in a trainer where it stands, else as any loader does."""
-        trainer = self._module.trainer
-        if trainer is None or not trainer.training:
-            self._places = []
-            return self._begin()
-        place = self._find_place(trainer)
+    def _find_start(self, trainer: Any) -> Position:
+        """Where the trainer stands."""
+        place = self._places.get(_n_trained(trainer))
         if place is None:
             # No state that belongs to these counts: nothing better is known than the counts.
             epochs: Any = trainer.fit_loop.epoch_progress.current
             n_batches = _batch_progress(trainer).current.processed
-            state = self.dataset.state_dict(n_batches=n_batches, epoch=epochs.processed)
-        elif self._next_is_new or self.dataset.is_over(place.batch):
-            state = {**dump_state(self.metadata, self.cfg, place), "epoch": place.epoch + 1, "batch": 0}
-        else:
-            state = dump_state(self.metadata, self.cfg, place)
-        super().load_state_dict(state)
-        batches = self._begin()
-        self._places = [(_n_trained(trainer), batches.position)]
-        self._next_is_new = True
-        return batches
-
-    def _begin(self) -> CountedBatches:
-        batches: CountedBatches = super().__iter__()
-        return batches
-
-    def note(self, place: Position) -> None:
-        """Note the place behind the batch that was fetched last; it counts once that is trained on."""
-        if self._places and (trainer := self._module.trainer) is not None:
-            self._places.append((self._places[-1][0] + 1, place))
-            wanted = _n_trained(trainer)
-            self._places = [(n, place) for n, place in self._places if n >= wanted]
+            return self.dataset.cursor.position_after(n_batches, epochs.processed)
+        return place.next_start() if self._next_is_new else place
 
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last batch that was trained on."""
         trainer = self._module.trainer
-        place = None if trainer is None else self._find_place(trainer)
+        place = None if trainer is None else self._places.get(_n_trained(trainer))
         if trainer is None or place is None:
             return super().state_dict()
         state = dump_state(self.metadata, self.cfg, place)
@@ -104,26 +93,8 @@ class _TrainLoader(ShuffledDataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; it holds if the trainer then turns out to have trained on as many batches."""
         super().load_state_dict(state)
-        self._places = [(state.get(_N_TRAINED, -1), load_state(self.metadata, self.cfg, state))]
+        self._places = {state.get(_N_TRAINED, -1): load_state(self.metadata, self.cfg, state)}
         self._next_is_new = state.get(_IS_OVER, False)
-
-
-class _Iteration:
-    """Begins with the first batch, because only then the trainer's counts are those of the checkpoint."""
-
-    def __init__(self, loader: _TrainLoader) -> None:
-        self._loader = loader
-        self._batches: CountedBatches | None = None
-
-    def __iter__(self) -> "_Iteration":
-        return self
-
-    def __next__(self) -> ActivationBatch:
-        if self._batches is None:
-            self._batches = self._loader.begin()
-        batch: ActivationBatch = next(self._batches)
-        self._loader.note(self._batches.position)
-        return batch
 
 
 class ActivationsDataModule(LightningDataModule):
@@ -223,10 +194,10 @@ class ActivationsCheckpoint(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the place behind the last batch that was trained on; after the last of an epoch, the next epoch."""
-        state = self.dataset.state_dict(n_batches=self._n_batches)
         if _is_over(trainer):
-            state = self.dataset.state_dict(n_batches=0, epoch=state["epoch"] + 1)
-        checkpoint[_KEY] = state
+            checkpoint[_KEY] = self.dataset.state_dict(n_batches=0, epoch=self.dataset.cursor.epoch + 1)
+        else:
+            checkpoint[_KEY] = self.dataset.state_dict(n_batches=self._n_batches)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the loader continue at the place that was saved."""

@@ -1,6 +1,5 @@
 """Ready-made loaders under the published names."""
 
-import dataclasses
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator
@@ -11,9 +10,9 @@ from torch.utils.data import DataLoader, Sampler
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import SaevTorchError
-from saev_torch.format.metadata import Metadata
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
-from saev_torch.resume import Position, StreamDigest, dump_state
+from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
+from saev_torch.resume.cursor import Iteration
+from saev_torch.resume.digest import StreamDigest
 
 __all__ = ["CountedBatches", "OrderedDataLoader", "ShuffledDataLoader"]
 
@@ -21,8 +20,8 @@ _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
 
 
-class _ActivationDataLoader(DataLoader[ActivationBatch]):
-    """A `DataLoader` of whole batches that knows its config, and can be shut down."""
+class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: ignore[misc, override]
+    """A `DataLoader` of whole batches that knows its config, counts what is taken, and can be shut down."""
 
     dataset: OrderedActivations | ShuffledActivations
 
@@ -30,43 +29,13 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         refused = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset"} & kwargs.keys()
         if refused:
             raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
-        # The numbers stay when the user breaks off; the iterator, with its workers and threads, is the user's alone.
+        self.cfg, self.metadata, self.n_samples = dataset.cfg, dataset.metadata, dataset.n_samples
         if kwargs.get("num_workers"):
             # A worker reports a stalled read by itself; one that was stopped says nothing.
             kwargs.setdefault("timeout", min(dataset.cfg.batch_timeout_s + _START_S, _MAX_TIMEOUT_S))
-        self._progress: _Progress | None = None
+        # The iterator, with its workers and threads, is the user's alone.
         self._batches: weakref.ref[CountedBatches] | None = None
         super().__init__(dataset, batch_size=None, **kwargs)
-
-    @property
-    def cfg(self) -> OrderedConfig | ShuffledConfig:
-        """The config."""
-        return self.dataset.cfg
-
-    @property
-    def metadata(self) -> Metadata:
-        """Metadata of the shards."""
-        return self.dataset.metadata
-
-    @property
-    def md(self) -> Metadata:
-        """Short for `metadata`."""
-        return self.dataset.metadata
-
-    @property
-    def n_samples(self) -> int:
-        """Samples in the selection."""
-        return self.dataset.n_samples
-
-    @property
-    def n_batches(self) -> int:
-        """Batches in an epoch, over all ranks."""
-        return self.dataset.n_batches
-
-    @property
-    def d_model(self) -> int:
-        """Width of the activations."""
-        return self.dataset.d_model
 
     @property
     def scale(self) -> float | None:
@@ -74,37 +43,18 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         return self.dataset.scale
 
     def metrics(self) -> dict[str, float]:
-        """What this loader did since the last call, for a logger; see `Meter.read`."""
+        """What this loader did since the last call, for a logger; see `Counters.rates`."""
         return self.dataset.metrics()
 
-    # torch's own class sets these two to None and False, because the data set makes the batches.
     @property
-    def batch_size(self) -> int:
-        """Samples in a batch."""
-        return self.dataset.batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: Any) -> None:
-        pass
-
-    @property
-    def drop_last(self) -> bool:
-        """Whether a last batch that is not full is left out."""
-        return self.dataset.drop_last
-
-    @drop_last.setter
-    def drop_last(self, value: Any) -> None:
-        pass
-
-    # torch's own has nothing to say where the data set makes the batches. Trainers tell a sampler which epoch begins.
-    @property
-    def sampler(self) -> Iterable[Any]:
+    def sampler(self) -> Iterable[Any]:  # type: ignore[override]
         """Where a trainer announces the epoch: `sampler.set_epoch`."""
         return _EpochListener(self)
 
-    @sampler.setter
-    def sampler(self, value: Any) -> None:
-        pass
+    def __setattr__(self, attr: str, val: Any) -> None:
+        # While it is made, torch would set these to None, False and a sampler of its own.
+        if attr not in ("batch_size", "drop_last", "sampler") or "_iterator" in self.__dict__:
+            super().__setattr__(attr, val)
 
     def __len__(self) -> int:
         """Batches that this rank yields in an epoch."""
@@ -112,9 +62,7 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; see the data set."""
-        digest = self.digest
         self.dataset.set_epoch(epoch)
-        self._progress = _Progress(self._settle(digest))
         self._batches = None
 
     def follow_epoch(self, epoch: int) -> None:
@@ -122,51 +70,43 @@ class _ActivationDataLoader(DataLoader[ActivationBatch]):
         # Lightning makes the iterator first, and then says which epoch it is for: after a resume not the one that it
         # would be by itself. It counts from 0, so where the user chose an epoch or loaded a state, it may be behind.
         batches = None if self._batches is None else self._batches()
-        if batches is None or batches.iterator is None or batches.progress.n_taken or batches.position.epoch >= epoch:
+        if batches is None or batches.iterator is None:
+            return
+        if batches.iteration.n_taken or batches.iteration.start.epoch >= epoch:
             return
         self.shutdown()
         self.dataset.set_epoch(epoch)
-        batches.progress.position = self._settle(batches.position.digest)
-        batches.iterator = super().__iter__()
+        batches.iterator, batches.iteration = self._begin()
+        self._batches = weakref.ref(batches)
 
-    def _settle(self, digest: StreamDigest) -> Position:
-        """Settle where the next iteration begins: the workers find it out for themselves, here it must be known too."""
-        return dataclasses.replace(self.dataset.begin_elsewhere(), digest=digest)
-
-    def __iter__(self) -> Any:
+    def _begin(self) -> tuple[Any, Iteration]:
         if getattr(self._iterator, "_shutdown", False):
             # Persistent workers that have failed.
             self._iterator = None
-        progress = _Progress(self._settle(self.digest))
-        batches = CountedBatches(super().__iter__(), progress, self.dataset.world_size)
-        self._progress, self._batches = progress, weakref.ref(batches)
+        # The workers find out for themselves where they begin; here it must be known too.
+        iteration = self.dataset.cursor.begin_elsewhere()
+        iterator = super().__iter__()
+        # What is counted is what is taken, also where this process makes the batches.
+        self.dataset.cursor.follow(iteration)
+        return iterator, iteration
+
+    def __iter__(self) -> Any:
+        batches = CountedBatches(*self._begin())
+        self._batches = weakref.ref(batches)
         return batches
 
     @property
     def digest(self) -> StreamDigest:
         """Digest of the batches that were taken from this loader, and before the state that was loaded."""
-        return self.dataset.digest if self._progress is None else self._progress.position.digest
+        return self.dataset.digest
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: after the batches that were taken from it. After a whole epoch, at the next one."""
-        if self._progress is None:
-            return self.dataset.state_dict()
-        position = self._progress.position
-        if self._progress.finished:
-            position = dataclasses.replace(position, epoch=position.epoch + 1, batch=0)
-        return dump_state(self.metadata, self.cfg, position)
+        return self.dataset.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue where a state was taken, with any number of workers and ranks.
-
-        Args:
-            state: What `state_dict` returned, of a loader or a data set with the same data and config.
-
-        Raises:
-            StateError: It is no state, of a newer version, or of other data or another config.
-        """
+        """Let the next iteration continue where a state of a loader or a data set was taken; see the data set."""
         self.dataset.load_state_dict(state)
-        self._progress = None
 
     def shutdown(self) -> None:
         """Stop the running iteration with its workers and threads. The loader can be used again."""
@@ -192,39 +132,18 @@ def _end(iterator: Any) -> None:
             worker.join()
 
 
-@dataclasses.dataclass
-class _Progress:
-    """How far an iteration has come.
-
-    Attributes:
-        position: Where the next batch stands in the sequence.
-        finished: Whether the iterator was exhausted.
-        n_taken: Batches that were taken.
-    """
-
-    position: Position
-    finished: bool = False
-    n_taken: int = 0
-
-
 class CountedBatches(Iterator[ActivationBatch]):
     """Counts the batches that are taken from an iterator.
 
     Attributes:
         iterator: The iterator; None when it is over.
-        progress: The counts, which outlive it.
+        iteration: How far it has come; outlives it.
     """
 
-    def __init__(self, iterator: Any, progress: _Progress, world_size: int) -> None:
+    def __init__(self, iterator: Any, iteration: Iteration) -> None:
         self.iterator = iterator
-        self.progress = progress
-        self._world_size = world_size
+        self.iteration = iteration
         self._failure: Exception | None = None
-
-    @property
-    def position(self) -> Position:
-        """Where the next batch stands in the sequence."""
-        return self.progress.position
 
     def __next__(self) -> Any:
         if self._failure is not None:
@@ -235,7 +154,7 @@ class CountedBatches(Iterator[ActivationBatch]):
             batch: Any = next(self.iterator)
         except StopIteration:
             # The iterator of persistent workers stays with the loader; any other ends its workers here.
-            self.progress.finished, self.iterator = True, None
+            self.iterator = None
             raise
         except Exception as err:
             # What other workers have ready must not follow, as if nothing were missing. And torch's iterator would live
@@ -244,13 +163,8 @@ class CountedBatches(Iterator[ActivationBatch]):
             iterator, self.iterator = self.iterator, None
             _end(iterator)
             raise
-        self.progress.n_taken += 1
-        here = self.progress.position
-        digest = here.digest
         # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
-        if isinstance(batch, ActivationBatch):
-            digest = digest.including(here.epoch, here.batch + here.rank, batch.digest)
-        self.progress.position = dataclasses.replace(here, batch=here.batch + self._world_size, digest=digest)
+        self.iteration.count(batch.digest if isinstance(batch, ActivationBatch) else None)
         return batch
 
 
@@ -289,11 +203,7 @@ class OrderedDataLoader(_ActivationDataLoader):
 class ShuffledDataLoader(_ActivationDataLoader):
     """Batches in a seeded random order: a `DataLoader` on `ShuffledActivations`.
 
-    Args:
-        cfg: What to read.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
-        world_size: Number of ranks; given with `rank`.
-        **kwargs: Arguments of `torch.utils.data.DataLoader`, for instance `num_workers`.
+    Arguments are those of `OrderedDataLoader`.
     """
 
     def __init__(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from torch.utils.data import DataLoader
 from torchdata.nodes import BaseNode
 
 from saev_torch.batch import ActivationBatch
@@ -47,9 +46,5 @@ class ActivationsNode(BaseNode[ActivationBatch]):  # type: ignore[misc]
 
     def get_state(self) -> dict[str, Any]:
         """Where the source stands, after the batches that were taken; after the last one, at the next epoch."""
-        state, source = self.source.state_dict(), self.source
-        dataset = source.dataset if isinstance(source, DataLoader) else source
-        if dataset.is_over(state["batch"]):
-            # torchdata 0.11 notices the end by itself, but then its loader returns the same old state for ever.
-            state.update(epoch=state["epoch"] + 1, batch=0)
-        return state
+        # torchdata 0.11 returns the same old state for ever where an epoch is over, so it must never seem to be.
+        return self.source.state_dict()

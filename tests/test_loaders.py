@@ -79,6 +79,14 @@ def test_what_the_config_decides_is_refused(config, kind, name):
         make_ready(config(kind), **{name: None})
 
 
+@pytest.mark.parametrize("name", ["batch_size", "drop_last", "sampler"])
+def test_what_the_config_decides_stays(config, name):
+    loader = make_ready(config(ShuffledConfig))
+    with pytest.raises(ValueError, match=f"{name} attribute should not be set"):
+        setattr(loader, name, 3)
+    assert (loader.batch_size, loader.drop_last) == (16, False)
+
+
 def test_options_that_torch_does_not_know(config):
     with pytest.raises(TypeError, match="num_wokers"):
         make_ready(config(ShuffledConfig), num_wokers=2)

@@ -111,13 +111,17 @@ CHAINS: dict[str, Any] = {
 def test_every_cut_in_one_process(chain: str, cfg: ShuffledConfig) -> None:
     make = CHAINS[chain]
     pipe = make(ShuffledActivations(cfg))
-    epochs = [list(pipe) for _ in range(2)]
+    epochs = [list(pipe) for _ in range(3)]
     for k in range(len(epochs[0]) + 1):
         source = StatefulPipe(make(ShuffledActivations(cfg)))
         assert take(source, k) == epochs[0][:k]
         other = StatefulPipe(make(ShuffledActivations(cfg)))
-        other.load_state_dict(source.state_dict())
-        assert [list(other), list(other)] == [epochs[0][k:], epochs[1]]
+        state = source.state_dict()
+        other.load_state_dict(state)
+        # The source is behind its last batch with the last item, if no filter has left that batch out.
+        is_next = state["epoch"] == 1
+        assert is_next == (k == len(epochs[0])) or "filter" in chain
+        assert [list(other), list(other)] == (epochs[1:] if is_next else [epochs[0][k:], epochs[1]])
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -133,15 +137,21 @@ def test_stateful_data_loader(chain: str, n_workers: int, persistent: bool, cfg:
         return loader
 
     loader = make()
-    epochs = [list(loader) for _ in range(2)]
+    epochs = [list(loader) for _ in range(4)]
     for k in (0, 1, len(epochs[0]) // 2, len(epochs[0])):
         loader = make()
         got = take(loader, k)
         loader = make(loader.state_dict())
         got += take(loader, min(2, len(epochs[0]) - k))
+        state = loader.state_dict()
+        loader = make(state)
+        # Workers do not know of each other, so that with them the rest of an epoch may be empty.
+        is_next = not n_workers and state["dataset_state"]["epoch"] == 1
+        assert is_next == (not n_workers and len(got) == len(epochs[0])) or "filter" in chain
+        assert got + list(loader) == (epochs[0] + epochs[1] if is_next else epochs[0])
+        assert list(loader) == epochs[1 + is_next]
         loader = make(loader.state_dict())
-        assert got + list(loader) == epochs[0]
-        assert list(loader) == epochs[1]
+        assert list(loader) == epochs[2 + is_next]
     del loader
 
 
@@ -153,7 +163,7 @@ def test_a_plain_loader_with_the_count_of_batches(cfg: ShuffledConfig, epochs: l
         pipe = StatefulPipe(digests_of(ShuffledActivations(cfg)))
         pipe.load_state_dict(state)
         loader = DataLoader(pipe, batch_size=None, num_workers=1)
-        assert [list(loader), list(loader)] == [epochs[0][k:], epochs[1]]
+        assert [list(loader), list(loader)] == ([epochs[0][k:], epochs[1]] if k < 13 else epochs[1:3])
 
 
 def test_an_epoch_is_chosen(cfg: ShuffledConfig, epochs: list[list[int]]) -> None:

@@ -25,7 +25,7 @@ from saev_torch import (
     StateError,
     StreamDigest,
 )
-from saev_torch.resume import batch_digest
+from saev_torch.resume.digest import batch_digest
 
 pytestmark = pytest.mark.filterwarnings(contracts.MANY_WORKERS)
 
@@ -44,8 +44,12 @@ class Run:
         return len(self.epochs[0])
 
     def after(self, epoch: int, n_batches: int) -> contracts.Batches:
-        """What comes after so many batches of an epoch: the rest of it, and the next one."""
-        return [*self.epochs[epoch][n_batches:], *self.epochs[epoch + 1]]
+        """What comes after so many batches of an epoch, in two iterations: none of them is empty."""
+        return [*self.rest(epoch, n_batches), *self.epochs[epoch + 1 + n_batches // self.n]]
+
+    def rest(self, epoch: int, n_batches: int) -> contracts.Batches:
+        """What comes first after so many batches of an epoch: the rest of it; after all of them, the next epoch."""
+        return self.epochs[epoch][n_batches:] or self.epochs[epoch + 1]
 
 
 def make_run(root: Path, n_examples: int, kind: type[Any] = ShuffledConfig, **fields: Any) -> Run:
@@ -124,7 +128,7 @@ def test_every_cut_of_a_data_set(either: Run) -> None:
         state = ds.state_dict()
         take(ds, 1)
         ds.load_state_dict(state)
-        contracts.assert_same(list(ds), either.epochs[0][k:])
+        contracts.assert_same(list(ds), either.rest(0, k))
 
 
 def test_every_cut_across_workers(small: Run) -> None:
@@ -162,18 +166,76 @@ def test_random_cuts_of_a_larger_epoch(large: Run, seed: int) -> None:
     contracts.assert_same(list(loader), large.epochs[epoch][k:])
 
 
-def test_the_state_after_an_epoch(small: Run) -> None:
-    """After the last batch nothing of it is left; once the iteration has ended, it is the next epoch's."""
-    loader = make_loader(small.cfg)
-    iterator = iter(loader)
-    for _ in range(small.n):
-        next(iterator)
-    before = loader.state_dict()
-    assert list(iterator) == []
-    after = loader.state_dict()
-    assert (before["epoch"], before["batch"]) == (0, small.n)
-    assert (after["epoch"], after["batch"]) == (1, 0)
-    contracts.assert_same(list(make_loader(small.cfg, state=after)), small.epochs[1])
+@pytest.mark.parametrize("n_workers", [None, 0, 2])
+def test_the_state_after_an_epoch(small: Run, n_workers: int | None) -> None:
+    """Behind the last batch it is the next epoch's, also before the iteration has ended; None: the data set's own."""
+
+    def make() -> Any:
+        return ShuffledActivations(small.cfg) if n_workers is None else make_loader(small.cfg, n_workers)
+
+    source = make()
+    for epoch in range(2):
+        iterator = iter(source)
+        for _ in range(small.n):
+            next(iterator)
+        before = source.state_dict()
+        assert list(iterator) == []
+        after = source.state_dict()
+        assert before == after
+        assert (after["epoch"], after["batch"]) == (epoch + 1, 0)
+        other = make()
+        other.load_state_dict(after)
+        contracts.assert_same(list(other), small.epochs[epoch + 1])
+
+
+@pytest.mark.parametrize("n_workers", [None, 0, 2])
+def test_an_older_state_at_the_end_of_an_epoch(small: Run, n_workers: int | None) -> None:
+    """The code of before left the number of all batches there; 13 of them, and over two ranks 14."""
+    for end in (small.n, small.n + 1):
+        state = ShuffledActivations(small.cfg).state_dict() | {"batch": end}
+        source = ShuffledActivations(small.cfg) if n_workers is None else make_loader(small.cfg, n_workers)
+        source.load_state_dict(state)
+        assert (source.state_dict()["epoch"], source.state_dict()["batch"]) == (1, 0)
+        contracts.assert_same([*source, *source], small.after(0, small.n))
+
+
+def test_the_state_of_a_data_set_at_any_time(small: Run) -> None:
+    ds = ShuffledActivations(small.cfg)
+
+    def place() -> tuple[int, int]:
+        return ds.state_dict()["epoch"], ds.state_dict()["batch"]
+
+    assert place() == (0, 0)
+    iterator = iter(ds)
+    assert place() == (0, 0)
+    for k, _ in zip(range(1, 4), iterator, strict=False):
+        assert place() == (0, k)
+    del iterator
+    assert place() == (0, 3)
+    iterator = iter(ds)
+    assert place() == (1, 0)
+    list(iterator)
+    assert place() == (2, 0)
+    ds.set_epoch(1)
+    assert place() == (1, 0)
+    list(ds)
+    assert place() == (2, 0)
+
+
+@pytest.mark.parametrize("n_workers", [None, 0])
+@pytest.mark.parametrize("k", [0, 5])
+def test_a_loaded_place_holds_until_a_batch_is_taken(small: Run, n_workers: int | None, k: int) -> None:
+    """torchdata's loader begins twice where it restores the end of an epoch."""
+    source = ShuffledActivations(small.cfg) if n_workers is None else make_loader(small.cfg, n_workers)
+    source.load_state_dict(ShuffledActivations(small.cfg).state_dict(n_batches=k, epoch=1))
+    for _ in range(3):
+        iter(source)
+    contracts.assert_same(take(source, 1), small.epochs[1][k : k + 1])
+    contracts.assert_same(list(source), small.epochs[2])
+    # Chosen or reached, an epoch that begins is one that has begun.
+    source.set_epoch(0)
+    iter(source)
+    contracts.assert_same(list(source), small.epochs[1])
 
 
 def test_set_epoch_wins_over_a_state(small: Run) -> None:
@@ -215,6 +277,11 @@ def test_every_cut_across_ranks(small: Run, world_sizes: tuple[int, ...], drop_l
             if state is not None:
                 for ds in sets:
                     ds.load_state_dict(state)
+            if sets[0].state_dict()["epoch"] == 1:
+                # Too few were left for so many ranks, so that they begin the next epoch.
+                assert len(whole) - len(got) < (world_size if drop_last else 1)
+                contracts.assert_same([next(iter(ds)) for ds in sets], small.epochs[1][:world_size])
+                break
             left = (len(whole) - len(got)) // world_size
             n = -1 if turn == len(world_sizes) - 1 else min(n_steps if turn == 0 else 1, left)
             parts = [list(ds) if n < 0 else take(ds, n) for ds in sets]
@@ -292,7 +359,14 @@ def test_counts_that_make_no_sense(small: Run, arguments: tuple[Any, ...], name:
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(("n_workers", "persistent"), [(0, False), (1, False), (2, False), (2, True)])
 def test_stateful_data_loader(small: Run, n_workers: int, persistent: bool, every: int) -> None:
-    """Two resumes in a row, at the start, inside, at the end; into the next epoch, and the one after it."""
+    """Two resumes in a row, at the start, inside, at the end; into the next epoch, and the one after it.
+
+    Behind the last batch one process goes on with the next epoch; with workers, which do not know of each other,
+    torchdata first yields the rest of the epoch, which is empty.
+    """
+    ds = ShuffledActivations(small.cfg)
+    ds.set_epoch(3)
+    epochs = [*small.epochs, list(ds)]
 
     def make(state: Any = None) -> Any:
         ds = ShuffledActivations(small.cfg)
@@ -309,10 +383,11 @@ def test_stateful_data_loader(small: Run, n_workers: int, persistent: bool, ever
         loader = make(loader.state_dict())
         contracts.assert_same(take(loader, n_more), small.epochs[0][k : k + n_more])
         loader = make(loader.state_dict())
-        contracts.assert_same(list(loader), small.epochs[0][k + n_more :])
-        contracts.assert_same(list(loader), small.epochs[1])
+        is_next = k + n_more == small.n and not n_workers
+        contracts.assert_same(list(loader), epochs[1] if is_next else epochs[0][k + n_more :])
+        contracts.assert_same(list(loader), epochs[1 + is_next])
         loader = make(loader.state_dict())
-        contracts.assert_same(list(loader), small.epochs[2])
+        contracts.assert_same(list(loader), epochs[2 + is_next])
         del loader
 
 

@@ -18,7 +18,7 @@ from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.dtypes import DTYPES, ValueType
 from saev_torch.format.files import read_json, short, write_atomic, writing
 
-__all__ = ["Metadata", "PixelAgg"]
+__all__ = ["Described", "Metadata", "PixelAgg"]
 
 METADATA_NAME = "metadata.json"
 PROTOCOL = "2.1"
@@ -308,3 +308,23 @@ def _check_layers(value: object) -> tuple[int, ...]:
     if not layers or len(set(layers)) < len(layers):
         raise FormatError(f"layers: expected one or more layers, each once, got {short(list(layers))}")
     return layers
+
+
+class Described:
+    """What data sets say of their shards.
+
+    Attributes:
+        metadata: Metadata of the shards.
+    """
+
+    metadata: Metadata
+
+    @property
+    def md(self) -> Metadata:
+        """Short for `metadata`."""
+        return self.metadata
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return self.metadata.d_model

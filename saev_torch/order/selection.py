@@ -229,6 +229,32 @@ class Selection:
         examples = rows // self.n_grid_layers
         return examples, rows - examples * self.n_grid_layers, tokens
 
+    def columns(self, cells: _Int64s) -> dict[str, _Int64s]:
+        """What a batch says of cells `[m]`: `example_idx`, `token_idx` and, if each is a sample of its own, `layer`."""
+        examples, layers, tokens = self.split(cells)
+        found = {"example_idx": examples, "token_idx": tokens - self.n_special}
+        if self.layer_is_all:
+            found["layer"] = np.array(self.md.layers, dtype=np.int64)[layers]
+        return found
+
+    def find(self, example_idx: int, token_idx: int, layer: int | None) -> int:
+        """Number of the sample of which a batch says this.
+
+        Raises:
+            IndexError: There is no such sample.
+        """
+        md, token, layer_idx = self.md, token_idx + self.n_special, 0
+        if self.layer_is_all:
+            layer_idx = md.layers.index(layer) if layer in md.layers else -1
+        inside = 0 <= example_idx < md.n_examples and 0 <= token < md.tokens_per_example and layer_idx >= 0
+        cell = (example_idx * self.n_grid_layers + layer_idx) * md.tokens_per_example + token
+        sample = int(self.samples(np.array([cell], dtype=np.int64))[0]) if inside else -1
+        if sample < 0:
+            raise IndexError(
+                f"example {example_idx}, token {token_idx}, layer {layer}: this selection has no such sample."
+            )
+        return sample
+
     def disk_rows(self, cells: _Int64s) -> tuple[_Int64s, _Int64s]:
         """Where the first part of each sample is: shard numbers `[m]` and rows of `d_model` values in the shard `[m]`.
 

@@ -13,7 +13,7 @@ import numpy as np
 from saev_torch.order.runs import Chunk
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 
-__all__ = ["N_COLUMNS", "Load", "Share", "Step", "count_open_slots", "make_steps", "slot_nbytes"]
+__all__ = ["N_COLUMNS", "Load", "Share", "Step", "advise_lanes", "count_open_slots", "make_steps", "slot_nbytes"]
 
 _ALIGN = 64
 N_COLUMNS = 4
@@ -186,3 +186,15 @@ class _ShuffledSteps:
     def _step(self, loads: list[Load], batches: list[int], fills: int = 0) -> Step:
         numbers = tuple(self._offset + batch for batch in batches)
         return Step(tuple(loads), numbers, tuple(self._plan.size(batch) for batch in batches), fills)
+
+
+def advise_lanes(plan: ShufflePlan | OrderedPlan, share: Share) -> str | None:
+    """Say what would avoid that lanes are read by several readers; None where it is so already."""
+    if isinstance(plan, OrderedPlan) or plan.n_lanes % share.stride == 0 or plan.n_lanes < plan.max_lanes:
+        return None
+    good = [n for n in range(1, plan.n_lanes + 1) if plan.n_lanes % n == 0]
+    return (
+        f"n_lanes: {share.stride} reading processes (ranks x workers) do not divide {plan.n_lanes} lanes, so each lane "
+        f"is read by several of them; the order is the same, at more reads. Use one of {good} reading processes, or "
+        f"n_lanes={share.stride}."
+    )

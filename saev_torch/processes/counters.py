@@ -6,22 +6,16 @@ figures that are at most one batch old.
 
 import dataclasses
 import logging
-import mmap
-import os
 import time
-import weakref
-from multiprocessing import context, reduction
 from typing import Any
 
 import numpy as np
 
-from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.order.steps import Share
+from saev_torch.processes.page import SharedPage, is_spawning
 
-__all__ = ["Board", "Meter", "Row", "Waits", "Watch", "log_to_stderr"]
+__all__ = ["Counters", "Row", "Waits", "Watch", "log_to_stderr"]
 
 _N_ROWS = 256
-_HEADER = np.dtype([("scale", np.float64)])
 _ROW = np.dtype(
     [
         ("rank", np.int64),  # 1 more than the rank; 0: not in use
@@ -35,50 +29,27 @@ _ROW = np.dtype(
         ("consumer_s", np.float64),
     ]
 )
+_WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
 _SUMS = ("n_samples", "nbytes", "disk_s", "plan_s", "consumer_s")
 
 Row = Any
 """A structured numpy scalar with the fields of the page's rows; writing to it writes to the page."""
 
 
-class Board:
-    """Figures of a data set and its copies in workers.
+class Counters:
+    """Figures of a data set and its copies in workers; pickled or copied otherwise, it begins at 0.
 
-    Pickled to a worker it stays the same page; pickled or copied otherwise it becomes one of its own.
+    Args:
+        page: Where they are; left out, a new page.
     """
 
-    def __init__(self) -> None:
-        self._attach(os.memfd_create("saev_torch", os.MFD_CLOEXEC))
+    def __init__(self, page: SharedPage | None = None) -> None:
+        self._page = page or SharedPage(np.dtype([("rows", _ROW, (_N_ROWS,))]))
+        self._rows = self._page.fields["rows"]
+        self._last: tuple[float, dict[str, float]] | None = None
 
-    def _attach(self, fd: int) -> None:
-        self._fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
-        nbytes = _HEADER.itemsize + _N_ROWS * _ROW.itemsize
-        os.ftruncate(fd, nbytes)
-        pages = mmap.mmap(fd, nbytes)
-        self._header = np.frombuffer(pages, dtype=_HEADER, count=1)[0:1]
-        self._rows = np.frombuffer(pages, dtype=_ROW, offset=_HEADER.itemsize)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if context.get_spawning_popen() is not None:
-            return {"fd": reduction.DupFd(self._fd)}
-        return {"scale": self.scale}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "fd" in state:
-            self._attach(state["fd"].detach())
-        else:
-            self.__init__()  # type: ignore[misc]
-            self.scale = state["scale"]
-
-    @property
-    def scale(self) -> float | None:
-        """What activations are multiplied with; None for nothing."""
-        return float(self._header["scale"][0]) or None
-
-    @scale.setter
-    def scale(self, value: float | None) -> None:
-        self._header["scale"][0] = value or 0.0
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Counters, ((self._page,) if is_spawning() else ())
 
     def begin(self, rank: int, reader: int) -> Row:
         """Take the row of a reader for an iteration; what it counts goes on from the last one."""
@@ -103,23 +74,8 @@ class Board:
             "began": float((active if len(active) else mine)["began"].min(initial=np.inf)),
         }
 
-
-_WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
-
-
-class Meter:
-    """Turns the sums of a board into rates since the last look, or since the iteration began.
-
-    Args:
-        board: Where the readers count.
-    """
-
-    def __init__(self, board: Board) -> None:
-        self._board = board
-        self._last: tuple[float, dict[str, float]] | None = None
-
-    def read(self, rank: int) -> dict[str, float]:
-        """Look.
+    def rates(self, rank: int) -> dict[str, float]:
+        """Rates since the last call, or since the iteration began.
 
         Args:
             rank: Whose readers.
@@ -131,21 +87,20 @@ class Meter:
             `loader/wait_consumer`, the share of the readers' time in which a batch was awaited from the disk or from
             planning, or nothing was left to read until the consumer took one; `loader/n_readers`, those at work.
         """
-        now, sums = time.monotonic(), self._board.sums(rank)
+        now, sums = time.monotonic(), self.sums(rank)
         then, before = self._last or (min(now, sums["began"]), dict.fromkeys(sums, 0.0))
         self._last = now, sums
-        spent = max(now - then, 1e-9)
-        n_readers = max(1.0, sums["n_active"])
+        per_s = {key: (sums[key] - before[key]) / max(now - then, 1e-9) for key in _SUMS}
         found = {
-            "loader/samples_per_s": (sums["n_samples"] - before["n_samples"]) / spent,
-            "loader/bytes_per_s": (sums["nbytes"] - before["nbytes"]) / spent,
+            "loader/samples_per_s": per_s["n_samples"],
+            "loader/bytes_per_s": per_s["nbytes"],
             "loader/read_mb": sums["nbytes"] / 1e6,
-            "loader/read_mb_s": (sums["nbytes"] - before["nbytes"]) / spent / 1e6,
+            "loader/read_mb_s": per_s["nbytes"] / 1e6,
             "loader/buffer_fill": sums["fill"],
             "loader/n_readers": sums["n_active"],
         }
         for name, key in _WAITS.items():
-            found[f"loader/{name}"] = min(1.0, (sums[key] - before[key]) / spent / n_readers)
+            found[f"loader/{name}"] = min(1.0, per_s[key] / max(1.0, sums["n_active"]))
         return found
 
 
@@ -177,20 +132,19 @@ class Waits:
 
 
 class Watch:
-    """Counts what was done for `metrics`, and logs it every `log_every_s` seconds."""
+    """Counts what one reader did in an iteration, and logs it now and then.
 
-    def __init__(
-        self, cfg: OrderedConfig | ShuffledConfig, epoch: int, start: int, rank: int, share: Share, board: Board
-    ) -> None:
-        self._row = board.begin(rank, share.first % share.stride)
+    Args:
+        row: Where the reader counts.
+        name: Whose it is, for the log.
+        every_s: Seconds between two lines of the log, at least.
+    """
+
+    def __init__(self, row: Row, name: str, every_s: float) -> None:
+        self._row, self._name, self._every_s = row, name, every_s
         self._waits = Waits()
-        self._every_s = cfg.log_every_s
-        self._name = f"{cfg.shards}: epoch {epoch}, rank {rank}, reader {share.first}/{share.stride}"
         self._n_samples = 0
         self._began = self._logged = time.monotonic()
-        if cfg.debug:
-            log_to_stderr()
-            _log.debug("%s: begins at batch %d of %d", self._name, start, share.stop)
 
     def count(self, n_samples: int, waits: Waits, fill: float) -> None:
         """Count a batch that was made, with what was waited for since the iteration began."""
@@ -198,9 +152,8 @@ class Watch:
         row, before = self._row, self._waits
         row["n_samples"] += n_samples
         row["nbytes"] += waits.nbytes - before.nbytes
-        row["disk_s"] += waits.disk_s - before.disk_s
-        row["plan_s"] += waits.plan_s - before.plan_s
-        row["consumer_s"] += waits.consumer_s - before.consumer_s
+        for key in _WAITS.values():
+            row[key] += getattr(waits, key) - getattr(before, key)
         row["fill"] = fill
         self._waits = dataclasses.replace(waits)
         now = time.monotonic()

@@ -7,21 +7,20 @@ is not asked. So the count lives in memory shared by a data set and its copies i
 
 import contextlib
 import fcntl
-import mmap
 import os
 import threading
 import weakref
 from collections.abc import Iterator
-from multiprocessing import context, reduction
 from typing import Any
 
 import numpy as np
+
+from saev_torch.processes.page import SharedPage, is_spawning
 
 __all__ = ["EpochCounter"]
 
 _N_ROWS = 32
 _WORDS = 16
-_N_FLAGS = 8
 _ROW = np.dtype(
     [
         ("order", np.int64),  # 0: not in use; else ascending
@@ -33,8 +32,8 @@ _ROW = np.dtype(
         ("taken", np.uint64, (_WORDS,)),  # one bit for each worker
     ]
 )
+_PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64), ("has_advised", np.bool_)])
 _NO_SESSION = -1
-_ALL = np.uint64(2**64 - 1)
 
 
 _counters: "weakref.WeakSet[EpochCounter]" = weakref.WeakSet()
@@ -52,59 +51,50 @@ class EpochCounter:
     """Counts the iterations of a data set, for each process that consumes it.
 
     Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own.
+
+    Args:
+        page: Where it counts; left out, a new page.
+        birth: The latest place that was settled when this process was made.
     """
 
-    def __init__(self) -> None:
-        self._attach(os.memfd_create("saev_torch", os.MFD_CLOEXEC))
-
-    def _attach(self, fd: int) -> None:
-        self._fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
-        nbytes = _N_ROWS * _ROW.itemsize
-        os.ftruncate(fd, nbytes + _N_FLAGS)
-        pages = mmap.mmap(fd, nbytes + _N_FLAGS)
-        self._rows = np.frombuffer(pages, dtype=_ROW, count=_N_ROWS)
-        self._flags = np.frombuffer(pages, dtype=np.uint8, offset=nbytes)
+    def __init__(self, page: SharedPage | None = None, birth: int = 0) -> None:
+        self._page = page or SharedPage(_PAGE)
+        self._rows = self._page.fields["rows"]
         self._lock = threading.Lock()
-        # The latest place that was settled when this process was made.
-        self._birth = 0
+        self._birth = birth
         _counters.add(self)
 
     def _remember_birth(self) -> None:
         settled = self._rows["order"][self._rows["session"] == _NO_SESSION]
         self._birth = int(settled.max(initial=0))
 
-    def __getstate__(self) -> dict[str, Any]:
-        if context.get_spawning_popen() is not None:
-            self._remember_birth()
-            return {"fd": reduction.DupFd(self._fd), "birth": self._birth}
-        return {"rows": self._rows.tobytes()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not is_spawning():
+            return EpochCounter, (self._page,)
+        self._remember_birth()
+        return EpochCounter, (self._page, self._birth)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "fd" in state:
-            self._attach(state["fd"].detach())
-            self._birth = state["birth"]
-        else:
-            self.__init__()  # type: ignore[misc]
-            self._rows[:] = np.frombuffer(state["rows"], dtype=_ROW)
+    @property
+    def scale(self) -> float | None:
+        """What activations are multiplied with; None for nothing."""
+        return float(self._page.fields["scale"]) or None
+
+    @scale.setter
+    def scale(self, value: float | None) -> None:
+        self._page.fields["scale"] = value or 0.0
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         # A lock of the file system goes away with a killed worker; it does not tell threads apart.
         with self._lock:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX)
+            fcntl.lockf(self._page.fd, fcntl.LOCK_EX)
             try:
                 yield
             finally:
-                fcntl.lockf(self._fd, fcntl.LOCK_UN)
+                fcntl.lockf(self._page.fd, fcntl.LOCK_UN)
 
     def begin(
-        self,
-        consumer: int,
-        session: int | None,
-        worker: int,
-        n_workers: int = 1,
-        at: tuple[int, int] | None = None,
+        self, consumer: int, session: int | None, worker: int, n_workers: int = 1, at: tuple[int, int] | None = None
     ) -> tuple[int, int]:
         """Begin an iteration, or join one that another worker of the session has begun.
 
@@ -134,17 +124,15 @@ class EpochCounter:
                 row = rows[np.flatnonzero(joined)[np.argmin(rows["order"][joined])]]
                 found = int(row["epoch"]), int(row["start"])
             else:
-                found = self._following(consumer) if at is None else at
-                row = self._add(consumer, 0 if session is None else session, *found)
-                row["n_workers"] = n_workers
-                row["taken"][:] = _ALL if session is None else np.uint64(0)
+                found = at or self._following(consumer)
+                row = self._add(consumer, session or 0, *found, n_workers)
             row["taken"][word] |= mask
-            return found if at is None else at
+            return at or found
 
     def set(self, consumer: int, epoch: int, start: int) -> None:
         """Choose the next iteration: its epoch, and the batch to start at."""
         with self._locked():
-            self._add(consumer, _NO_SESSION, epoch, start)["taken"][:] = _ALL
+            self._add(consumer, _NO_SESSION, epoch, start)
 
     def next(self, consumer: int) -> tuple[int, int]:
         """The epoch of the next iteration, and the batch that it starts at."""
@@ -163,12 +151,12 @@ class EpochCounter:
                 return 0, 0, False
             return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
 
-    def first(self, what: int) -> bool:
-        """Whether this is the first call with `what` (0 or 1), in this process or any worker."""
+    def may_advise(self) -> bool:
+        """Whether this is the first call, in this process or any worker."""
         with self._locked():
-            seen = bool(self._flags[what])
-            self._flags[what] = 1
-            return not seen
+            is_first = not self._page.fields["has_advised"]
+            self._page.fields["has_advised"] = True
+            return is_first
 
     def _following(self, consumer: int) -> tuple[int, int]:
         latest = self._latest(consumer)
@@ -179,21 +167,21 @@ class EpochCounter:
         return int(latest["epoch"]) + 1, 0
 
     def _latest(self, consumer: int) -> Any:
-        mine = self._rows[(self._rows["order"] > 0) & (self._rows["consumer"] == consumer)]
+        used = self._rows[self._rows["order"] > 0]
+        mine = used[used["consumer"] == consumer]
         if not len(mine):
             # Chosen before this process was started, for all that come.
-            mine = self._rows[(self._rows["order"] > 0) & (self._rows["session"] == _NO_SESSION)]
+            mine = used[used["session"] == _NO_SESSION]
         return mine[np.argmax(mine["order"])] if len(mine) else None
 
-    def _add(self, consumer: int, session: int, epoch: int, start: int) -> Any:
+    def _add(self, consumer: int, session: int, epoch: int, start: int, n_workers: int = 1) -> Any:
+        rows = np.sort(self._rows, order="order")
+        latest = dict(zip(rows["consumer"].tolist(), rows["order"].tolist(), strict=True))
         # The oldest, but no process's latest: that is all it knows of its epoch.
-        _, consumers = np.unique(self._rows["consumer"], return_inverse=True)
-        latest = np.zeros(consumers.max() + 1, dtype=np.int64)
-        np.maximum.at(latest, consumers, self._rows["order"])
-        order = self._rows["order"]
-        in_use = (order > 0) & (order == latest[consumers])
-        place = int(np.argmin(np.where(in_use & ~in_use.all(), order.max() + 1, order)))
-        row = self._rows[place]
-        row["order"] = self._rows["order"].max() + 1
-        row["consumer"], row["session"], row["epoch"], row["start"] = consumer, session, epoch, start
+        free = [order for consumer, order in rows[["consumer", "order"]].tolist() if order < max(1, latest[consumer])]
+        row = self._rows[np.flatnonzero(self._rows["order"] == (free or rows["order"])[0])[0]]
+        # Field by field: the row is part of the page.
+        row["order"] = rows["order"][-1] + 1
+        row["consumer"], row["session"], row["n_workers"] = consumer, session, n_workers
+        row["epoch"], row["start"], row["taken"][:] = epoch, start, 0
         return row

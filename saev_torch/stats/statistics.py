@@ -6,7 +6,7 @@ The same data give the same numbers, bit for bit, for any number of threads.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError, FormatError
-from saev_torch.format.metadata import Metadata
 from saev_torch.order.permute import Bijection, make_key
-from saev_torch.order.selection import Selection, resolve_layers
+from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.cached import get_or_make, load_arrays, make_fingerprint, save_arrays
@@ -27,7 +26,6 @@ from saev_torch.stats.streaming import Pass
 __all__ = ["Statistics", "compute_scale", "compute_statistics"]
 
 _Int64s = NDArray[np.int64]
-_Config = IndexedConfig | OrderedConfig | ShuffledConfig
 
 _VERSION = 1
 _SAMPLE = 3
@@ -164,56 +162,67 @@ def compute_statistics(
         ConfigError: A bad value, or a cache folder inside the shard directory.
         ShardsNotFoundError, FormatError, ReadError: The shards cannot be read.
     """
-    return _compute(cfg, n_sampled, seed, n_threads, cache, progress, is_only=True)
-
-
-def _compute(
-    cfg: _Config,
-    n_sampled: int | None,
-    seed: int,
-    n_threads: int,
-    cache: bool | Path,
-    progress: Callable[[int, int], None] | None,
-    is_only: bool,
-) -> Statistics:
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
-    ignore_labels = sorted(set(cfg.ignore_labels)) if isinstance(cfg, ShuffledConfig) else []
+    ignore_labels = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
     store = ShardStore(cfg.shards)
     try:
         selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, Labels(store).of_examples)
-        what = [_VERSION, cfg.tokens, selection.layer_idxs, selection.layer_is_all, ignore_labels]
-        if n_sampled is not None and n_sampled < selection.n_samples:
-            what += [n_sampled, seed]
-        else:
-            n_sampled = None
-        fingerprint = make_fingerprint(store, repr(what))
-
-        def run() -> dict[str, NDArray[Any]]:
-            samples = None if n_sampled is None else _draw(selection.n_samples, n_sampled, seed)
-            total, groups = Pass(store, selection, samples, progress, is_only).run(n_threads)
-            return _to_arrays(Statistics(total, groups, selection.n_samples * selection.n_parts, fingerprint))
-
-        path, arrays = get_or_make(cfg.shards, "statistics", fingerprint, cache, run)
-        return _from_arrays(path, fingerprint, arrays)
+        return _compute(store, selection, ignore_labels, n_sampled, seed, n_threads, cache, progress)
     finally:
         store.close()
 
 
-def compute_scale(cfg: ShuffledConfig) -> float:
+def _compute(
+    store: ShardStore,
+    selection: Selection,
+    ignore_labels: Sequence[int],
+    n_sampled: int | None,
+    seed: int = 0,
+    n_threads: int = _N_THREADS,
+    cache: bool | Path = True,
+    progress: Callable[[int, int], None] | None = None,
+    is_only: bool = True,
+) -> Statistics:
+    what = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, sorted(set(ignore_labels))]
+    if n_sampled is not None and n_sampled < selection.n_samples:
+        what += [n_sampled, seed]
+    else:
+        n_sampled = None
+    fingerprint = make_fingerprint(store, repr(what))
+
+    def run() -> dict[str, NDArray[Any]]:
+        samples = None if n_sampled is None else _draw(selection.n_samples, n_sampled, seed)
+        total, groups = Pass(store, selection, samples, progress, is_only).run(n_threads)
+        return _to_arrays(Statistics(total, groups, selection.n_samples * selection.n_parts, fingerprint))
+
+    path, arrays = get_or_make(store.shards_dir, "statistics", fingerprint, cache, run)
+    return _from_arrays(path, fingerprint, arrays)
+
+
+def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) -> float:
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
+
+    Args:
+        cfg: The config.
+        store: The shards; it is closed when they are measured.
+        selection: What the config selects of them.
 
     Raises:
         FormatError: These activations cannot be scaled.
     """
     n_sampled = cfg.scale_samples
     if n_sampled is None:
-        md = Metadata.load(cfg.shards)
-        nbytes = md.n_examples * md.tokens_per_example * md.row_nbytes * len(resolve_layers(md, cfg.layer))
+        md = store.metadata
+        nbytes = md.n_examples * md.tokens_per_example * md.row_nbytes * len(selection.layer_idxs)
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
-    # The epoch that follows finds in the page cache what was read for this.
-    return _compute(cfg, n_sampled, 0, _N_THREADS, True, None, is_only=False).scale
+    selection = selection.reading_with(Labels(store).of_examples)
+    try:
+        # The epoch that follows finds in the page cache what was read for this.
+        return _compute(store, selection, cfg.ignore_labels, n_sampled, is_only=False).scale
+    finally:
+        store.close()
 
 
 def _draw(n: int, n_sampled: int, seed: int) -> _Int64s:

@@ -1,0 +1,288 @@
+"""Where the consumer of a data set stands.
+
+A place behind the last batch of an epoch is the start of the next epoch, for whoever asks: so what is resumed is never
+an epoch of which nothing is left. Only a worker of `DataLoader` does not know whether the others are as far; its own
+place stays at the end.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from saev_torch.errors import ConfigError, SaevTorchError, StateError
+from saev_torch.order.steps import Share
+from saev_torch.processes.epochs import EpochCounter
+from saev_torch.processes.world import World, check_world, consumer_pid, find_world
+from saev_torch.resume.digest import StreamDigest
+
+__all__ = ["Cursor", "Iteration", "Position"]
+
+_MAX_COUNT = 1 << 62
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """A place in the sequence of batches.
+
+    Attributes:
+        epoch: Number of the epoch.
+        batch: Batches of the sequence, over all ranks, that came before.
+        digest: Digest of the batches that `rank` yielded.
+        rank: Rank whose digest it is.
+        world_size: Number of ranks then.
+        scale: What activations are multiplied with; None for nothing.
+    """
+
+    epoch: int
+    batch: int
+    digest: StreamDigest = dataclasses.field(default_factory=StreamDigest)
+    rank: int = 0
+    world_size: int = 1
+    scale: float | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and batch."""
+        return self.epoch, self.batch
+
+    def next_start(self) -> "Position":
+        """The start of the next epoch; this place, if it is the start of one."""
+        return dataclasses.replace(self, epoch=self.epoch + 1, batch=0) if self.batch else self
+
+
+class Iteration:
+    """One iteration, as far as it has come; who hands its batches out counts them.
+
+    Args:
+        start: Where it begins.
+        share: The batches that it hands out.
+        is_part: Whether other workers hand out the rest.
+        is_resumed: Whether it begins where a state was loaded.
+
+    Attributes:
+        n_taken: Batches that were handed out.
+        digest: Digest of these, and of what came before the iteration.
+    """
+
+    def __init__(self, start: Position, share: Share, is_part: bool = False, is_resumed: bool = False) -> None:
+        self.start, self.share, self.is_part, self.is_resumed = start, share, is_part, is_resumed
+        self.n_taken = 0
+        self.digest = start.digest
+
+    def count(self, digest: int | None) -> None:
+        """Count a batch that is handed out.
+
+        Args:
+            digest: Its `batch_digest`; None if what is handed out is no batch any more.
+        """
+        if digest is not None:
+            batch_idx = self.share.first + self.n_taken * self.share.stride
+            self.digest = self.digest.including(self.start.epoch, batch_idx, digest)
+        self.n_taken += 1
+
+    @property
+    def _batch(self) -> int:
+        return self.start.batch + self.n_taken * self.share.stride
+
+    @property
+    def position(self) -> Position:
+        """Where its next batch stands."""
+        here = dataclasses.replace(self.start, batch=self._batch, digest=self.digest)
+        return here.next_start() if here.batch >= self.share.stop and not self.is_part else here
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Let errors say which of many readers on many machines met them."""
+        try:
+            yield
+        except SaevTorchError as err:
+            info, start = get_worker_info(), self.start
+            worker = "" if info is None else f"worker {info.id} of {info.num_workers}, "
+            raise type(err)(
+                f"{err} [rank {start.rank} of {start.world_size}, {worker}process {os.getpid()}, epoch {start.epoch}, "
+                f"after batch {self._batch} of {self.share.stop}]"
+            ) from err
+
+
+class Cursor:
+    """Where the consumer of a data set stands: whoever takes batches tells it, and whoever must know asks it.
+
+    The epochs are counted for each process that consumes, and for it and its workers together. What a state said, and
+    how far the latest iteration has come, is known in this process only.
+
+    Args:
+        n_batches: Batches in an epoch, over all ranks, before padding.
+        drop_last: Whether ranks leave out what is left for some of them only, instead of repeating batches.
+        rank: This rank; without it torch.distributed or the launcher's variables tell, when asked.
+        world_size: Number of ranks; given with `rank`.
+
+    Raises:
+        ConfigError: Only one of rank and world size is given, or they make no sense.
+    """
+
+    def __init__(self, n_batches: int, drop_last: bool, rank: int | None = None, world_size: int | None = None) -> None:
+        check_world(rank, world_size)
+        self._n_batches, self._drop_last = n_batches, drop_last
+        self._rank, self._world_size = rank, world_size
+        self._known_world: World | None = None
+        self._epochs = EpochCounter()
+        self._latest: Iteration | None = None
+        self._loaded: Position | None = None
+        self._loaded_pid = 0
+        # Digest of what came before an epoch that was chosen.
+        self._earlier = StreamDigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known_world": self.world, "_latest": None}
+
+    @property
+    def world(self) -> World:
+        """Rank and number of ranks, as far as they are known now."""
+        return find_world(self._rank, self._world_size, self._known_world)
+
+    @property
+    def scale(self) -> float | None:
+        """What activations are multiplied with, here and in workers; None for nothing."""
+        return self._epochs.scale
+
+    @scale.setter
+    def scale(self, value: float | None) -> None:
+        self._epochs.scale = value
+
+    @property
+    def epoch(self) -> int:
+        """Number of the latest epoch that has begun or was chosen."""
+        return self._epochs.current(consumer_pid())[0]
+
+    @property
+    def digest(self) -> StreamDigest:
+        """Digest of the batches that were counted in this process, and before the state that was loaded."""
+        if self._latest is not None:
+            return self._latest.digest
+        return self._earlier if self._loaded is None else self._loaded.digest
+
+    def may_advise(self) -> bool:
+        """Whether this is the first call, here or in any worker."""
+        return self._epochs.may_advise()
+
+    def end(self, start: int = 0) -> int:
+        """End of the sequence of batches that all ranks yield equally many of, from `start` on."""
+        world_size, left = self.world.world_size, max(0, self._n_batches - start)
+        return start + (left // world_size if self._drop_last else -(-left // world_size)) * world_size
+
+    def position(self) -> Position:
+        """Where the next batch that the consumer takes stands.
+
+        Raises:
+            StateError: Workers make the batches, and nobody counted here how many were taken.
+        """
+        *place, in_workers = self._epochs.current(consumer_pid())
+        latest, in_worker = self._latest, get_worker_info() is not None
+        if in_workers and (latest is None or (latest.start.place != tuple(place) and not in_worker)):
+            raise StateError(
+                "state_dict: expected n_batches, because workers make the batches and only the consumer knows how "
+                "many it took, got None; call state_dict(n_batches=...), or use ShuffledDataLoader or "
+                "OrderedDataLoader, which count."
+            )
+        if latest is not None:
+            return latest.position
+        return self._loaded or self._make(*self._epochs.next(consumer_pid()))
+
+    def position_after(self, n_batches: int, epoch: int | None = None) -> Position:
+        """Where the batch stands that comes after those that this rank has taken; their digest is not known.
+
+        Args:
+            n_batches: Batches that were taken since the latest iteration began.
+            epoch: Number of an epoch; given, `n_batches` counts from its start.
+
+        Raises:
+            ConfigError: One of them is no integer from 0 on.
+        """
+        current, start, _ = self._epochs.current(consumer_pid())
+        if epoch is not None:
+            current, start = _check_count("epoch", epoch), 0
+        batch = start + _check_count("n_batches", n_batches) * self.world.world_size
+        return self._settle(dataclasses.replace(self._make(current, batch), digest=StreamDigest()))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; the ones after it count on from there.
+
+        Raises:
+            ConfigError: `epoch` is no integer from 0 on.
+        """
+        self._epochs.set(consumer_pid(), _check_count("epoch", epoch), 0)
+        self._earlier = self.digest
+        self._latest = self._loaded = None
+
+    def load(self, position: Position) -> None:
+        """Let the next iteration begin at a place; it holds until a batch is taken."""
+        # What training began with counts, whatever the data say today.
+        self.scale = position.scale
+        rank, world_size = self.world.rank, self.world.world_size
+        if (position.rank, position.world_size) != (rank, world_size):
+            position = dataclasses.replace(position, digest=StreamDigest(), rank=rank, world_size=world_size)
+        if get_worker_info() is None:
+            position = self._settle(position)
+            self._epochs.set(consumer_pid(), *position.place)
+        self._latest, self._loaded, self._loaded_pid = None, position, os.getpid()
+
+    def begin(self) -> Iteration:
+        """Begin an iteration in this process, or this worker's part of one."""
+        info, pid = get_worker_info(), consumer_pid()
+        self._hold()
+        if info is None:
+            return self._start(*self._epochs.begin(pid, None, 0))
+        # A worker that loaded a state itself knows best; else the parent put the place where all workers find it. A
+        # forked worker inherits what was loaded in its parent, which has told all workers already.
+        at = self._loaded.place if self._loaded is not None and self._loaded_pid == os.getpid() else None
+        found = self._epochs.begin(pid, info.seed - info.id, info.id, info.num_workers, at)
+        return self._start(*found, info.id, info.num_workers)
+
+    def begin_elsewhere(self) -> Iteration:
+        """Settle where the next iteration begins, whose batches are counted here, whichever process makes them."""
+        self._hold()
+        place = self._epochs.next(consumer_pid())
+        self._epochs.set(consumer_pid(), *place)
+        return self._start(*place)
+
+    def follow(self, iteration: Iteration) -> None:
+        """Stand where an iteration does."""
+        self._latest = iteration
+
+    def _hold(self) -> None:
+        """Let the next iteration begin where the latest did, if a state was loaded for that and no batch was taken."""
+        # torchdata's loader begins an iteration to restore a state, and another one if the state is that of an end.
+        latest = self._latest
+        if latest is None or not latest.is_resumed or latest.n_taken or get_worker_info() is not None:
+            return
+        if self._epochs.current(consumer_pid())[:2] == latest.start.place:
+            self.load(latest.start)
+
+    def _start(self, epoch: int, batch: int, worker: int = 0, n_workers: int = 1) -> Iteration:
+        start, loaded = self._make(epoch, batch), self._loaded
+        share = Share(
+            first=batch + start.rank + start.world_size * worker,
+            stride=start.world_size * n_workers,
+            stop=self.end(batch),
+        )
+        is_resumed = loaded is not None and loaded.place == start.place
+        self._loaded = None
+        self._latest = Iteration(start, share, get_worker_info() is not None, is_resumed)
+        return self._latest
+
+    def _make(self, epoch: int, batch: int) -> Position:
+        world = self.world
+        return Position(epoch, batch, self.digest, world.rank, world.world_size, self.scale)
+
+    def _settle(self, position: Position) -> Position:
+        return position.next_start() if self.end(position.batch) <= position.batch else position
+
+
+def _check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MAX_COUNT:
+        raise ConfigError(f"{name}: expected an integer from 0 on, got {value!r}; count from 0.")
+    return value
