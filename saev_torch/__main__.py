@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 from saev_torch.errors import SaevTorchError
 
-__all__ = ["COMMANDS", "Command", "main"]
-
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 

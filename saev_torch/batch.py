@@ -14,8 +14,6 @@ from saev_torch.reading.placing import OpenBatch
 from saev_torch.reading.slots import Lease, Slot, attach
 from saev_torch.resume.digest import batch_digest
 
-__all__ = ["ActivationBatch", "make_batch"]
-
 _Field = tuple[str, str, int, tuple[int, ...]]
 """Key, numpy dtype, byte offset and shape of a tensor in a slot."""
 

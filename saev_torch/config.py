@@ -11,8 +11,6 @@ from typing import Any, Literal, TypeAlias
 
 from saev_torch.errors import ConfigError
 
-__all__ = ["IndexedConfig", "LayerSpec", "OrderedConfig", "ShuffledConfig", "TokenKind", "make_ordered_config"]
-
 TokenKind: TypeAlias = Literal["special", "content", "all"]
 """Which tokens of an example are samples: [CLS] only, the content tokens, or both."""
 

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from saev_torch.batch import ActivationBatch
 from saev_torch.errors import ConfigError
 
-__all__ = ["DevicePrefetcher"]
-
 _locked: set[int] = set()
 """Addresses of memory that is page-locked."""
 

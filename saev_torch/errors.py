@@ -4,18 +4,6 @@ Every message says the path or field, what was expected, what was found, and wha
 can be built from one string, which is how torch raises a worker's exception again in the parent process.
 """
 
-__all__ = [
-    "ConfigError",
-    "FormatError",
-    "ReadError",
-    "SaevTorchError",
-    "ShardsNotFoundError",
-    "StalledReadError",
-    "StateError",
-    "WorkerLostError",
-    "WriteError",
-]
-
 
 class SaevTorchError(Exception):
     """Base of every exception that this package raises on purpose."""

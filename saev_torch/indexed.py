@@ -28,8 +28,6 @@ from saev_torch.reading.slots import Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["IndexedDataset"]
-
 _log = logging.getLogger("saev_torch")
 
 _N_THREADS = 4

@@ -27,8 +27,6 @@ from saev_torch.resume.digest import StreamDigest
 from saev_torch.resume.state import dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
 
-__all__ = ["Activations", "Batched", "OrderedActivations", "ShuffledActivations"]
-
 _log = logging.getLogger("saev_torch")
 _ORDERED_THREADS = 4
 

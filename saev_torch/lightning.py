@@ -18,8 +18,6 @@ from saev_torch.resume.cursor import Position
 from saev_torch.resume.digest import StreamDigest
 from saev_torch.resume.state import dump_state, load_state
 
-__all__ = ["ActivationsCheckpoint", "ActivationsDataModule", "LoaderMetrics"]
-
 _KEY = "saev_torch"
 _N_TRAINED = "n_trained"
 _IS_OVER = "is_over"

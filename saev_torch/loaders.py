@@ -14,8 +14,6 @@ from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.digest import StreamDigest
 
-__all__ = ["CountedBatches", "OrderedDataLoader", "ShuffledDataLoader"]
-
 _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
 

@@ -9,8 +9,6 @@ from saev_torch.batch import ActivationBatch
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 
-__all__ = ["ActivationsNode"]
-
 Source: TypeAlias = OrderedActivations | ShuffledActivations | OrderedDataLoader | ShuffledDataLoader
 
 

@@ -11,8 +11,6 @@ from saev_torch.batch import ActivationBatch
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
-__all__ = ["ActivationsPipe", "StatefulPipe"]
-
 
 class ActivationsPipe(IterDataPipe[ActivationBatch]):
     """The source of a chain: `ActivationsPipe(data).map(f)`.

@@ -11,8 +11,6 @@ from saev_torch.config import ShuffledConfig
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.predict import Prediction, predict
 
-__all__ = ["Forecast", "Grid", "Recommended", "Vitals", "interpolate", "recommend"]
-
 Grid = Mapping[tuple[int, int], float]
 """GB/s for (threads, bytes of a block)."""
 

@@ -23,8 +23,6 @@ from saev_torch.errors import ConfigError
 from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 from saev_torch.writing.progress import Progress
 
-__all__ = ["add_arguments", "run"]
-
 _OTHERS = {
     "statistics": "a full pass of compute_statistics",
     "first": "time from iter() to the first batch, warm, 0 workers",

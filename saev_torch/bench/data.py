@@ -16,8 +16,6 @@ from saev_torch.reading.store import ShardStore
 from saev_torch.tools.overview import count_labels
 from saev_torch.writing.writer import ShardWriter
 
-__all__ = ["D_MODEL", "N_CONTENT", "BenchData", "choose_ignored", "made_n_examples", "make"]
-
 D_MODEL = 768
 N_CONTENT = 196
 _MADE_LABELS = 3

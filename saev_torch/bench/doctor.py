@@ -19,8 +19,6 @@ from saev_torch.config import ShuffledConfig
 from saev_torch.reading.slots import can_share
 from saev_torch.writing.progress import Progress
 
-__all__ = ["BLOCKS_NBYTES", "THREADS", "Findings", "describe", "examine"]
-
 BLOCKS_NBYTES = (12 << 10, 48 << 10, 192 << 10, 768 << 10, 4 << 20)
 THREADS = (1, 2, 4, 8, 16)
 _WORKERS = (0, 1, 2, 4, 8)

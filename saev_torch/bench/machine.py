@@ -17,8 +17,6 @@ from saev_torch.format.files import open_regular
 from saev_torch.processes.machine import cpu_quota, memory
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["NOT_COLD", "Machine", "cached_share", "drop_cache", "look", "opened_shards"]
-
 NOT_COLD = 0.01
 """Pages of which a larger share is in the page cache are not quite cold."""
 

@@ -7,8 +7,6 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-__all__ = ["Measured", "family", "processor_s"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Measured:

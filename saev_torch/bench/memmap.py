@@ -14,8 +14,6 @@ from torch.utils.data import Dataset, Sampler
 from saev_torch.bench.data import BenchData
 from saev_torch.order.selection import resolve_layers
 
-__all__ = ["IndexBatches", "MemmapBatches", "MemmapSamples"]
-
 _Int64s = NDArray[np.int64]
 
 

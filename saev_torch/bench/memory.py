@@ -15,8 +15,6 @@ from saev_torch.bench.sides import allowing_many_workers, make_loader
 from saev_torch.config import ShuffledConfig
 from saev_torch.iterable import ShuffledActivations
 
-__all__ = ["N_BATCHES_PER_PROCESS", "PROCESS_NBYTES", "MemoryUse", "measure_memory", "pss_nbytes"]
-
 N_BATCHES_PER_PROCESS = 6
 PROCESS_NBYTES = 350_000_000
 _EPOCH_PER_BUFFER = 10

@@ -20,8 +20,6 @@ from saev_torch.reading.extents import Extents
 from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["WINDOW_NBYTES", "Piece", "gather_rate", "grid_pieces", "layer_pieces", "read_rate", "staged_rate"]
-
 _BUFFER_NBYTES = 4 << 20
 _N_INDEX_SETS = 8
 _TASK_NBYTES = 8 << 20

@@ -12,8 +12,6 @@ from typing import Any
 from saev_torch.bench.measured import Measured
 from saev_torch.bench.memory import MemoryUse
 
-__all__ = ["Comparison", "Spread", "compare_cold", "compare_warm", "format_memory", "format_table"]
-
 RoundsOfSides = Mapping[str, Sequence[Measured]]
 """For each side what it did in each round."""
 

@@ -16,8 +16,6 @@ from saev_torch.bench.timing import measure_cold, measure_statistics, measure_wa
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.writing.progress import Progress
 
-__all__ = ["Settings", "run_cold", "run_memory", "run_rounds", "run_warm", "warm_up"]
-
 _COLD_THREADS = (1, 4, 16)
 
 _T = TypeVar("_T")

@@ -16,8 +16,6 @@ from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.indexed import IndexedDataset
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
-__all__ = ["FAMILIES", "Loader", "Side", "allowing_many_workers", "make_loader", "make_side", "make_sides"]
-
 FAMILIES = {
     "shuffled": "DataLoader(ShuffledActivations(cfg))",
     "ordered": "DataLoader(OrderedActivations(cfg))",

@@ -25,8 +25,6 @@ from saev_torch.iterable import ShuffledActivations
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
 
-__all__ = ["first_batch_s", "measure_cold", "measure_statistics", "measure_warm"]
-
 
 class _Clock:
     """Counts samples from when it is made on.

@@ -24,8 +24,6 @@ from saev_torch.demo.sae import Recipe, TopKSAE, TrainingStep, explained_varianc
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
-__all__ = ["add_arguments", "run"]
-
 N_WORKERS = 2
 _BATCH_SIZE = 2048
 _EVALUATE_EVERY = 20

@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader
 from saev_torch.errors import ConfigError
 from saev_torch.writing.recorder import record, token_windows
 
-__all__ = ["LAYERS", "N_CONTENT", "Corpus", "make_corpus", "record_corpora", "split"]
-
 LAYERS = (2, 4)
 N_CONTENT = 127
 """Content tokens of a window; with [CLS] in front, 128 are stored."""

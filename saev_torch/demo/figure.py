@@ -16,8 +16,6 @@ from saev_torch.demo.corpus import Corpus
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Firings", "Hit", "Report", "draw", "find_meanings"]
-
 N_LATENTS_SHOWN = 8
 N_HITS_SHOWN = 4
 _N_STRONGEST = 40

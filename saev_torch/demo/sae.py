@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Loader", "Recipe", "TopKSAE", "TrainingStep", "explained_variance", "train"]
-
 _N_WARMUP = 20
 _DECAY_SHARE = 0.25
 _CHUNK = 4096

@@ -31,8 +31,6 @@ try:
 except ImportError:
     xxh3_64_intdigest = None  # type: ignore[assignment]
 
-__all__ = ["ALGORITHM", "CHECKSUMS_NAME", "Checksums", "block_checksums", "find_algorithm"]
-
 CHECKSUMS_NAME = "checksums.json"
 ALGORITHM = "crc32" if xxh3_64_intdigest is None else "xxh3"
 _VERSION = 1

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "ValueType"]
-
 
 class ValueType(NamedTuple):
     """A type of stored values.

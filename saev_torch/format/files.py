@@ -18,8 +18,6 @@ import orjson
 
 from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError, WriteError
 
-__all__ = ["check_name", "first_repeated", "open_regular", "read_json", "short", "sync_dir", "write_atomic", "writing"]
-
 MAX_JSON_BYTES = 3 << 20
 """Default bound of `read_json`: hostile JSON takes 30 times its bytes while it is parsed, real metadata is a few KB."""
 

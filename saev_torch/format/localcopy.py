@@ -13,8 +13,6 @@ from saev_torch.format.files import open_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
 
-__all__ = ["local_copy"]
-
 _log = logging.getLogger("saev_torch")
 
 _SEND_NBYTES = 64 << 20

@@ -18,8 +18,6 @@ from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.dtypes import DTYPES, ValueType
 from saev_torch.format.files import read_json, short, write_atomic, writing
 
-__all__ = ["Described", "Metadata", "PixelAgg"]
-
 METADATA_NAME = "metadata.json"
 PROTOCOL = "2.1"
 PROTOCOLS = ("1.0.0", "1.1", PROTOCOL)

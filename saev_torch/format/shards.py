@@ -12,8 +12,6 @@ from saev_torch.errors import FormatError
 from saev_torch.format.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 
-__all__ = ["Shard", "ShardInfo", "check_nbytes", "file_nbytes", "labels_nbytes", "shard_name", "shard_nbytes"]
-
 SHARDS_NAME = "shards.json"
 LABELS_NAME = "labels.bin"
 

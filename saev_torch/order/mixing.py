@@ -14,8 +14,6 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.shuffle import ShufflePlan
 
-__all__ = ["Mixture", "batch_metrics", "class_mixtures", "expected_distinct", "expected_entropy"]
-
 _Int64s = NDArray[np.int64]
 
 

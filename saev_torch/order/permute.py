@@ -13,8 +13,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Bijection", "hashed", "make_key", "shuffled"]
-
 _N_ROUNDS = 8
 _MASK = (1 << 64) - 1
 _C1 = 0xBF58476D1CE4E5B9

@@ -17,8 +17,6 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots, slot_nbytes
 
-__all__ = ["MIN_READ_NBYTES", "Prediction", "find_best", "find_smallest", "predict"]
-
 _MAX_TABLE = 1 << 20
 
 MIN_READ_NBYTES = 64 << 10

@@ -5,16 +5,6 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "MAX_GAP_NBYTES",
-    "MAX_READ_NBYTES",
-    "MAX_READ_ROWS",
-    "Chunk",
-    "choose_block_size",
-    "divisor_at_most",
-    "expand_runs",
-]
-
 MAX_READ_ROWS = 1024
 """Rows that one read takes to places of their own, at most: IOV_MAX of Linux."""
 

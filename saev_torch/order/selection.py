@@ -20,8 +20,6 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.runs import expand_runs
 
-__all__ = ["Index", "IndexMap", "LabelRows", "Selection", "resolve_layers"]
-
 _Int64s = NDArray[np.int64]
 
 LabelRows = Callable[[_Int64s], NDArray[np.uint8]]

@@ -36,8 +36,6 @@ from saev_torch.order.permute import make_key, shuffled
 from saev_torch.order.runs import Chunk, choose_block_size, divisor_at_most, expand_runs
 from saev_torch.order.streams import CHUNKS, Streams
 
-__all__ = ["OrderedPlan", "ShufflePlan"]
-
 _Int64s = NDArray[np.int64]
 
 _MIN_PART_TO_SPARE = 4

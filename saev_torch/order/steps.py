@@ -13,8 +13,6 @@ import numpy as np
 from saev_torch.order.runs import Chunk
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 
-__all__ = ["N_COLUMNS", "Load", "Share", "Step", "advise_lanes", "count_open_slots", "make_steps", "slot_nbytes"]
-
 _ALIGN = 64
 N_COLUMNS = 4
 """Columns of a batch beside its activations, at most."""

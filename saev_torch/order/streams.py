@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from saev_torch.order.permute import Bijection, hashed, make_key
 
-__all__ = ["BLOCKS", "CHUNKS", "SUPER_BLOCKS", "Streams"]
-
 _Int64s = NDArray[np.int64]
 _Runs = tuple[_Int64s, _Int64s]
 

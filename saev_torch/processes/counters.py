@@ -13,8 +13,6 @@ import numpy as np
 
 from saev_torch.processes.page import SharedPage, is_spawning
 
-__all__ = ["Counters", "Row", "Waits", "Watch", "log_to_stderr"]
-
 _N_ROWS = 256
 _ROW = np.dtype(
     [

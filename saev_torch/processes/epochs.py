@@ -17,8 +17,6 @@ import numpy as np
 
 from saev_torch.processes.page import SharedPage, is_spawning
 
-__all__ = ["EpochCounter"]
-
 _N_ROWS = 32
 _WORDS = 16
 _ROW = np.dtype(

@@ -6,8 +6,6 @@ import operator
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cpu_quota", "memory"]
-
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 # A limit that is not set reads as about 2**63.
 _UNLIMITED = 1 << 60

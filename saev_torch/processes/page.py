@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["SharedPage", "is_spawning"]
-
 
 def is_spawning() -> bool:
     """Whether what is being pickled goes to a process that is being started."""

@@ -9,8 +9,6 @@ from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ConfigError
 
-__all__ = ["World", "check_world", "count_cores", "count_own_cores", "find_world"]
-
 
 @dataclasses.dataclass(frozen=True)
 class World:

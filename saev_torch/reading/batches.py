@@ -14,8 +14,6 @@ from saev_torch.processes.counters import Waits
 from saev_torch.reading.placing import OpenBatch
 from saev_torch.reading.slots import Slot, SlotPool
 
-__all__ = ["Batches", "Running"]
-
 _N_SPARE = 2
 _MAX_TAKEN = 4
 # Another process lets go of a batch without telling.

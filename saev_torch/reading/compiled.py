@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ScaleKernels", "find_scale_kernels", "find_sum_kernel"]
-
 ScaleKernels = tuple[Callable[..., None], Callable[..., None]]
 
 _log = logging.getLogger("saev_torch")

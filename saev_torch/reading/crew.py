@@ -12,8 +12,6 @@ from saev_torch.errors import ReadError
 from saev_torch.reading.pace import Pace
 from saev_torch.reading.reader import Reader, Spot
 
-__all__ = ["Crew", "Task", "guarded", "run_tasks", "start_threads"]
-
 # Reads are announced so many tasks ahead.
 _N_ANNOUNCED = 8
 

@@ -27,8 +27,6 @@ from saev_torch.reading.ring import RingReader
 from saev_torch.reading.slots import Slot
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["DirectReader", "reads_past_cache"]
-
 _Int64s = NDArray[np.int64]
 
 _mincore = ctypes.CDLL(None, use_errno=True).mincore

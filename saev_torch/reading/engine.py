@@ -26,8 +26,6 @@ from saev_torch.reading.reader import Reader, Spot
 from saev_torch.reading.slots import make_pool
 from saev_torch.reading.source import Source
 
-__all__ = ["Engine", "EngineOptions"]
-
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
 _TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
 _TASKS_PER_THREAD = 2

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from saev_torch.order.runs import MAX_GAP_NBYTES, MAX_READ_NBYTES, MAX_READ_ROWS
 from saev_torch.order.selection import Selection
 
-__all__ = ["Extents", "make_extents", "make_sample_extents"]
-
 _Int64s = NDArray[np.int64]
 
 # More files than this are not held open for one call.

@@ -13,8 +13,6 @@ from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Spot
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 
-__all__ = ["Labels"]
-
 _Int64s = NDArray[np.int64]
 _Labels = NDArray[np.uint8]
 

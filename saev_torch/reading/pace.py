@@ -3,8 +3,6 @@
 import threading
 import time
 
-__all__ = ["Pace"]
-
 # A thread that reads fewer bytes than this in a second, calls aside, waits for a disk; a call may take so long.
 _SLOW_NBYTES_PER_S = 1.5e9
 _CALL_S = 20e-6

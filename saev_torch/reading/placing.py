@@ -11,8 +11,6 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Step
 from saev_torch.reading.slots import Slot
 
-__all__ = ["OpenBatch", "Placed", "place"]
-
 _Int64s = NDArray[np.int64]
 
 

@@ -24,8 +24,6 @@ from saev_torch.reading.extents import Extents
 from saev_torch.reading.pace import Pace
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["CallReader", "Reader", "Spot"]
-
 _Int64s = NDArray[np.int64]
 
 _preadv = ctypes.CDLL(None, use_errno=True).preadv

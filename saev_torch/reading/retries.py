@@ -7,8 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-__all__ = ["Retries"]
-
 _log = logging.getLogger("saev_torch")
 
 _WAITS_S = (0.02, 0.1, 0.5, 2.0)

@@ -26,8 +26,6 @@ from saev_torch.reading.pace import Pace
 from saev_torch.reading.reader import CallReader, Spot
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["Ring", "RingReader"]
-
 _Int64s = NDArray[np.int64]
 
 _N_ENTRIES = 512

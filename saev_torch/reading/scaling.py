@@ -14,8 +14,6 @@ from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import Reader
 
-__all__ = ["ScalingReader"]
-
 # No number of bytes, and no error.
 _PENDING = np.iinfo(np.int64).min
 

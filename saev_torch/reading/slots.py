@@ -26,8 +26,6 @@ from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ReadError, WorkerLostError
 
-__all__ = ["Lease", "Slot", "SlotPool", "attach", "can_share", "make_pool"]
-
 _HEADER = mmap.PAGESIZE
 _SENT, _RETURNED = 0, 1
 _HUGE_PAGE = 2 << 20

@@ -10,8 +10,6 @@ from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.scaling import ScalingReader
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["Source"]
-
 
 @dataclasses.dataclass
 class Source:

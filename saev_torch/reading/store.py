@@ -25,8 +25,6 @@ from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes
 from saev_torch.reading.retries import Retries
 
-__all__ = ["LABELS_IDX", "ShardStore"]
-
 _Key = tuple[int, bool]
 """Number of a shard, and whether it is read past the page cache."""
 

@@ -19,8 +19,6 @@ from saev_torch.processes.epochs import EpochCounter
 from saev_torch.processes.world import World, check_world, consumer_pid, find_world
 from saev_torch.resume.digest import StreamDigest
 
-__all__ = ["Cursor", "Iteration", "Position"]
-
 _MAX_COUNT = 1 << 62
 
 

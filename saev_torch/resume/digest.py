@@ -6,8 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["StreamDigest", "batch_digest"]
-
 _MODULUS = 1 << 64
 _KEYS = ("example_idx", "token_idx", "layer")
 

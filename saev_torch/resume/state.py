@@ -11,8 +11,6 @@ from saev_torch.format.metadata import Metadata
 from saev_torch.resume.cursor import Position
 from saev_torch.resume.digest import StreamDigest
 
-__all__ = ["dump_state", "load_state"]
-
 _VERSION = 1
 _MAX_COUNT = 1 << 62
 

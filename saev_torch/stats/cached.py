@@ -23,8 +23,6 @@ from saev_torch.format.files import write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["cache_dir", "get_or_make", "load_arrays", "make_fingerprint", "save_arrays"]
-
 _log = logging.getLogger("saev_torch")
 
 _Arrays = dict[str, NDArray[Any]]

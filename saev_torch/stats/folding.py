@@ -6,8 +6,6 @@ import torch
 
 from saev_torch.errors import ConfigError
 
-__all__ = ["FoldedWeights", "fold"]
-
 
 @dataclasses.dataclass(frozen=True)
 class FoldedWeights:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Moments", "NormHistogram", "Piece", "Scratch", "measure"]
-
 _Floats = NDArray[np.float64]
 
 # Small enough that BLAS starts no threads of its own, large enough that threads seldom ask for the interpreter lock.

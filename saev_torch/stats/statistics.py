@@ -23,8 +23,6 @@ from saev_torch.stats.cached import get_or_make, load_arrays, make_fingerprint, 
 from saev_torch.stats.moments import Moments
 from saev_torch.stats.streaming import Pass
 
-__all__ = ["Statistics", "compute_scale", "compute_statistics"]
-
 _Int64s = NDArray[np.int64]
 
 _VERSION = 1

@@ -20,8 +20,6 @@ from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.moments import Moments, NormHistogram, Piece, Scratch, measure
 
-__all__ = ["Pass"]
-
 _Int64s = NDArray[np.int64]
 
 # What is planned, read and measured at once: large enough that Python's part does not count, less than caches hold.

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from saev_torch.errors import ConfigError
 
-__all__ = ["above_zero", "at_least", "check_new_file"]
-
 
 def at_least(least: int) -> Callable[[str], int]:
     """Make the type of an argument: an integer of at least `least`."""

@@ -19,8 +19,6 @@ from saev_torch.tools.overview import Overview
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw_mixtures", "draw_overview", "draw_plan", "save"]
-
 _MUTED = "#7d858f"
 _MAX_COLUMNS = 400
 

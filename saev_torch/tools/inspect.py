@@ -8,8 +8,6 @@ import numpy as np
 from saev_torch.tools.arguments import check_new_file
 from saev_torch.tools.overview import Overview, overlook
 
-__all__ = ["add_arguments", "run"]
-
 _N_LABELS_SHOWN = 10
 
 

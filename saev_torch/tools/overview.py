@@ -16,8 +16,6 @@ from saev_torch.indexed import IndexedDataset
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 
-__all__ = ["LayerSample", "Overview", "count_labels", "overlook"]
-
 _N_SAMPLED = 512
 _EXAMPLES_PER_READ = 4096
 

@@ -12,8 +12,6 @@ from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import MIN_READ_NBYTES, Prediction, find_best, find_smallest, predict
 from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 
-__all__ = ["add_arguments", "run"]
-
 _GIB = 1 << 30
 _BUFFERS = (1, 2, 4, 8, 16, 32)
 _BLOCKS = (1, 4, 16, 64, 256)

@@ -20,8 +20,6 @@ from saev_torch.reading.store import ShardStore
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
 
-__all__ = ["add_arguments", "repack", "run"]
-
 _BATCH_NBYTES = 32 << 20
 
 

@@ -27,8 +27,6 @@ from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.writing.progress import Progress
 
-__all__ = ["Fault", "VerifyReport", "add_arguments", "run", "verify"]
-
 EXIT_FAULTS = 1
 _PIECE_NBYTES = 1 << 20  # Read and checked while it is still in the cache of the core.
 _N_AT_ONCE = 4

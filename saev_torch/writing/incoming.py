@@ -13,8 +13,6 @@ from saev_torch.errors import WriteError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 
-__all__ = ["check_activations", "check_example_range", "check_finite", "check_labels", "check_start"]
-
 _N_LOOKED_AT = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
 
 

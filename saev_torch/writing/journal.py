@@ -22,8 +22,6 @@ from saev_torch.format.checksums import ALGORITHM
 from saev_torch.format.files import open_regular
 from saev_torch.format.metadata import Metadata
 
-__all__ = ["CLAIM_NAME", "Entry", "Journal", "claimed", "is_alive", "journal_name", "journal_ranges", "read_journals"]
-
 CLAIM_NAME = ".unfinished"
 _JOURNAL = re.compile(r"\.journal-(\d{1,19})-(\d{1,19})")
 

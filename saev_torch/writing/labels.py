@@ -6,8 +6,6 @@ import torch
 
 from saev_torch.format.metadata import PixelAgg
 
-__all__ = ["pixel_to_token_labels"]
-
 _N_LABELS = 256
 _PIXELS_AT_ONCE = 1 << 24  # Bounds the memory for many masks at once: 8 bytes a pixel.
 

@@ -11,8 +11,6 @@ from saev_torch.format.files import writing
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, labels_nbytes, shard_nbytes
 
-__all__ = ["Parts", "part_name"]
-
 _MAX_PWRITE_BYTES = 1 << 30  # The kernel takes at most 2 GiB less a page in one call.
 
 

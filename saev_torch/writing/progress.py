@@ -6,8 +6,6 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Progress"]
-
 _EVERY_S = 30.0
 
 

@@ -3,8 +3,6 @@
 import bisect
 from collections.abc import Iterator
 
-__all__ = ["Ranges"]
-
 
 class Ranges:
     """Disjoint ranges of integers, neighbours merged: batches in order keep it at one range."""

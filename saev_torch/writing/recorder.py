@@ -18,8 +18,6 @@ from saev_torch.writing.source import Batches, Source, Tokens
 from saev_torch.writing.taps import Taps
 from saev_torch.writing.writer import ShardWriter
 
-__all__ = ["record", "token_windows"]
-
 
 def record(
     model: nn.Module,

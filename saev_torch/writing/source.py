@@ -11,8 +11,6 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from saev_torch.errors import ConfigError
 from saev_torch.writing.taps import Taps
 
-__all__ = ["Batches", "Source", "Tokens"]
-
 
 class Batches:
     """The batches of a loader by number, so that ranks and resumed runs load only their own."""

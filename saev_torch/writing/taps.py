@@ -10,8 +10,6 @@ from torch import nn
 from saev_torch.errors import ConfigError
 from saev_torch.format.files import short
 
-__all__ = ["Taps", "find_blocks"]
-
 
 def find_blocks(model: nn.Module, blocks: str | None = None) -> list[str]:
     """Find the blocks of a transformer, in order.

@@ -28,8 +28,6 @@ from saev_torch.writing.journal import (
 from saev_torch.writing.parts import Parts, part_name
 from saev_torch.writing.ranges import Ranges
 
-__all__ = ["Unfinished"]
-
 
 class Unfinished:
     """The directory of a data set, from the claim to publishing, for one of its writers.

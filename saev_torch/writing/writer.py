@@ -21,8 +21,6 @@ from saev_torch.writing.journal import Entry
 from saev_torch.writing.ranges import Ranges
 from saev_torch.writing.unfinished import Unfinished
 
-__all__ = ["ShardWriter"]
-
 _SYNC_NBYTES = 256 << 20  # At most about so much is written again after a kill, or
 _SYNC_S = 10.0  # what took so long.
 _SMALL_NBYTES = 1 << 20  # Below this a thread for the checksums costs more than it saves.
