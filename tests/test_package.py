@@ -75,7 +75,7 @@ def test_every_package_has_its_place() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_packages_import_only_downward(module: str) -> None:
-    home, imported = module.partition(".")[0], _imported(ast.parse(_path(module).read_text()))
+    home, imported = module.partition(".")[0], imports_of(module)
     ours = {name.removeprefix("saev_torch.") for name in imported if name.startswith("saev_torch.")}
     assert "saev_torch" not in imported, "import from the module that defines the name, not from the package"
     wrong = {name for name in ours if PACKAGES.index(name.partition(".")[0]) > PACKAGES.index(home)}
@@ -86,7 +86,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = {
         module: {
             name.removeprefix("saev_torch.")
-            for name in _imported(ast.parse(_path(module).read_text()))
+            for name in imports_of(module)
             if name.removeprefix("saev_torch.") in MODULES
         }
         for module in MODULES
@@ -96,13 +96,13 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("order.")])
 def test_order_is_integers_only(module: str) -> None:
-    imported = {name.partition(".")[0] for name in _imported(ast.parse(_path(module).read_text()))}
+    imported = {name.partition(".")[0] for name in imports_of(module)}
     assert not imported & {"torch", "os", "io", "mmap", "pathlib", "ctypes", "threading", "multiprocessing"}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_demo_needs_its_extra(module: str) -> None:
-    imported = _imported(ast.parse(_path(module).read_text()))
+    imported = imports_of(module)
     # These do without where it is not installed.
     is_exempt = module in ("reading.compiled", "writing.progress")
     is_exempt |= module.startswith(("demo.", "lightning")) or module.endswith("figure")
@@ -121,10 +121,10 @@ def _path(module: str) -> Path:
     return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
-def _imported(tree: ast.AST) -> set[str]:
-    """Names of all modules that a source imports, anywhere in it."""
+def imports_of(module: str) -> set[str]:
+    """Names of all modules that a module imports, anywhere in it."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(_path(module).read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
