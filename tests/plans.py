@@ -14,12 +14,12 @@ Plan = OrderedPlan | ShufflePlan
 def shuffle_plans(draw: st.DrawFn) -> ShufflePlan:
     batch_size = draw(st.sampled_from([1, 2, 3, 7, 16, 64, 100]))
     n_samples = draw(st.integers(0, min(3000, 120 * batch_size)))
-    return ShufflePlan.make(
+    return ShufflePlan(
         n_samples=n_samples,
         batch_size=batch_size,
         buffer_size=draw(st.sampled_from([1, 2, 3, 8, 10, 16, 64, 65])),
-        n_lanes=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12])),
-        block_size=draw(st.sampled_from([None, None, 1, 2, 5, 16, 1000])),
+        max_lanes=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12])),
+        wished_block_size=draw(st.sampled_from([None, None, 1, 2, 5, 16, 1000])),
         seed=draw(st.integers(0, 5)),
         epoch=draw(st.integers(0, 3)),
     )

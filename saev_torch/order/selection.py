@@ -27,18 +27,7 @@ LabelRows = Callable[[_Int64s], NDArray[np.uint8]]
 
 
 def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
-    """Look layers up: by value in `md.layers`, else a negative one counts from the end of that list.
-
-    Args:
-        md: Metadata of the shards.
-        layer: A layer, "all", or a tuple of layers.
-
-    Returns:
-        Positions in `md.layers`.
-
-    Raises:
-        ConfigError: A layer was not recorded; the message names those that were.
-    """
+    """Find the positions of layers in `md.layers`: by value, else a negative one counts from the end of that list."""
     if layer == "all":
         return tuple(range(len(md.layers)))
     wanted = layer if isinstance(layer, tuple) else (layer,)
@@ -57,12 +46,11 @@ def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """What `ignore_labels` leaves, per example.
+    """What `ignore_labels` leaves.
 
     Attributes:
         keep: `[256] bool`, True where a label stays.
         first_sample: `[n_examples + 1] int64`, number of samples before each example.
-        read: Reads the labels of examples.
     """
 
     keep: NDArray[np.bool_]
@@ -71,25 +59,14 @@ class _Kept:
 
 
 class Selection:
-    """The samples that (tokens, layer, ignored labels) select.
-
-    Args:
-        md: Metadata of the shards.
-        tokens: "special", "content" or "all".
-        layer: A layer, "all", or a tuple of layers that each sample holds side by side.
-        ignore_labels: Labels whose content tokens are left out.
-        read_labels: Reads label rows; needed with `ignore_labels` only.
+    """The samples that (tokens, layer, ignored labels) select. A `ConfigError` names what was not recorded.
 
     Attributes:
-        n_samples: Number of samples.
         layer_idxs: Positions in `md.layers` of the layers that are read.
         layer_is_all: Whether every layer is a sample of its own.
         n_parts: Rows on disk that make one sample: the number of layers side by side, else 1.
         sample_nbytes: Bytes of one sample's activations.
         has_parts: Whether layers are side by side in a sample, be it only one: then its parts are an axis of it.
-
-    Raises:
-        ConfigError: The layer was not recorded, or special tokens are asked for and none were recorded.
     """
 
     def __init__(
@@ -100,8 +77,7 @@ class Selection:
         ignore_labels: Sequence[int] = (),
         read_labels: LabelRows | None = None,
     ) -> None:
-        self.md = md
-        self.tokens = tokens
+        self.md, self.tokens = md, tokens
         self.layer_idxs = resolve_layers(md, layer)
         self.layer_is_all = layer == "all"
         self.n_grid_layers = len(self.layer_idxs) if layer == "all" else 1
@@ -115,10 +91,10 @@ class Selection:
                 "metadata.json has cls_token = false."
             )
         self._first_token = self.n_special if tokens == "content" else 0
-        n_tokens = {"special": 1, "content": md.content_tokens_per_example, "all": md.tokens_per_example}[tokens]
-        self._n_tokens = n_tokens
+        n_tokens = {"special": 1, "content": md.content_tokens_per_example, "all": md.tokens_per_example}
+        self._n_tokens = n_tokens[tokens]
+        self.n_samples = md.n_examples * self.n_grid_layers * self._n_tokens
         self._kept: _Kept | None = None
-        self.n_samples = md.n_examples * self.n_grid_layers * n_tokens
         if ignore_labels:
             if read_labels is None:
                 raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
@@ -149,7 +125,7 @@ class Selection:
         return other
 
     def cells(self, samples: _Int64s) -> _Int64s:
-        """Map sample numbers `[m] int64` to cells `[m] int64`.
+        """Map sample numbers `[m]` to cells `[m]`.
 
         With ignored labels this reads the labels of the examples concerned, once for each run of samples that stay
         in one example, so samples in blocks are cheap.
@@ -305,9 +281,7 @@ class IndexMap:
     def __init__(self, md: Metadata, tokens: TokenKind, layer: LayerSpec) -> None:
         if tokens not in ("special", "content", "all"):
             raise ConfigError(f"tokens: expected 'special', 'content' or 'all', got {tokens!r}; choose one of them.")
-        self.md = md
-        self.tokens = tokens
-        self.layer = layer
+        self.md, self.tokens, self.layer = md, tokens, layer
         self._selection = Selection(md, tokens, layer)
 
     def __len__(self) -> int:
@@ -325,12 +299,5 @@ class IndexMap:
         selection = self._selection
         cells = selection.cells(np.array([i], dtype=np.int64))
         example, layer, token = (int(x[0]) for x in selection.split(cells))
-        return Index(
-            idx=i,
-            example_idx=example,
-            content_token_idx=token - selection.n_special if token >= selection.n_special else -1,
-            shard_idx=example // self.md.examples_per_shard,
-            example_idx_in_shard=example % self.md.examples_per_shard,
-            layer_idx_in_shard=selection.layer_idxs[layer],
-            token_idx_in_shard=token,
-        )
+        shard, in_shard = divmod(example, self.md.examples_per_shard)
+        return Index(i, example, token - selection.n_special, shard, in_shard, selection.layer_idxs[layer], token)

@@ -6,7 +6,6 @@ never unpickled. A file that is damaged, or that was made from something else, i
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import logging
 import os
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
-from saev_torch.format.files import write_atomic, writing
+from saev_torch.format.files import fingerprint, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
 from saev_torch.reading.store import ShardStore
 
@@ -40,32 +39,19 @@ def cache_dir() -> Path:
 
 def make_fingerprint(store: ShardStore, what: str) -> str:
     """Digest what a result depends on: the metadata, each file's size and time of change, and `what`."""
-    digest = hashlib.sha256(f"{store.metadata.hash}\0{what}".encode())
     names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
-    for name in names:
-        stat = os.stat(store.shards_dir / name, follow_symlinks=False)
-        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:32]
+    return fingerprint(store.shards_dir, names, f"{store.metadata.hash}\0{what}".encode())[:32]
 
 
 def save_arrays(path: Path, made_from: str, arrays: _Arrays) -> None:
-    """Write arrays to a file, all of them or none.
-
-    Raises:
-        WriteError: The file cannot be written.
-    """
+    """Write arrays to a file, all of them or none; a `WriteError` says why not."""
     buffer = io.BytesIO()
     np.savez(buffer, **{**arrays, _FINGERPRINT: np.array(made_from)})  # type: ignore[arg-type]
     write_atomic(path, buffer.getvalue())
 
 
 def load_arrays(path: Path) -> tuple[str, _Arrays]:
-    """Read what `save_arrays` wrote: the fingerprint and the arrays.
-
-    Raises:
-        FormatError: It is another kind of file, or is damaged.
-        ShardsNotFoundError: There is no such file.
-    """
+    """Read what `save_arrays` wrote: the fingerprint and the arrays. A damaged file raises a `FormatError`."""
     try:
         # Opened here, because numpy leaves a file open that turns out to be no archive.
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -78,35 +64,23 @@ def load_arrays(path: Path) -> tuple[str, _Arrays]:
 
 
 def get_or_make(
-    shards_dir: Path, kind: str, made_from: str, cache: bool | Path, make: Callable[[], _Arrays]
+    shards_dir: Path, made_from: str, cache: bool | Path, make: Callable[[], _Arrays]
 ) -> tuple[Path, _Arrays]:
-    """Find a kept result, or make and keep it; of several processes that ask at once, one makes it.
+    """Find a kept result and its file, or make and keep it; of several processes that ask at once, one makes it.
 
-    Args:
-        shards_dir: What it is about; nothing is written there.
-        kind: Beginning of the file's name.
-        made_from: A fingerprint of what the result depends on.
-        cache: A folder; True for `cache_dir()`, False to make it in any case and keep nothing.
-        make: Makes the result.
-
-    Returns:
-        The file, and its arrays. A folder that cannot be written is logged, and else no error.
-
-    Raises:
-        ConfigError: The folder is inside the shard directory.
+    `made_from` is the fingerprint. `cache` is a folder, which may not be in the shard directory; True for
+    `cache_dir()`, False to keep nothing. A folder that cannot be written is logged, and else no error.
     """
     if cache is False:
         return Path(os.devnull), make()
     folder = cache_dir() if cache is True else Path(cache)
     if folder.resolve().is_relative_to(Path(shards_dir).resolve()):
         raise ConfigError(f"cache: expected a folder outside {shards_dir}, got {folder}; shards are never written to.")
-    path = folder / f"{kind}-{made_from}.npz"
-    found = _load_matching(path, made_from)
-    if found is not None:
+    path = folder / f"statistics-{made_from}.npz"
+    if (found := _load_matching(path, made_from)) is not None:
         return path, found
     with _locked(path):
-        found = _load_matching(path, made_from)
-        if found is None:
+        if (found := _load_matching(path, made_from)) is None:
             found = make()
             try:
                 save_arrays(path, made_from, found)

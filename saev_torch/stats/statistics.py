@@ -21,9 +21,9 @@ from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.cached import get_or_make, load_arrays, make_fingerprint, save_arrays
 from saev_torch.stats.moments import Moments
-from saev_torch.stats.streaming import Pass
+from saev_torch.stats.streaming import Pass, Progress
 
-_Int64s = NDArray[np.int64]
+_Arrays = dict[str, NDArray[Any]]
 
 _VERSION = 1
 _SAMPLE = 3
@@ -97,17 +97,12 @@ class Statistics:
 
 
 _COLUMNS = ("mean", "variance")
-_SCALARS = (
-    "n_samples", "n_nonfinite_samples", "share_nonfinite", "mean_norm", "std_norm", "mean_squared_norm", "min", "max",
-)  # fmt: skip
-_COUNTS = ("n_samples", "n_nonfinite_samples")
+_SCALARS: dict[str, Any] = {x.name: x.type for x in dataclasses.fields(Moments) if x.type in (int, float)}
 
 
-def _to_arrays(statistics: Statistics) -> dict[str, NDArray[Any]]:
+def _to_arrays(statistics: Statistics) -> _Arrays:
     everything = [statistics.total, *statistics.groups.values()]
-    arrays: dict[str, NDArray[Any]] = {
-        name: np.array([getattr(m, name) for m in everything]) for name in (*_COLUMNS, *_SCALARS)
-    }
+    arrays: _Arrays = {name: np.array([getattr(m, name) for m in everything]) for name in (*_COLUMNS, *_SCALARS)}
     arrays["norm_quantiles"] = np.array([list(m.norm_quantiles.items()) for m in everything])
     arrays["layers"] = np.array([layer for layer, _ in statistics.groups], dtype=np.int64)
     arrays["is_content"] = np.array([kind == "content" for _, kind in statistics.groups], dtype=np.bool_)
@@ -115,13 +110,13 @@ def _to_arrays(statistics: Statistics) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _to_moments(arrays: dict[str, NDArray[Any]], i: int) -> Moments:
+def _to_moments(arrays: _Arrays, i: int) -> Moments:
     fields: dict[str, Any] = {name: arrays[name][i] for name in _COLUMNS}
-    fields |= {name: (int if name in _COUNTS else float)(arrays[name][i]) for name in _SCALARS}
+    fields |= {name: kind(arrays[name][i]) for name, kind in _SCALARS.items()}
     return Moments(**fields, norm_quantiles={float(q): float(norm) for q, norm in arrays["norm_quantiles"][i]})
 
 
-def _from_arrays(path: Path, fingerprint: str, arrays: dict[str, NDArray[Any]]) -> Statistics:
+def _from_arrays(path: Path, fingerprint: str, arrays: _Arrays) -> Statistics:
     try:
         everything = [_to_moments(arrays, i) for i in range(1 + len(arrays["layers"]))]
         kinds = ["content" if x else "special" for x in arrays["is_content"]]
@@ -180,7 +175,7 @@ def _compute(
     seed: int = 0,
     n_threads: int = _N_THREADS,
     cache: bool | Path = True,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     is_only: bool = True,
 ) -> Statistics:
     what = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, sorted(set(ignore_labels))]
@@ -190,25 +185,22 @@ def _compute(
         n_sampled = None
     fingerprint = make_fingerprint(store, repr(what))
 
-    def run() -> dict[str, NDArray[Any]]:
-        samples = None if n_sampled is None else _draw(selection.n_samples, n_sampled, seed)
+    def run() -> _Arrays:
+        samples = None
+        if n_sampled is not None:
+            draw = Bijection(selection.n_samples, make_key(seed, _SAMPLE))
+            samples = np.sort(draw(np.arange(n_sampled, dtype=np.int64)))
         total, groups = Pass(store, selection, samples, progress, is_only).run(n_threads)
         return _to_arrays(Statistics(total, groups, selection.n_samples * selection.n_parts, fingerprint))
 
-    path, arrays = get_or_make(store.shards_dir, "statistics", fingerprint, cache, run)
+    path, arrays = get_or_make(store.shards_dir, fingerprint, cache, run)
     return _from_arrays(path, fingerprint, arrays)
 
 
 def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) -> float:
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
 
-    Args:
-        cfg: The config.
-        store: The shards; it is closed when they are measured.
-        selection: What the config selects of them.
-
-    Raises:
-        FormatError: These activations cannot be scaled.
+    The store is closed when it is measured. Activations that cannot be scaled raise a `FormatError`.
     """
     n_sampled = cfg.scale_samples
     if n_sampled is None:
@@ -221,7 +213,3 @@ def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) 
         return _compute(store, selection, cfg.ignore_labels, n_sampled, is_only=False).scale
     finally:
         store.close()
-
-
-def _draw(n: int, n_sampled: int, seed: int) -> _Int64s:
-    return np.sort(Bijection(n, make_key(seed, _SAMPLE))(np.arange(n_sampled, dtype=np.int64)))
