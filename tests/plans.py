@@ -67,8 +67,8 @@ def carry_out(plan: Plan, share: Share) -> tuple[dict[int, np.ndarray], list[int
                 assert (rows[chunk.rows[part]] == -1).all(), "a row filled twice"
                 rows[chunk.rows[part]] = samples[chunk.dealt[part]]
         n_open = max(n_open, len(filled) - len(order))
-        for batch, size in zip(step.batches, step.sizes, strict=True):
-            assert len(filled[batch]) == size
+        for batch in step.batches:
+            assert len(filled[batch]) == plan.size(batch % plan.n_batches)
             assert (filled[batch] >= 0).all(), "handed out before it was full"
             order.append(batch)
     return filled, order, n_open

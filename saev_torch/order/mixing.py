@@ -77,8 +77,7 @@ def batch_metrics(batch: Mapping[str, Any], metadata: Metadata) -> dict[str, flo
     per_example = (metadata.content_tokens_per_example if len(content) else 0) + (len(content) < len(tokens))
     found = _describe("example", examples, metadata.n_examples, per_example * n_layers)
     if len(content):
-        per_token = metadata.n_examples * n_layers
-        found |= _describe("token", content, metadata.content_tokens_per_example, per_token)
+        found |= _describe("token", content, metadata.content_tokens_per_example, metadata.n_examples * n_layers)
     return found
 
 
@@ -117,8 +116,7 @@ class Mixture:
     @property
     def distance(self) -> NDArray[np.float64]:
         """Total variation distance of each batch from the data set, `[n_batches] float64`: 0 alike, 1 disjoint."""
-        whole = self.shares.mean(axis=0)
-        distances: NDArray[np.float64] = np.abs(self.shares - whole).sum(axis=1) / 2
+        distances: NDArray[np.float64] = np.abs(self.shares - self.shares.mean(axis=0)).sum(axis=1) / 2
         return distances
 
 

@@ -20,7 +20,6 @@ _C2 = 0x94D049BB133111EB
 
 _Int64s = NDArray[np.int64]
 _UInt64s = NDArray[np.uint64]
-_Step = Callable[[_UInt64s], _UInt64s]
 
 
 def make_key(*parts: int) -> int:
@@ -89,7 +88,7 @@ class Bijection:
     def _side(self) -> int:
         return math.isqrt(max(0, self.n - 1)) + 1
 
-    def _walk(self, x: _Int64s, step: _Step) -> _Int64s:
+    def _walk(self, x: _Int64s, step: Callable[[_UInt64s], _UInt64s]) -> _Int64s:
         out = step(x.astype(np.uint64))
         (outside,) = np.nonzero(out >= self.n)
         while outside.size:

@@ -106,8 +106,7 @@ def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> f
     n_supers = (per_example - 1) // width + 2
     # An example's place among the super-blocks repeats; a spread of examples stands for all.
     n = min(n_examples, max(64, _MAX_TABLE // (n_supers * n_lanes)))
-    starts = np.unique(np.linspace(0, n_examples - 1, n).astype(np.int64)) * per_example
-    first = starts[:, None, None]
+    first = (np.unique(np.linspace(0, n_examples - 1, n).astype(np.int64)) * per_example)[:, None, None]
     # [n, n_supers, n_lanes]: where the blocks of each super-block that an example may touch begin.
     begins = (first // width + np.arange(n_supers)[:, None]) * width + np.arange(n_lanes) * block
     overlap = np.minimum(begins + block, first + per_example) - np.maximum(begins, first)

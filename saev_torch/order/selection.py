@@ -46,12 +46,7 @@ def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """What `ignore_labels` leaves.
-
-    Attributes:
-        keep: `[256] bool`, True where a label stays.
-        first_sample: `[n_examples + 1] int64`, number of samples before each example.
-    """
+    """What `ignore_labels` leaves: labels, `[256] bool`, and how many samples are before each example, and in all."""
 
     keep: NDArray[np.bool_]
     first_sample: _Int64s
@@ -77,7 +72,7 @@ class Selection:
         ignore_labels: Sequence[int] = (),
         read_labels: LabelRows | None = None,
     ) -> None:
-        self.md, self.tokens = md, tokens
+        self.md, self.tokens, self.ignore_labels = md, tokens, ignore_labels
         self.layer_idxs = resolve_layers(md, layer)
         self.layer_is_all = layer == "all"
         self.n_grid_layers = len(self.layer_idxs) if layer == "all" else 1
@@ -105,17 +100,14 @@ class Selection:
         keep = np.ones(256, dtype=np.bool_)
         keep[list(ignore_labels)] = False
         n = self.md.n_examples
-        counts = np.empty(n, dtype=np.int64)
+        first = np.zeros(n + 1, dtype=np.int64)
         # 4 MB of labels at a time, so that memory does not follow the data.
         step = max(1, (4 << 20) // self.md.content_tokens_per_example)
         for start in range(0, n, step):
             examples = np.arange(start, min(n, start + step), dtype=np.int64)
-            counts[start : start + len(examples)] = keep[read(examples)].sum(axis=1)
-        counts += self.n_special if self.tokens == "all" else 0
-        counts *= self.n_grid_layers
-        first = np.zeros(n + 1, dtype=np.int64)
-        np.cumsum(counts, out=first[1:])
-        return _Kept(keep, first, read)
+            first[examples + 1] = keep[read(examples)].sum(axis=1)
+        first[1:] += self.n_special if self.tokens == "all" else 0
+        return _Kept(keep, np.cumsum(first) * self.n_grid_layers, read)
 
     def reading_with(self, read_labels: LabelRows) -> "Selection":
         """The same selection, which reads labels with another function."""

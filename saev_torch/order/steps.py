@@ -40,16 +40,13 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Chunks to read together, and the batches that are complete after it.
+    """Chunks to read together, and the batches to hand out after it, in this order.
 
-    Attributes:
-        batches: Batches to hand out, in this order, of as many samples as `sizes` says.
-        fills: Lanes whose part of the buffer is full after it, for the first time.
+    `fills` counts the lanes whose part of the buffer is full after it, for the first time.
     """
 
     loads: tuple[Load, ...]
     batches: tuple[int, ...]
-    sizes: tuple[int, ...]
     fills: int
 
 
@@ -81,9 +78,8 @@ def _ordered(plan: OrderedPlan, own: range, offset: int) -> Iterator[Step]:
     for batch in own:
         size = plan.size(batch)
         rows = np.arange(size, dtype=np.int64)
-        start = np.array([batch * plan.batch_size], dtype=np.int64)
-        chunk = Chunk(start, np.array([size], dtype=np.int64), rows, (batch,), (0, size), rows)
-        yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), (size,), 0)
+        chunk = Chunk(np.array([batch * plan.batch_size]), np.array([size]), rows, (batch,), (0, size), rows)
+        yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), 0)
 
 
 class _ShuffledSteps:
@@ -158,8 +154,7 @@ class _ShuffledSteps:
             yield Load(part, targets)
 
     def _step(self, loads: list[Load], batches: list[int], fills: int = 0) -> Step:
-        numbers = tuple(self._offset + batch for batch in batches)
-        return Step(tuple(loads), numbers, tuple(self._plan.size(batch) for batch in batches), fills)
+        return Step(tuple(loads), tuple(self._offset + batch for batch in batches), fills)
 
 
 def advise_lanes(plan: ShufflePlan | OrderedPlan, share: Share) -> str | None:

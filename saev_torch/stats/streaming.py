@@ -1,8 +1,8 @@
 """One pass over stored vectors: threads that read, and measure what they read while it is still in their cache."""
 
-import collections
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -45,31 +45,27 @@ class Pass:
     ) -> None:
         self._selection, self._samples, self._progress = selection, samples, progress
         self._n = selection.n_samples if samples is None else len(samples)
-        sample_nbytes = selection.sample_nbytes
-        self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
-        self._sum_vectors = find_sum_kernel() if self._n * sample_nbytes >= _MIN_COMPILED_NBYTES else None
+        self._per_task = max(1, _TASK_NBYTES // selection.sample_nbytes)
+        self._sum_vectors = find_sum_kernel() if self._n * selection.sample_nbytes >= _MIN_COMPILED_NBYTES else None
         self._source = Source(store, reads_past_cache(store, selection, is_only, Spot()))
         # What a thread reads to and measures with.
         self._threads = threading.local()
         self._lock = threading.Lock()
         self._next_merged = 0
         self._done: dict[int, list[tuple[int, Piece, NDArray[np.float64]]]] = {}
-        self._groups = collections.defaultdict(self._empty)
-
-    def _empty(self) -> tuple[Piece, NormHistogram]:
-        return Piece.empty(self._selection.md.d_model), NormHistogram()
+        self._pieces = defaultdict[int, Piece](functools.partial(Piece.empty, selection.md.d_model))
+        self._histograms = defaultdict[int, NormHistogram](NormHistogram)
 
     def run(self, n_threads: int) -> tuple[Moments, dict[tuple[int, str], Moments]]:
         """Measure: moments of all vectors, and those by (recorded layer, "special" or "content")."""
         n_tasks = -(-self._n // self._per_task)
         tasks = (Task(functools.partial(self._measure, number)) for number in range(n_tasks))
         # All cores: where there are several ranks, the others wait for the result.
-        pace = Pace(count_cores())
-        run_tasks("saev_torch statistics", n_threads, pace, self._source.open_reader, tasks)
-        total, counts = self._empty()
+        run_tasks("saev_torch statistics", n_threads, Pace(count_cores()), self._source.open_reader, tasks)
+        total, counts = Piece.empty(self._selection.md.d_model), NormHistogram()
         groups = {}
-        for i in sorted(self._groups):
-            piece, histogram = self._groups[i]
+        for i, piece in sorted(self._pieces.items()):
+            histogram = self._histograms[i]
             layer = self._selection.md.layers[self._selection.layer_idxs[i // 2]]
             groups[layer, "content" if i % 2 else "special"] = piece.moments(histogram)
             total.merge(piece)
@@ -92,8 +88,8 @@ class Pass:
             self._done[number] = measured
             while self._next_merged in self._done:
                 for group, piece, norms in self._done.pop(self._next_merged):
-                    self._groups[group][0].merge(piece)
-                    self._groups[group][1].add(norms)
+                    self._pieces[group].merge(piece)
+                    self._histograms[group].add(norms)
                 self._next_merged += 1
             progress, self._progress = self._progress, None
             if progress is not None:
@@ -121,5 +117,5 @@ def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents
         in_order = places.copy()
         places[np.argsort(group, kind="stable")] = in_order
     ends = np.cumsum(counts).tolist()
-    groups = [(group, slice(ends[group] - n, ends[group])) for group, n in enumerate(counts.tolist()) if n]
+    groups = [(g, slice(ends[g] - n, ends[g])) for g, n in enumerate(counts.tolist()) if n]
     return make_extents(shards, rows, places, row_nbytes), groups
