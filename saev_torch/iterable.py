@@ -306,7 +306,7 @@ class ShuffledActivations(Activations):
 
     def _plan(self, epoch: int | None) -> ShufflePlan:
         cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else epoch
-        return ShufflePlan.make(
+        return ShufflePlan(
             self.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, epoch
         )
 

@@ -14,12 +14,12 @@ Plan = OrderedPlan | ShufflePlan
 def shuffle_plans(draw: st.DrawFn) -> ShufflePlan:
     batch_size = draw(st.sampled_from([1, 2, 3, 7, 16, 64, 100]))
     n_samples = draw(st.integers(0, min(3000, 120 * batch_size)))
-    return ShufflePlan.make(
+    return ShufflePlan(
         n_samples=n_samples,
         batch_size=batch_size,
         buffer_size=draw(st.sampled_from([1, 2, 3, 8, 10, 16, 64, 65])),
-        n_lanes=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12])),
-        block_size=draw(st.sampled_from([None, None, 1, 2, 5, 16, 1000])),
+        max_lanes=draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12])),
+        wished_block_size=draw(st.sampled_from([None, None, 1, 2, 5, 16, 1000])),
         seed=draw(st.integers(0, 5)),
         epoch=draw(st.integers(0, 3)),
     )
@@ -67,8 +67,8 @@ def carry_out(plan: Plan, share: Share) -> tuple[dict[int, np.ndarray], list[int
                 assert (rows[chunk.rows[part]] == -1).all(), "a row filled twice"
                 rows[chunk.rows[part]] = samples[chunk.dealt[part]]
         n_open = max(n_open, len(filled) - len(order))
-        for batch, size in zip(step.batches, step.sizes, strict=True):
-            assert len(filled[batch]) == size
+        for batch in step.batches:
+            assert len(filled[batch]) == plan.size(batch % plan.n_batches)
             assert (filled[batch] >= 0).all(), "handed out before it was full"
             order.append(batch)
     return filled, order, n_open

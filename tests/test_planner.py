@@ -24,9 +24,7 @@ def make_metadata(**fields) -> Metadata:
 def measure(md: Metadata, cfg: ShuffledConfig, n_batches: int = 24) -> float:
     """Distinct examples in a batch, on average over batches spread over an epoch."""
     per_example = md.content_tokens_per_example * (len(md.layers) if cfg.layer == "all" else 1)
-    plan = ShufflePlan.make(
-        md.n_examples * per_example, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, 5, 1
-    )
+    plan = ShufflePlan(md.n_examples * per_example, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, 5, 1)
     full = plan.n_samples // plan.batch_size
     # From the middles of equal parts of the epoch, as its ends are not like the rest; in all lanes.
     batches = np.unique(((np.arange(n_batches) + 0.5) * full / n_batches).astype(int))

@@ -43,7 +43,7 @@ def test_each_lane_is_filled_once_in_a_pass(plan, data):
 @pytest.mark.parametrize("n_workers", [1, 2, 4, 8])
 def test_whole_lanes_are_read_once(n_workers):
     """Where the readers divide the lanes, a chunk is read by one reader; twice at most, around the lane's end."""
-    plan = ShufflePlan.make(20_000, 16, 64, 8, None, 17, 0)
+    plan = ShufflePlan(20_000, 16, 64, 8, None, 17, 0)
     visits = collections.Counter()
     for worker in range(n_workers):
         for step in make_steps(plan, Share(worker, n_workers, plan.n_batches)):
@@ -55,14 +55,14 @@ def test_whole_lanes_are_read_once(n_workers):
 
 @pytest.mark.parametrize("n_workers", [1, 2, 4, 8])
 def test_memory_of_the_job_does_not_grow_with_workers(n_workers):
-    plan = ShufflePlan.make(20_000, 16, 64, 8, None, 17, 0)
+    plan = ShufflePlan(20_000, 16, 64, 8, None, 17, 0)
     shares = [Share(worker, n_workers, plan.n_batches) for worker in range(n_workers)]
     assert sum(count_open_slots(plan, share, 64) for share in shares) <= 64 + 2 * n_workers
 
 
 def test_resuming_reads_about_one_buffer():
     """Before the first batch from the middle of an epoch, not more is read than from its start."""
-    plan = ShufflePlan.make(200_000, 16, 64, 8, None, 17, 0)
+    plan = ShufflePlan(200_000, 16, 64, 8, None, 17, 0)
     n_read = []
     for first in (0, 5000):
         samples = 0
@@ -75,11 +75,11 @@ def test_resuming_reads_about_one_buffer():
     assert max(n_read) <= plan.buffer_size * plan.batch_size
 
 
-@pytest.mark.parametrize("plan", [OrderedPlan(0, 3), ShufflePlan.make(0, 3, 64, 8, None, 17, 0)])
+@pytest.mark.parametrize("plan", [OrderedPlan(0, 3), ShufflePlan(0, 3, 64, 8, None, 17, 0)])
 def test_no_samples(plan):
     assert list(make_steps(plan, Share(0, 1, 0))) == []
 
 
 def test_nothing_owned():
-    plan = ShufflePlan.make(10, 10, 64, 8, None, 17, 0)
+    plan = ShufflePlan(10, 10, 64, 8, None, 17, 0)
     assert list(make_steps(plan, Share(3, 8, 1))) == []

@@ -19,7 +19,7 @@ from saev_torch.reading import direct as staging
 from saev_torch.reading import pace
 from saev_torch.reading.reader import Reader
 from saev_torch.reading.ring import Ring, RingReader
-from saev_torch.stats import cached, moments, streaming
+from saev_torch.stats import moments, statistics, streaming
 
 
 @pytest.fixture(params=["numpy", "compiled"])
@@ -325,4 +325,4 @@ def test_histogram_quantiles_are_within_a_bin() -> None:
 
 def test_cache_dir_ignores_a_relative_path(monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert cached.cache_dir() == Path.home() / ".cache" / "saev_torch"
+    assert statistics._cache_dir() == Path.home() / ".cache" / "saev_torch"

@@ -6,6 +6,7 @@ link, a FIFO that never answers, or a device. Everything that reads a shard dire
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import reprlib
@@ -41,6 +42,15 @@ def short(value: object) -> str:
         return _repr.repr(value)
     except ValueError:
         return "an integer of thousands of digits"
+
+
+def fingerprint(directory: Path, names: Iterable[str], about: bytes) -> str:
+    """Digest, in 64 hex digits, of `about` and of each file's size and time of change."""
+    digest = hashlib.sha256(about)
+    for name in names:
+        found = os.stat(directory / name, follow_symlinks=False)
+        digest.update(f"\0{name}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+    return digest.hexdigest()
 
 
 def first_repeated(names: Iterable[str]) -> str | None:

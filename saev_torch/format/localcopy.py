@@ -1,7 +1,6 @@
 """A copy of a shard directory under `$TMPDIR`, made once per machine."""
 
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -9,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from saev_torch.errors import ReadError, WriteError
-from saev_torch.format.files import open_regular
+from saev_torch.format.files import fingerprint, open_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
 
@@ -24,15 +23,6 @@ def _files(shards_dir: Path) -> list[str]:
     shards.validate(shards_dir)
     names = [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples)]
     return names + [LABELS_NAME] * os.path.lexists(shards_dir / LABELS_NAME)
-
-
-def _fingerprint(shards_dir: Path, names: list[str]) -> str:
-    """Name of the copy: another one if any file was changed or replaced."""
-    digest = hashlib.sha256(os.fsencode(shards_dir.resolve()))
-    for name in names:
-        stat = os.stat(shards_dir / name, follow_symlinks=False)
-        digest.update(f"\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
 
 
 def local_copy(shards_dir: Path) -> Path:
@@ -54,7 +44,8 @@ def local_copy(shards_dir: Path) -> Path:
     """
     names = _files(shards_dir)
     root = Path(tempfile.gettempdir()) / f"saev_torch-{os.getuid()}"
-    copy = root / _fingerprint(shards_dir, names)
+    # Another copy if any file was changed or replaced.
+    copy = root / fingerprint(shards_dir, names, os.fsencode(shards_dir.resolve()))[:16]
     part = copy.with_suffix(".part")
     try:
         root.mkdir(mode=0o700, exist_ok=True)

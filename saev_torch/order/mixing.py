@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,8 +77,7 @@ def batch_metrics(batch: Mapping[str, Any], metadata: Metadata) -> dict[str, flo
     per_example = (metadata.content_tokens_per_example if len(content) else 0) + (len(content) < len(tokens))
     found = _describe("example", examples, metadata.n_examples, per_example * n_layers)
     if len(content):
-        per_token = metadata.n_examples * n_layers
-        found |= _describe("token", content, metadata.content_tokens_per_example, per_token)
+        found |= _describe("token", content, metadata.content_tokens_per_example, metadata.n_examples * n_layers)
     return found
 
 
@@ -100,23 +99,16 @@ def _describe(name: str, numbers: _Int64s, n_kinds: int, per_kind: int) -> dict[
 
 def _count(numbers: _Int64s) -> _Int64s:
     """How often each of the numbers occurs that do."""
-    highest = int(numbers.max())
-    if highest <= 4 * len(numbers):
-        counts = np.bincount(numbers)
-        return counts[counts > 0]
-    # Not an array as long as the data set has examples.
-    ordered = np.sort(numbers)
-    return np.diff(np.flatnonzero(np.diff(ordered, prepend=-1, append=highest + 1)))
+    if numbers.max() > 4 * len(numbers):
+        # Not an array as long as the data set has examples.
+        return np.unique(numbers, return_counts=True)[1]
+    counts = np.bincount(numbers)
+    return counts[counts > 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Classes of the batches of an epoch.
-
-    Attributes:
-        name: What made the batches.
-        shares: `[n_batches, n_classes] float64`, share of each class in each full batch.
-    """
+    """Classes in the full batches of an epoch; `shares` are `[n_batches, n_classes] float64`."""
 
     name: str
     shares: NDArray[np.float64]
@@ -124,46 +116,34 @@ class Mixture:
     @property
     def distance(self) -> NDArray[np.float64]:
         """Total variation distance of each batch from the data set, `[n_batches] float64`: 0 alike, 1 disjoint."""
-        whole = self.shares.mean(axis=0)
-        distances: NDArray[np.float64] = np.abs(self.shares - whole).sum(axis=1) / 2
+        distances: NDArray[np.float64] = np.abs(self.shares - self.shares.mean(axis=0)).sum(axis=1) / 2
         return distances
 
 
 def class_mixtures(md: Metadata, cfg: ShuffledConfig, n_classes: int = 10, seed: int = 0) -> list[Mixture]:
     """Follow the classes over one epoch of content tokens of one layer, with examples stored in order of their class.
 
-    Args:
-        md: Metadata of the shards.
-        cfg: Batch size, buffer size, lanes and seed.
-        n_classes: Classes, of equally many examples.
-        seed: Seed of what is not ours.
-
-    Returns:
-        The published loader's documented scheme (the order of shards is shuffled, their samples go through one
-        reservoir of `buffer_size` batches, from which batches are drawn at random), ours, and a uniform permutation.
-
-    Raises:
-        ConfigError: There are fewer examples than classes.
+    Found are the published loader's documented scheme (the order of shards is shuffled, their samples go through one
+    reservoir of `buffer_size` batches, from which batches are drawn at random), ours, and a uniform permutation.
+    Classes have equally many examples. `seed` is that of what is not ours.
     """
     if not 1 <= n_classes <= md.n_examples:
         raise ConfigError(f"n_classes: expected 1 to {md.n_examples}, the examples, got {n_classes}.")
     per_example = md.content_tokens_per_example
     n, size = md.n_examples * per_example, cfg.batch_size
     rng = np.random.Generator(np.random.PCG64(seed))
-    plan = ShufflePlan.make(n, size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0)
+    plan = ShufflePlan(n, size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0)
     permutation = rng.permutation(n)
-    schemes: list[tuple[str, Iterator[_Int64s]]] = [
-        ("shards shuffled, one reservoir", _reservoir(md, size, cfg.buffer_size, rng)),
-        ("saev_torch", (plan.locate(i) for i in range(n // size))),
-        ("uniform permutation", (permutation[i * size : (i + 1) * size] for i in range(n // size))),
-    ]
 
-    def count(samples: _Int64s) -> NDArray[np.float64]:
-        classes = samples // per_example * n_classes // md.n_examples
-        return np.bincount(classes, minlength=n_classes) / len(samples)
+    def follow(name: str, batches: Iterable[_Int64s]) -> Mixture:
+        classes = (samples // per_example * n_classes // md.n_examples for samples in batches)
+        shares = [np.bincount(found, minlength=n_classes) / size for found in classes]
+        return Mixture(name, np.array(shares).reshape(-1, n_classes))
 
     return [
-        Mixture(name, np.array([count(batch) for batch in batches]).reshape(-1, n_classes)) for name, batches in schemes
+        follow("shards shuffled, one reservoir", _reservoir(md, size, cfg.buffer_size, rng)),
+        follow("saev_torch", map(plan.locate, range(n // size))),
+        follow("uniform permutation", permutation[: n // size * size].reshape(-1, size)),
     ]
 
 

@@ -20,18 +20,10 @@ _C2 = 0x94D049BB133111EB
 
 _Int64s = NDArray[np.int64]
 _UInt64s = NDArray[np.uint64]
-_Step = Callable[[_UInt64s], _UInt64s]
 
 
 def make_key(*parts: int) -> int:
-    """Hash integers into one 64-bit key.
-
-    Args:
-        *parts: Integers of any size and sign; their order matters.
-
-    Returns:
-        An integer in [0, 2**64).
-    """
+    """Hash integers of any size and sign, in their order, into one key in [0, 2**64)."""
     key = 0x9E3779B97F4A7C15
     for part in (len(parts), *parts):
         key = _mix(key ^ (part & _MASK))
@@ -59,17 +51,9 @@ def hashed(x: _UInt64s, key: int) -> _UInt64s:
 
 
 def shuffled(n: int, key: int) -> _Int64s:
-    """Draw a permutation of 0..n-1.
+    """Draw a permutation of 0..n-1, for n below 2**31: `[n] int64`.
 
-    The random bits carry the index in their low end, so all keys are distinct and any correct sort gives the same
-    answer.
-
-    Args:
-        n: Size of the range, below 2**31.
-        key: A 64-bit key, as from `make_key`.
-
-    Returns:
-        `[n] int64`, each of 0..n-1 once.
+    The random bits carry the index in their low end, so no two are equal and any correct sort gives the same answer.
     """
     index_mask = np.uint64((1 << max(1, n - 1).bit_length()) - 1)
     keys: _UInt64s = np.random.PCG64(key).random_raw(n)
@@ -82,15 +66,11 @@ def shuffled(n: int, key: int) -> _Int64s:
 
 @dataclasses.dataclass(frozen=True)
 class Bijection:
-    """A pseudo-random permutation of 0..n-1 in constant memory.
+    """A pseudo-random permutation of 0..n-1 in constant memory, for a key of 64 bits.
 
     A Feistel network over a rectangle of `side x side >= n` cells with modular addition (the FE construction of
     Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002); values that leave the range walk on until they
     come back. The rectangle is at most `2 * side + 1` cells too large, so few walk.
-
-    Attributes:
-        n: Size of the range.
-        key: A 64-bit key, as from `make_key`.
     """
 
     n: int
@@ -108,7 +88,7 @@ class Bijection:
     def _side(self) -> int:
         return math.isqrt(max(0, self.n - 1)) + 1
 
-    def _walk(self, x: _Int64s, step: _Step) -> _Int64s:
+    def _walk(self, x: _Int64s, step: Callable[[_UInt64s], _UInt64s]) -> _Int64s:
         out = step(x.astype(np.uint64))
         (outside,) = np.nonzero(out >= self.n)
         while outside.size:

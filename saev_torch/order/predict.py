@@ -58,9 +58,7 @@ def _make_plan(md: Metadata, cfg: ShuffledConfig) -> tuple[Selection, ShufflePla
             f"{cfg.ignore_labels}; plan without."
         )
     selection = Selection(md, cfg.tokens, cfg.layer)
-    plan = ShufflePlan.make(
-        selection.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0
-    )
+    plan = ShufflePlan(selection.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0)
     return selection, plan
 
 
@@ -108,8 +106,7 @@ def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> f
     n_supers = (per_example - 1) // width + 2
     # An example's place among the super-blocks repeats; a spread of examples stands for all.
     n = min(n_examples, max(64, _MAX_TABLE // (n_supers * n_lanes)))
-    starts = np.unique(np.linspace(0, n_examples - 1, n).astype(np.int64)) * per_example
-    first = starts[:, None, None]
+    first = (np.unique(np.linspace(0, n_examples - 1, n).astype(np.int64)) * per_example)[:, None, None]
     # [n, n_supers, n_lanes]: where the blocks of each super-block that an example may touch begin.
     begins = (first // width + np.arange(n_supers)[:, None]) * width + np.arange(n_lanes) * block
     overlap = np.minimum(begins + block, first + per_example) - np.maximum(begins, first)
@@ -128,8 +125,7 @@ def _missed_by_chunk(overlap: NDArray[np.int64], size: int, depth: int) -> NDArr
 
 def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> tuple[float, float]:
     """Mean size of a read in bytes, and bytes read for each byte used."""
-    md = selection.md
-    row_nbytes = md.row_nbytes
+    md, row_nbytes = selection.md, selection.md.row_nbytes
     common = math.gcd(n_readers, plan.n_lanes)
     # Lanes of one reader are neighbours on disk, and read together where there is room for it.
     lanes = plan.n_lanes // common if plan.reads_lanes_together else 1
@@ -165,18 +161,14 @@ def _candidates(md: Metadata, cfg: ShuffledConfig, n_readers: int, min_read_nbyt
         selection, plan = _make_plan(md, trial)
         largest = max(1, cfg.batch_size // 8)
         while plan.block_size < largest and _predict_reads(selection, plan, n_readers)[0] < min_read_nbytes:
-            plan = dataclasses.replace(plan, block_size=plan.block_size + 1)
+            plan = dataclasses.replace(plan, wished_block_size=plan.block_size + 1)
         yield predict(md, dataclasses.replace(trial, block_size=plan.block_size), n_readers)
         if trial.buffer_size >= plan.n_batches:
             return
 
 
 def find_smallest(
-    md: Metadata,
-    cfg: ShuffledConfig,
-    quality: float,
-    n_readers: int = 1,
-    min_read_nbytes: float = MIN_READ_NBYTES,
+    md: Metadata, cfg: ShuffledConfig, quality: float, n_readers: int = 1, min_read_nbytes: float = MIN_READ_NBYTES
 ) -> Prediction:
     """Find the smallest memory for a wished quality.
 
@@ -205,11 +197,7 @@ def find_smallest(
 
 
 def find_best(
-    md: Metadata,
-    cfg: ShuffledConfig,
-    memory_nbytes: int,
-    n_readers: int = 1,
-    min_read_nbytes: float = MIN_READ_NBYTES,
+    md: Metadata, cfg: ShuffledConfig, memory_nbytes: int, n_readers: int = 1, min_read_nbytes: float = MIN_READ_NBYTES
 ) -> Prediction:
     """Find the best quality in a given memory; arguments and result as of `find_smallest`.
 

@@ -43,23 +43,14 @@ def choose_block_size(batch_size: int, depth: int) -> int:
     A batch holds rows of `(depth / k) * (1 - (1 - 1/depth)**k)` distinct blocks of k samples for each of its samples.
     The block is the largest divisor of `batch_size` (else the largest number) that keeps this above 0.35: a little
     more than the reference's reservoir reaches with 196 tokens per example. Small batches have smaller blocks still.
-
-    Args:
-        batch_size: Samples in a batch.
-        depth: Turns that are open at a time in one lane.
-
-    Returns:
-        Samples in a block, at least 1.
     """
-    limit = max(1, batch_size // _MIN_BLOCKS_PER_CHUNK)
     best = 1
-    while best < limit:
+    while best < batch_size // _MIN_BLOCKS_PER_CHUNK:
         k = best + 1
         if (depth / k) * (1 - (1 - 1 / depth) ** k) < _WISHED_BLOCKS_PER_SAMPLE:
             break
         best = k
-    divisor = next((d for d in range(best, best // 2, -1) if batch_size % d == 0), 0)
-    return divisor or best
+    return next((d for d in range(best, best // 2, -1) if batch_size % d == 0), best)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +58,9 @@ class Chunk:
     """The samples of one chunk, and where they go.
 
     Attributes:
-        starts: `[n_runs] int64`, first sample of each run, in the order of the stream.
-        lengths: `[n_runs] int64`, samples in each run.
+        starts, lengths: `[n_runs] int64`, first sample and length of each run, in the order of the stream.
         dealt: `[n] int64`, positions in the chunk, in the order in which they are dealt to turns.
-        turns: The turns that samples are dealt to.
-        bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `turns[d]`; one longer than `turns`.
+        turns, bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `turns[d]`.
         rows: `[n] int64`, row in the batch of each of `dealt`.
     """
 

@@ -27,18 +27,7 @@ LabelRows = Callable[[_Int64s], NDArray[np.uint8]]
 
 
 def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
-    """Look layers up: by value in `md.layers`, else a negative one counts from the end of that list.
-
-    Args:
-        md: Metadata of the shards.
-        layer: A layer, "all", or a tuple of layers.
-
-    Returns:
-        Positions in `md.layers`.
-
-    Raises:
-        ConfigError: A layer was not recorded; the message names those that were.
-    """
+    """Find the positions of layers in `md.layers`: by value, else a negative one counts from the end of that list."""
     if layer == "all":
         return tuple(range(len(md.layers)))
     wanted = layer if isinstance(layer, tuple) else (layer,)
@@ -57,13 +46,7 @@ def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """What `ignore_labels` leaves, per example.
-
-    Attributes:
-        keep: `[256] bool`, True where a label stays.
-        first_sample: `[n_examples + 1] int64`, number of samples before each example.
-        read: Reads the labels of examples.
-    """
+    """What `ignore_labels` leaves: labels, `[256] bool`, and how many samples are before each example, and in all."""
 
     keep: NDArray[np.bool_]
     first_sample: _Int64s
@@ -71,25 +54,14 @@ class _Kept:
 
 
 class Selection:
-    """The samples that (tokens, layer, ignored labels) select.
-
-    Args:
-        md: Metadata of the shards.
-        tokens: "special", "content" or "all".
-        layer: A layer, "all", or a tuple of layers that each sample holds side by side.
-        ignore_labels: Labels whose content tokens are left out.
-        read_labels: Reads label rows; needed with `ignore_labels` only.
+    """The samples that (tokens, layer, ignored labels) select. A `ConfigError` names what was not recorded.
 
     Attributes:
-        n_samples: Number of samples.
         layer_idxs: Positions in `md.layers` of the layers that are read.
         layer_is_all: Whether every layer is a sample of its own.
         n_parts: Rows on disk that make one sample: the number of layers side by side, else 1.
         sample_nbytes: Bytes of one sample's activations.
         has_parts: Whether layers are side by side in a sample, be it only one: then its parts are an axis of it.
-
-    Raises:
-        ConfigError: The layer was not recorded, or special tokens are asked for and none were recorded.
     """
 
     def __init__(
@@ -100,8 +72,7 @@ class Selection:
         ignore_labels: Sequence[int] = (),
         read_labels: LabelRows | None = None,
     ) -> None:
-        self.md = md
-        self.tokens = tokens
+        self.md, self.tokens, self.ignore_labels = md, tokens, ignore_labels
         self.layer_idxs = resolve_layers(md, layer)
         self.layer_is_all = layer == "all"
         self.n_grid_layers = len(self.layer_idxs) if layer == "all" else 1
@@ -115,10 +86,10 @@ class Selection:
                 "metadata.json has cls_token = false."
             )
         self._first_token = self.n_special if tokens == "content" else 0
-        n_tokens = {"special": 1, "content": md.content_tokens_per_example, "all": md.tokens_per_example}[tokens]
-        self._n_tokens = n_tokens
+        n_tokens = {"special": 1, "content": md.content_tokens_per_example, "all": md.tokens_per_example}
+        self._n_tokens = n_tokens[tokens]
+        self.n_samples = md.n_examples * self.n_grid_layers * self._n_tokens
         self._kept: _Kept | None = None
-        self.n_samples = md.n_examples * self.n_grid_layers * n_tokens
         if ignore_labels:
             if read_labels is None:
                 raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
@@ -129,17 +100,14 @@ class Selection:
         keep = np.ones(256, dtype=np.bool_)
         keep[list(ignore_labels)] = False
         n = self.md.n_examples
-        counts = np.empty(n, dtype=np.int64)
+        first = np.zeros(n + 1, dtype=np.int64)
         # 4 MB of labels at a time, so that memory does not follow the data.
         step = max(1, (4 << 20) // self.md.content_tokens_per_example)
         for start in range(0, n, step):
             examples = np.arange(start, min(n, start + step), dtype=np.int64)
-            counts[start : start + len(examples)] = keep[read(examples)].sum(axis=1)
-        counts += self.n_special if self.tokens == "all" else 0
-        counts *= self.n_grid_layers
-        first = np.zeros(n + 1, dtype=np.int64)
-        np.cumsum(counts, out=first[1:])
-        return _Kept(keep, first, read)
+            first[examples + 1] = keep[read(examples)].sum(axis=1)
+        first[1:] += self.n_special if self.tokens == "all" else 0
+        return _Kept(keep, np.cumsum(first) * self.n_grid_layers, read)
 
     def reading_with(self, read_labels: LabelRows) -> "Selection":
         """The same selection, which reads labels with another function."""
@@ -149,7 +117,7 @@ class Selection:
         return other
 
     def cells(self, samples: _Int64s) -> _Int64s:
-        """Map sample numbers `[m] int64` to cells `[m] int64`.
+        """Map sample numbers `[m]` to cells `[m]`.
 
         With ignored labels this reads the labels of the examples concerned, once for each run of samples that stay
         in one example, so samples in blocks are cheap.
@@ -305,9 +273,7 @@ class IndexMap:
     def __init__(self, md: Metadata, tokens: TokenKind, layer: LayerSpec) -> None:
         if tokens not in ("special", "content", "all"):
             raise ConfigError(f"tokens: expected 'special', 'content' or 'all', got {tokens!r}; choose one of them.")
-        self.md = md
-        self.tokens = tokens
-        self.layer = layer
+        self.md, self.tokens, self.layer = md, tokens, layer
         self._selection = Selection(md, tokens, layer)
 
     def __len__(self) -> int:
@@ -325,12 +291,5 @@ class IndexMap:
         selection = self._selection
         cells = selection.cells(np.array([i], dtype=np.int64))
         example, layer, token = (int(x[0]) for x in selection.split(cells))
-        return Index(
-            idx=i,
-            example_idx=example,
-            content_token_idx=token - selection.n_special if token >= selection.n_special else -1,
-            shard_idx=example // self.md.examples_per_shard,
-            example_idx_in_shard=example % self.md.examples_per_shard,
-            layer_idx_in_shard=selection.layer_idxs[layer],
-            token_idx_in_shard=token,
-        )
+        shard, in_shard = divmod(example, self.md.examples_per_shard)
+        return Index(i, example, token - selection.n_special, shard, in_shard, selection.layer_idxs[layer], token)

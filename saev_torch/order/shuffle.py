@@ -58,12 +58,7 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class OrderedPlan(_Plan):
-    """Batches in file order.
-
-    Attributes:
-        n_samples: Samples in the selection.
-        batch_size: Samples in a batch.
-    """
+    """Batches in file order."""
 
     def locate(self, batch: int) -> _Int64s:
         """The samples of a batch: `[size] int64`."""
@@ -80,37 +75,21 @@ class ShufflePlan(_Plan):
     """One epoch of batches in a seeded random order.
 
     Attributes:
-        n_samples: Samples in the selection.
-        batch_size: Samples in a batch.
         buffer_size: Batches held for shuffling by all lanes together.
         max_lanes: Lanes asked for; data smaller than the buffer use fewer.
-        block_size: Consecutive samples that one lane reads at once.
-        seed: Seed of the order.
-        epoch: Number of the epoch.
+        wished_block_size: None to have `block_size` chosen.
     """
 
     buffer_size: int
     max_lanes: int
-    block_size: int
+    wished_block_size: int | None
     seed: int
     epoch: int
 
-    @classmethod
-    def make(
-        cls,
-        n_samples: int,
-        batch_size: int,
-        buffer_size: int,
-        n_lanes: int,
-        block_size: int | None,
-        seed: int,
-        epoch: int,
-    ) -> "ShufflePlan":
-        """Make a plan, choosing the block size where `block_size` is None."""
-        plan = cls(n_samples, batch_size, buffer_size, n_lanes, block_size or 1, seed, epoch)
-        if block_size is None:
-            plan = dataclasses.replace(plan, block_size=choose_block_size(batch_size, plan.depth(0)))
-        return plan
+    @functools.cached_property
+    def block_size(self) -> int:
+        """Consecutive samples that one lane reads at once."""
+        return self.wished_block_size or choose_block_size(self.batch_size, self.depth(0))
 
     @functools.cached_property
     def n_lanes(self) -> int:
@@ -143,35 +122,26 @@ class ShufflePlan(_Plan):
         lengths[(self.n_batches - 1) % self.n_lanes] -= self.n_batches * self.batch_size - self.n_samples
         return Streams(self.n_samples, self.block_size, tuple(lengths), self.seed, self.epoch)
 
-    def _turns(self, lane: int, chunk: int) -> list[int]:
-        """The turns that a chunk deals to."""
-        n_turns = self.n_turns(lane)
-        return [(chunk + d) % n_turns for d in range(self.depth(lane))]
-
-    def _portions(self, lane: int, chunk: int) -> list[int]:
-        """Samples that a chunk deals to each of its turns."""
-        turns = self._turns(lane, chunk)
-        return [_portion(self.size(turn * self.n_lanes + lane), len(turns), d) for d, turn in enumerate(turns)]
+    def _rows(self, lane: int, chunk: int) -> dict[int, _Int64s]:
+        """The turns that a chunk deals to, and the rows of the batch that the samples go to."""
+        depth, n_turns = self.depth(lane), self.n_turns(lane)
+        turns = [(chunk + d) % n_turns for d in range(depth)]
+        return {turn: _interleaved(self.size(turn * self.n_lanes + lane), depth)[d] for d, turn in enumerate(turns)}
 
     def _chunk_start(self, lane: int, chunk: int) -> int:
         # Only the chunks that reach the last turn, which may not be full, differ in size.
         regular = min(chunk, max(0, self.n_turns(lane) - self.depth(lane)))
-        return regular * self.batch_size + sum(sum(self._portions(lane, i)) for i in range(regular, chunk))
+        irregular = sum(len(rows) for i in range(regular, chunk) for rows in self._rows(lane, i).values())
+        return regular * self.batch_size + irregular
 
     def chunk(self, lane: int, chunk: int) -> Chunk:
         """Work out one chunk of a lane, `0 <= chunk < n_turns(lane)`."""
-        turns, portions = self._turns(lane, chunk), self._portions(lane, chunk)
-        start = self._chunk_start(lane, chunk)
-        starts, lengths = self._streams.runs(lane, start, start + sum(portions))
-        rows = [_interleaved(self.size(turn * self.n_lanes + lane), len(turns))[d] for d, turn in enumerate(turns)]
-        return Chunk(
-            starts=starts,
-            lengths=lengths,
-            dealt=shuffled(sum(portions), make_key(self.seed, self.epoch, CHUNKS, lane, chunk)),
-            turns=tuple(turns),
-            bounds=tuple(itertools.accumulate(portions, initial=0)),
-            rows=np.concatenate(rows),
-        )
+        dealt_to, start = self._rows(lane, chunk), self._chunk_start(lane, chunk)
+        rows = np.concatenate(list(dealt_to.values()))
+        starts, lengths = self._streams.runs(lane, start, start + len(rows))
+        dealt = shuffled(len(rows), make_key(self.seed, self.epoch, CHUNKS, lane, chunk))
+        bounds = itertools.accumulate(map(len, dealt_to.values()), initial=0)
+        return Chunk(starts, lengths, dealt, tuple(dealt_to), tuple(bounds), rows)
 
     def locate(self, batch: int) -> _Int64s:
         """The samples of a batch, row by row: `[size] int64`. Nothing is read."""
@@ -196,15 +166,10 @@ class ShufflePlan(_Plan):
         return chunk.turns[d] * self.n_lanes + lane, int(chunk.rows[at])
 
 
-def _portion(size: int, depth: int, d: int) -> int:
-    """Samples of a batch that come from the d-th of the `depth` chunks that deal to it."""
-    return (d + 1) * size // depth - d * size // depth
-
-
 @functools.lru_cache(maxsize=8)
 def _interleaved(size: int, depth: int) -> tuple[_Int64s, ...]:
     """Rows of a batch for the samples of each of its chunks, so that every part of it holds all of them."""
-    portions = [_portion(size, depth, d) for d in range(depth)]
+    portions = np.diff([d * size // depth for d in range(depth + 1)])
     number = np.concatenate([np.arange(n) for n in portions])
     chunk = np.repeat(np.arange(depth), portions)
     rows = np.empty(size, dtype=np.int64)

@@ -22,12 +22,7 @@ N_COLUMNS = 4
 class Share:
     """The batches that one reader owns: `range(first, stop, stride)` of the padded sequence.
 
-    Numbers from `n_batches` on repeat the sequence from its start.
-
-    Attributes:
-        first: First batch.
-        stride: Ranks times workers.
-        stop: Batches of the padded sequence.
+    The stride is ranks times workers. Numbers from `n_batches` on repeat the sequence from its start.
     """
 
     first: int
@@ -37,12 +32,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """A chunk to read, and which of its samples are wanted.
-
-    Attributes:
-        chunk: The chunk.
-        targets: `(batch, d)`: the samples that the chunk deals to its d-th turn go to this batch.
-    """
+    """A chunk to read, and its targets `(batch, d)`: what it deals to its d-th turn goes to this batch."""
 
     chunk: Chunk
     targets: tuple[tuple[int, int], ...]
@@ -50,31 +40,18 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Chunks to read together, and the batches that are complete after it.
+    """Chunks to read together, and the batches to hand out after it, in this order.
 
-    Attributes:
-        loads: Chunks to read.
-        batches: Batches to hand out, in this order.
-        sizes: Samples in each of them.
-        fills: Lanes whose part of the buffer is full after it, for the first time.
+    `fills` counts the lanes whose part of the buffer is full after it, for the first time.
     """
 
     loads: tuple[Load, ...]
     batches: tuple[int, ...]
-    sizes: tuple[int, ...]
     fills: int
 
 
 def make_steps(plan: ShufflePlan | OrderedPlan, share: Share) -> Iterator[Step]:
-    """Yield the steps of one reader, in order.
-
-    Args:
-        plan: The order of samples.
-        share: The batches that the reader owns.
-
-    Yields:
-        Steps; over all of them, each owned batch once.
-    """
+    """Yield the steps of one reader, in order: over all of them, each owned batch once."""
     n = plan.n_batches
     for start in range(share.first // n * n if n else share.stop, share.stop, max(1, n)):
         begin = max(share.first, start + (share.first - start) % share.stride)
@@ -101,21 +78,16 @@ def _ordered(plan: OrderedPlan, own: range, offset: int) -> Iterator[Step]:
     for batch in own:
         size = plan.size(batch)
         rows = np.arange(size, dtype=np.int64)
-        start = np.array([batch * plan.batch_size], dtype=np.int64)
-        chunk = Chunk(start, np.array([size], dtype=np.int64), rows, (batch,), (0, size), rows)
-        yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), (size,), 0)
+        chunk = Chunk(np.array([batch * plan.batch_size]), np.array([size]), rows, (batch,), (0, size), rows)
+        yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), 0)
 
 
 class _ShuffledSteps:
     """The steps of one reader in one pass over a shuffled plan; the picture in `shuffle` is of one of its lanes.
 
     A lane begins with a fill: the chunks that deal to its first turn, of which all but one lie before it, around the
-    start of the lane if need be. Then it advances: each turn takes one chunk more.
-
-    Args:
-        plan: The order of samples.
-        own: The batches that the reader owns, of this pass.
-        offset: Batches of the padded sequence before this pass.
+    start of the lane if need be. Then it advances: each turn takes one chunk more. `own` are the reader's batches of
+    this pass; `offset` counts the batches of the padded sequence before it.
     """
 
     def __init__(self, plan: ShufflePlan, own: range, offset: int) -> None:
@@ -182,8 +154,7 @@ class _ShuffledSteps:
             yield Load(part, targets)
 
     def _step(self, loads: list[Load], batches: list[int], fills: int = 0) -> Step:
-        numbers = tuple(self._offset + batch for batch in batches)
-        return Step(tuple(loads), numbers, tuple(self._plan.size(batch) for batch in batches), fills)
+        return Step(tuple(loads), tuple(self._offset + batch for batch in batches), fills)
 
 
 def advise_lanes(plan: ShufflePlan | OrderedPlan, share: Share) -> str | None:

@@ -2,6 +2,10 @@
 
 The samples, in file order, are cut into *super-blocks* of one block for each lane, and those are permuted, anew in each
 epoch. Each lane takes one block of each. What does not divide evenly goes to the ends of the lanes' streams.
+
+Which block that is: the digits of the lane's number, the last one first, rotated by random digits of the super-block.
+So lanes that are congruent modulo a divisor stay neighbours on disk, and which samples share a lane is another draw in
+each epoch.
 """
 
 import bisect
@@ -23,15 +27,7 @@ SUPER_BLOCKS, CHUNKS, BLOCKS = 1, 2, 3
 
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """The streams of all lanes: together, every sample once.
-
-    Attributes:
-        n_samples: Samples in the selection.
-        block_size: Samples in a block.
-        lengths: Samples of each lane.
-        seed: Seed of the order.
-        epoch: Number of the epoch.
-    """
+    """The streams of all lanes, of `lengths` samples: together, every sample once."""
 
     n_samples: int
     block_size: int
@@ -60,8 +56,14 @@ class Streams:
         return Bijection(self.n_samples // self._super_size, make_key(self.seed, self.epoch, SUPER_BLOCKS))
 
     @functools.cached_property
-    def _split(self) -> "_Split":
-        return _Split(len(self.lengths), make_key(self.seed, self.epoch, BLOCKS))
+    def _digits(self) -> list[tuple[int, int]]:
+        """The digits of a block's number in its super-block: how many values each has, and its weight."""
+        digits, weight = [], len(self.lengths)
+        while weight > 1:
+            base = next(b for b in range(2, weight + 1) if weight % b == 0)
+            weight //= base
+            digits.append((base, weight))
+        return digits
 
     def runs(self, lane: int, start: int, stop: int) -> _Runs:
         """Samples at positions start..stop-1 of a lane's stream: first sample and length of each run of them."""
@@ -86,7 +88,7 @@ class Streams:
         supers = _images(self._permutation, skipped + first, skipped + last)
         starts = supers * self._super_size
         if lane is not None:
-            starts += self._split.blocks(lane, supers) * self.block_size
+            starts += self._blocks(lane, supers) * self.block_size
         lengths = np.full(last - first, width, dtype=np.int64)
         starts[0] += start - first * width
         lengths[0] -= start - first * width
@@ -100,48 +102,18 @@ class Streams:
         if number < self._permutation.n:
             (position,) = self._permutation.inverse(np.array([number], dtype=np.int64)).tolist()
             if position < self._n_shared:
-                lane = self._split.lane(inside // self.block_size, number)
+                lane = self._lane(inside // self.block_size, number)
                 return lane, position * self.block_size + inside % self.block_size
             number = position
         extra = (number - self._n_shared) * self._super_size + inside
         lane = bisect.bisect_right(self._extra_starts, extra) - 1
         return lane, shared + extra - self._extra_starts[lane]
 
+    def _rotations(self, supers: _Int64s) -> _Int64s:
+        key = make_key(self.seed, self.epoch, BLOCKS)
+        return (hashed(supers.astype(np.uint64), key) >> np.uint64(33)).view(np.int64) % len(self.lengths)
 
-@functools.lru_cache(maxsize=16)
-def _images(permutation: Bijection, first: int, stop: int) -> _Int64s:
-    """Images of first..stop-1, kept because the lanes ask for the same ones in turn."""
-    images = permutation(np.arange(first, stop, dtype=np.int64))
-    images.setflags(write=False)
-    return images
-
-
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Which block of each super-block a lane takes.
-
-    A lane's digits, the last one first, are rotated by random digits of the super-block: lanes that are congruent
-    modulo a divisor stay neighbours on disk, and which samples share a lane is another draw in each epoch.
-
-    Attributes:
-        n_lanes: Lanes, and blocks of a super-block.
-        key: Where the random digits come from.
-    """
-
-    n_lanes: int
-    key: int
-
-    @functools.cached_property
-    def _digits(self) -> list[tuple[int, int]]:
-        """The digits of a block's number: how many values each has, and its weight."""
-        digits, weight = [], self.n_lanes
-        while weight > 1:
-            base = next(b for b in range(2, weight + 1) if weight % b == 0)
-            weight //= base
-            digits.append((base, weight))
-        return digits
-
-    def blocks(self, lane: int, supers: _Int64s) -> _Int64s:
+    def _blocks(self, lane: int, supers: _Int64s) -> _Int64s:
         """The block that a lane takes of each of the super-blocks `[m] int64`: `[m] int64`."""
         rotations = self._rotations(supers)
         blocks = np.zeros_like(supers)
@@ -150,8 +122,8 @@ class _Split:
             lane //= base
         return blocks
 
-    def lane(self, block: int, super_block: int) -> int:
-        """The inverse of `blocks`: the lane that takes a block of a super-block."""
+    def _lane(self, block: int, super_block: int) -> int:
+        """The inverse of `_blocks`: the lane that takes a block of a super-block."""
         (rotation,) = self._rotations(np.array([super_block], dtype=np.int64)).tolist()
         lane, radix = 0, 1
         for base, weight in self._digits:
@@ -159,5 +131,10 @@ class _Split:
             radix *= base
         return lane
 
-    def _rotations(self, supers: _Int64s) -> _Int64s:
-        return (hashed(supers.astype(np.uint64), self.key) >> np.uint64(33)).view(np.int64) % self.n_lanes
+
+@functools.lru_cache(maxsize=16)
+def _images(permutation: Bijection, first: int, stop: int) -> _Int64s:
+    """Images of first..stop-1, kept because the lanes ask for the same ones in turn."""
+    images = permutation(np.arange(first, stop, dtype=np.int64))
+    images.setflags(write=False)
+    return images

@@ -9,14 +9,7 @@ from saev_torch.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class FoldedWeights:
-    """Weights for raw activations; dtypes, devices and shapes as they were given.
-
-    Attributes:
-        w_enc: `[d_model, d_sae]`.
-        b_enc: `[d_sae]`.
-        w_dec: `[d_sae, d_model]`.
-        b_dec: `[d_model]`.
-    """
+    """Weights for raw activations; dtypes, devices and shapes as they were given to `fold`."""
 
     w_enc: torch.Tensor
     b_enc: torch.Tensor

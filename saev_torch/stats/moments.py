@@ -6,7 +6,6 @@ formulae and a pairwise algorithm for computing sample variances", which are exa
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Floats = NDArray[np.float64]
+_Values = NDArray[np.float32]
 
 # Small enough that BLAS starts no threads of its own, large enough that threads seldom ask for the interpreter lock.
 _BLOCK_VALUES = 128 << 10
@@ -55,12 +55,7 @@ class Moments:
 
 
 class Scratch:
-    """Memory of one thread for `measure`, and the way to sum.
-
-    Args:
-        d_model: Width of the vectors.
-        sum_vectors: See `compiled.find_sum_kernel`; None for numpy.
-    """
+    """Memory of one thread for `measure`, and the way to sum: as `compiled.find_sum_kernel`, None for numpy."""
 
     def __init__(self, d_model: int, sum_vectors: Callable[..., None] | None = None) -> None:
         self.sum_vectors = sum_vectors
@@ -70,24 +65,35 @@ class Scratch:
         self.row_ones = np.ones(self.n_rows)
         self.column_ones = np.ones(d_model)
 
+    def sum_blocks(
+        self, vectors: _Values, sums: _Floats, squares: _Floats, squared_norms: _Floats, lows: _Values, highs: _Values
+    ) -> None:
+        """Do in numpy what the compiled kernel does, but for the bounds: those of all columns are set for each."""
+        with np.errstate(all="ignore"):
+            for start in range(0, len(vectors), self.n_rows):
+                block = vectors[start : start + self.n_rows]
+                values, squared = self.values[: len(block)], self.squares[: len(block)]
+                np.copyto(values, block)
+                np.multiply(values, values, out=squared)
+                # Products with ones are the fastest sums there are.
+                ones = self.row_ones[: len(block)]
+                np.dot(squared, self.column_ones, out=squared_norms[start : start + len(block)])
+                sums += np.dot(ones, values)
+                squares += np.dot(ones, squared)
+                np.minimum(lows, block.min(), out=lows)
+                np.maximum(highs, block.max(), out=highs)
+
 
 @dataclasses.dataclass
 class Piece:
     """Sums over some vectors, or over several merged pieces.
 
     Attributes:
-        n: Vectors of finite values.
-        n_nonfinite_samples: Other vectors.
+        n: Vectors of finite values; `n_nonfinite_samples` counts the others.
+        mean, m2: `[d_model] float64`, and sum of squared deviations from it.
         n_nonfinite: Values that are not finite.
-        mean: `[d_model] float64`.
-        m2: `[d_model] float64`, sum of squared deviations from the mean.
-        norm_mean: Mean L2 norm.
-        norm_m2: Sum of squared deviations from it.
+        norm_mean, norm_m2: Mean L2 norm, and sum of squared deviations from it.
         squared: Sum of squared L2 norms.
-        low: Least value.
-        high: Greatest value.
-        norm_low: Least norm.
-        norm_high: Greatest norm.
     """
 
     n: int
@@ -173,23 +179,17 @@ class NormHistogram:
         return float(np.clip(edges[0] + inside * (edges[1] - edges[0]), low, high))
 
 
-def measure(vectors: NDArray[np.float32], scratch: Scratch) -> tuple[Piece, _Floats]:
-    """Measure some vectors, some megabytes of them.
+def measure(vectors: _Values, scratch: Scratch) -> tuple[Piece, _Floats]:
+    """Measure `[n, d_model] float32`, some megabytes of them.
 
-    Args:
-        vectors: `[n, d_model] float32`.
-        scratch: Memory that no other thread uses at the same time.
-
-    Returns:
-        Their piece, and the L2 norms `[n] float64` of those whose values are all finite.
+    Found are their piece, and the L2 norms `[n] float64` of those whose values are all finite.
     """
     n, d_model = vectors.shape
     total, total_squares = np.zeros(d_model), np.zeros(d_model)
     squared_norms = np.empty(n)
     lows = np.full(d_model, np.inf, dtype=np.float32)
     highs = -lows
-    sum_vectors = scratch.sum_vectors or functools.partial(_sum_blocks, scratch)
-    sum_vectors(vectors, total, total_squares, squared_norms, lows, highs)
+    (scratch.sum_vectors or scratch.sum_blocks)(vectors, total, total_squares, squared_norms, lows, highs)
     # The square of a float32 is finite in float64, so a sum is if all its values are.
     is_finite = np.isfinite(squared_norms)
     if not is_finite.all():
@@ -222,32 +222,7 @@ def measure(vectors: NDArray[np.float32], scratch: Scratch) -> tuple[Piece, _Flo
     return piece, norms
 
 
-def _sum_blocks(
-    scratch: Scratch,
-    vectors: NDArray[np.float32],
-    sums: _Floats,
-    squares: _Floats,
-    squared_norms: _Floats,
-    lows: NDArray[np.float32],
-    highs: NDArray[np.float32],
-) -> None:
-    """Do in numpy what the compiled kernel does, but for the bounds: those of all columns are set for each."""
-    with np.errstate(all="ignore"):
-        for start in range(0, len(vectors), scratch.n_rows):
-            block = vectors[start : start + scratch.n_rows]
-            values, squared = scratch.values[: len(block)], scratch.squares[: len(block)]
-            np.copyto(values, block)
-            np.multiply(values, values, out=squared)
-            # Products with ones are the fastest sums there are.
-            ones = scratch.row_ones[: len(block)]
-            np.dot(squared, scratch.column_ones, out=squared_norms[start : start + len(block)])
-            sums += np.dot(ones, values)
-            squares += np.dot(ones, squared)
-            np.minimum(lows, block.min(), out=lows)
-            np.maximum(highs, block.max(), out=highs)
-
-
-def _deviations(vectors: NDArray[np.float32], mean: _Floats, columns: NDArray[Any], scratch: Scratch) -> _Floats:
+def _deviations(vectors: _Values, mean: _Floats, columns: NDArray[Any], scratch: Scratch) -> _Floats:
     """Sums of squared deviations of some columns."""
     total = np.zeros(len(columns))
     all_of_them = len(columns) > len(mean) // 2

@@ -1,29 +1,36 @@
 """Statistics of stored activations: one streaming pass over a selection, or a seeded sample of it.
 
-They are kept in a user's cache folder under a fingerprint of the files and the selection, never beside the shards.
-The same data give the same numbers, bit for bit, for any number of threads.
+They are kept in a user's cache folder under a fingerprint of the files and the selection, never beside the shards: as
+an npz file of plain arrays, which is never unpickled. A file that is damaged, or that was made from something else, is
+made again. The same data give the same numbers, bit for bit, for any number of threads.
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import io
+import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
-from saev_torch.errors import ConfigError, FormatError
+from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
+from saev_torch.format.files import fingerprint, write_atomic, writing
+from saev_torch.format.shards import LABELS_NAME
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
-from saev_torch.stats.cached import get_or_make, load_arrays, make_fingerprint, save_arrays
 from saev_torch.stats.moments import Moments
-from saev_torch.stats.streaming import Pass
+from saev_torch.stats.streaming import Pass, Progress
 
-_Int64s = NDArray[np.int64]
+_log = logging.getLogger("saev_torch")
 
 _VERSION = 1
 _SAMPLE = 3
@@ -31,6 +38,9 @@ _SAMPLE = 3
 _N_THREADS = 16
 _MAX_FULL_NBYTES = 16 << 30
 _N_SAMPLED = 1 << 18
+
+_COLUMNS = ("mean", "variance")
+_SCALARS: dict[str, Any] = {x.name: x.type for x in dataclasses.fields(Moments) if x.type in (int, float)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +93,16 @@ class Statistics:
         Raises:
             WriteError: The file cannot be written.
         """
-        save_arrays(path, self.fingerprint, _to_arrays(self))
+        everything = [self.total, *self.groups.values()]
+        arrays = {name: np.array([getattr(m, name) for m in everything]) for name in (*_COLUMNS, *_SCALARS)}
+        arrays["norm_quantiles"] = np.array([list(m.norm_quantiles.items()) for m in everything])
+        arrays["layers"] = np.array([layer for layer, _ in self.groups], dtype=np.int64)
+        arrays["is_content"] = np.array([kind == "content" for _, kind in self.groups], dtype=np.bool_)
+        arrays["n_selected"] = np.array(self.n_selected, dtype=np.int64)
+        arrays["fingerprint"] = np.array(self.fingerprint)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        write_atomic(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
@@ -93,43 +112,22 @@ class Statistics:
             FormatError: It is another kind of file, or of another version.
             ShardsNotFoundError: There is no such file.
         """
-        return _from_arrays(path, *load_arrays(path))
-
-
-_COLUMNS = ("mean", "variance")
-_SCALARS = (
-    "n_samples", "n_nonfinite_samples", "share_nonfinite", "mean_norm", "std_norm", "mean_squared_norm", "min", "max",
-)  # fmt: skip
-_COUNTS = ("n_samples", "n_nonfinite_samples")
-
-
-def _to_arrays(statistics: Statistics) -> dict[str, NDArray[Any]]:
-    everything = [statistics.total, *statistics.groups.values()]
-    arrays: dict[str, NDArray[Any]] = {
-        name: np.array([getattr(m, name) for m in everything]) for name in (*_COLUMNS, *_SCALARS)
-    }
-    arrays["norm_quantiles"] = np.array([list(m.norm_quantiles.items()) for m in everything])
-    arrays["layers"] = np.array([layer for layer, _ in statistics.groups], dtype=np.int64)
-    arrays["is_content"] = np.array([kind == "content" for _, kind in statistics.groups], dtype=np.bool_)
-    arrays["n_selected"] = np.array(statistics.n_selected, dtype=np.int64)
-    return arrays
-
-
-def _to_moments(arrays: dict[str, NDArray[Any]], i: int) -> Moments:
-    fields: dict[str, Any] = {name: arrays[name][i] for name in _COLUMNS}
-    fields |= {name: (int if name in _COUNTS else float)(arrays[name][i]) for name in _SCALARS}
-    return Moments(**fields, norm_quantiles={float(q): float(norm) for q, norm in arrays["norm_quantiles"][i]})
-
-
-def _from_arrays(path: Path, fingerprint: str, arrays: dict[str, NDArray[Any]]) -> Statistics:
-    try:
-        everything = [_to_moments(arrays, i) for i in range(1 + len(arrays["layers"]))]
-        kinds = ["content" if x else "special" for x in arrays["is_content"]]
-        names = zip(arrays["layers"].tolist(), kinds, strict=True)
-        groups = dict(zip(names, everything[1:], strict=True))
-        return Statistics(everything[0], groups, int(arrays["n_selected"]), fingerprint)
-    except (KeyError, IndexError, TypeError, ValueError) as err:
-        raise FormatError(f"{path}: expected statistics of saev_torch, got something else ({err}); delete it.") from err
+        try:
+            # Opened here, because numpy leaves a file open that turns out to be no archive.
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            everything = []
+            for i, quantiles in enumerate(arrays["norm_quantiles"]):
+                fields = {name: arrays[name][i] for name in _COLUMNS}
+                fields |= {name: kind(arrays[name][i]) for name, kind in _SCALARS.items()}
+                everything.append(Moments(**fields, norm_quantiles={float(q): float(norm) for q, norm in quantiles}))
+            labelled = zip(arrays["layers"].tolist(), arrays["is_content"], everything[1:], strict=True)
+            groups = {(layer, "content" if x else "special"): moments for layer, x, moments in labelled}
+            return cls(everything[0], groups, int(arrays["n_selected"]), str(arrays["fingerprint"]))
+        except FileNotFoundError as err:
+            raise ShardsNotFoundError(f"{path}: expected a file of Statistics.save(), but there is none.") from err
+        except (OSError, LookupError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as err:
+            raise FormatError(f"{path}: expected npz of saev_torch, got something else ({err}); delete it.") from err
 
 
 def compute_statistics(
@@ -164,64 +162,104 @@ def compute_statistics(
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
     ignore_labels = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
-    store = ShardStore(cfg.shards)
-    try:
+    with contextlib.closing(ShardStore(cfg.shards)) as store:
         selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, Labels(store).of_examples)
-        return _compute(store, selection, ignore_labels, n_sampled, seed, n_threads, cache, progress)
-    finally:
-        store.close()
-
-
-def _compute(
-    store: ShardStore,
-    selection: Selection,
-    ignore_labels: Sequence[int],
-    n_sampled: int | None,
-    seed: int = 0,
-    n_threads: int = _N_THREADS,
-    cache: bool | Path = True,
-    progress: Callable[[int, int], None] | None = None,
-    is_only: bool = True,
-) -> Statistics:
-    what = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, sorted(set(ignore_labels))]
-    if n_sampled is not None and n_sampled < selection.n_samples:
-        what += [n_sampled, seed]
-    else:
-        n_sampled = None
-    fingerprint = make_fingerprint(store, repr(what))
-
-    def run() -> dict[str, NDArray[Any]]:
-        samples = None if n_sampled is None else _draw(selection.n_samples, n_sampled, seed)
-        total, groups = Pass(store, selection, samples, progress, is_only).run(n_threads)
-        return _to_arrays(Statistics(total, groups, selection.n_samples * selection.n_parts, fingerprint))
-
-    path, arrays = get_or_make(store.shards_dir, "statistics", fingerprint, cache, run)
-    return _from_arrays(path, fingerprint, arrays)
+        return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
 
 
 def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) -> float:
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
 
-    Args:
-        cfg: The config.
-        store: The shards; it is closed when they are measured.
-        selection: What the config selects of them.
-
-    Raises:
-        FormatError: These activations cannot be scaled.
+    The store is closed when it is measured. Activations that cannot be scaled raise a `FormatError`.
     """
     n_sampled = cfg.scale_samples
     if n_sampled is None:
         md = store.metadata
         nbytes = md.n_examples * md.tokens_per_example * md.row_nbytes * len(selection.layer_idxs)
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
-    selection = selection.reading_with(Labels(store).of_examples)
-    try:
+    with contextlib.closing(store):
         # The epoch that follows finds in the page cache what was read for this.
-        return _compute(store, selection, cfg.ignore_labels, n_sampled, is_only=False).scale
-    finally:
-        store.close()
+        return _compute(store, selection.reading_with(Labels(store).of_examples), n_sampled, is_only=False).scale
 
 
-def _draw(n: int, n_sampled: int, seed: int) -> _Int64s:
-    return np.sort(Bijection(n, make_key(seed, _SAMPLE))(np.arange(n_sampled, dtype=np.int64)))
+def _compute(
+    store: ShardStore,
+    selection: Selection,
+    n_sampled: int | None,
+    seed: int = 0,
+    n_threads: int = _N_THREADS,
+    cache: bool | Path = True,
+    progress: Progress | None = None,
+    is_only: bool = True,
+) -> Statistics:
+    """Find kept statistics, or make and keep them; of several processes that ask at once, one makes them."""
+    ignored = sorted(set(selection.ignore_labels))
+    what = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, ignored]
+    if n_sampled is not None and n_sampled < selection.n_samples:
+        what += [n_sampled, seed]
+    else:
+        n_sampled = None
+    names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
+    made_from = fingerprint(store.shards_dir, names, f"{store.metadata.hash}\0{what!r}".encode())[:32]
+
+    def make() -> Statistics:
+        samples = None
+        if n_sampled is not None:
+            draw = Bijection(selection.n_samples, make_key(seed, _SAMPLE))
+            samples = np.sort(draw(np.arange(n_sampled, dtype=np.int64)))
+        total, groups = Pass(store, selection, samples, progress, is_only).run(n_threads)
+        return Statistics(total, groups, selection.n_samples * selection.n_parts, made_from)
+
+    if cache is False:
+        return make()
+    folder = _cache_dir() if cache is True else Path(cache)
+    if folder.resolve().is_relative_to(store.shards_dir.resolve()):
+        raise ConfigError(
+            f"cache: expected a folder outside {store.shards_dir}, got {folder}; shards are never written to."
+        )
+    path = folder / f"statistics-{made_from}.npz"
+    if (found := _load_matching(path, made_from)) is not None:
+        return found
+    with _locked(path):
+        if (found := _load_matching(path, made_from)) is not None:
+            return found
+        made = make()
+        try:
+            made.save(path)
+        except WriteError as err:
+            _log.warning("%s; the result is not kept, and will be computed again.", err)
+        return made
+
+
+def _cache_dir() -> Path:
+    """The user's cache folder for this package: `$XDG_CACHE_HOME/saev_torch`, else `~/.cache/saev_torch`.
+
+    See the XDG Base Directory Specification, which says that a relative path there is to be ignored.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "saev_torch"
+
+
+def _load_matching(path: Path, made_from: str) -> Statistics | None:
+    try:
+        found = Statistics.load(path)
+    except ShardsNotFoundError:
+        return None
+    except FormatError as err:
+        _log.warning("%s It is made again.", err)
+        return None
+    return found if found.fingerprint == made_from else None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that is being made; without one where the folder cannot have it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            with writing(path):
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except WriteError as err:
+            _log.warning("%s; other processes may compute the same.", err)
+        yield

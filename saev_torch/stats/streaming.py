@@ -1,8 +1,8 @@
 """One pass over stored vectors: threads that read, and measure what they read while it is still in their cache."""
 
-import dataclasses
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +22,9 @@ from saev_torch.stats.moments import Moments, NormHistogram, Piece, Scratch, mea
 
 _Int64s = NDArray[np.int64]
 
+Progress = Callable[[int, int], None]
+"""Called with the samples measured and the samples in all."""
+
 # What is planned, read and measured at once: large enough that Python's part does not count, less than caches hold.
 _TASK_NBYTES = 8 << 20
 # To compile takes some tenths of a second, as measuring a few of these does without it. A fixed size, so that the same
@@ -29,68 +32,44 @@ _TASK_NBYTES = 8 << 20
 _MIN_COMPILED_NBYTES = 1 << 30
 
 
-@dataclasses.dataclass
-class _Part:
-    """What a thread measured of one group, in one task."""
-
-    group: int
-    piece: Piece
-    norms: NDArray[np.float64]
-
-
 class Pass:
     """One pass over samples, by threads. Their pieces are merged in the order of the samples, so sums do not vary.
 
     Args:
-        store: Where to read from.
-        selection: Which samples there are.
         samples: Numbers of the samples to measure, ascending; None for all.
-        progress: Called with the samples measured and the samples in all.
         is_only: Whether the data may not be read again.
     """
 
     def __init__(
-        self,
-        store: ShardStore,
-        selection: Selection,
-        samples: _Int64s | None,
-        progress: Callable[[int, int], None] | None,
-        is_only: bool,
+        self, store: ShardStore, selection: Selection, samples: _Int64s | None, progress: Progress | None, is_only: bool
     ) -> None:
         self._selection, self._samples, self._progress = selection, samples, progress
         self._n = selection.n_samples if samples is None else len(samples)
-        sample_nbytes = selection.sample_nbytes
-        self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
-        self._sum_vectors = find_sum_kernel() if self._n * sample_nbytes >= _MIN_COMPILED_NBYTES else None
+        self._per_task = max(1, _TASK_NBYTES // selection.sample_nbytes)
+        self._sum_vectors = find_sum_kernel() if self._n * selection.sample_nbytes >= _MIN_COMPILED_NBYTES else None
         self._source = Source(store, reads_past_cache(store, selection, is_only, Spot()))
         # What a thread reads to and measures with.
         self._threads = threading.local()
         self._lock = threading.Lock()
         self._next_merged = 0
-        self._done: dict[int, list[_Part]] = {}
-        n_groups = 2 * len(selection.layer_idxs)
-        self._pieces = [Piece.empty(selection.md.d_model) for _ in range(n_groups)]
-        self._histograms: list[NormHistogram | None] = [None] * n_groups
+        self._done: dict[int, list[tuple[int, Piece, NDArray[np.float64]]]] = {}
+        self._pieces = defaultdict[int, Piece](functools.partial(Piece.empty, selection.md.d_model))
+        self._histograms = defaultdict[int, NormHistogram](NormHistogram)
 
     def run(self, n_threads: int) -> tuple[Moments, dict[tuple[int, str], Moments]]:
-        """Measure.
-
-        Returns:
-            Moments of all vectors, and those by (recorded layer, "special" or "content").
-        """
+        """Measure: moments of all vectors, and those by (recorded layer, "special" or "content")."""
         n_tasks = -(-self._n // self._per_task)
         tasks = (Task(functools.partial(self._measure, number)) for number in range(n_tasks))
         # All cores: where there are several ranks, the others wait for the result.
-        pace = Pace(count_cores())
-        run_tasks("saev_torch statistics", n_threads, pace, self._source.open_reader, tasks)
+        run_tasks("saev_torch statistics", n_threads, Pace(count_cores()), self._source.open_reader, tasks)
         total, counts = Piece.empty(self._selection.md.d_model), NormHistogram()
         groups = {}
-        for i, (piece, histogram) in enumerate(zip(self._pieces, self._histograms, strict=True)):
-            if histogram is not None:
-                layer = self._selection.md.layers[self._selection.layer_idxs[i // 2]]
-                groups[layer, "content" if i % 2 else "special"] = piece.moments(histogram)
-                total.merge(piece)
-                counts.counts += histogram.counts
+        for i, piece in sorted(self._pieces.items()):
+            histogram = self._histograms[i]
+            layer = self._selection.md.layers[self._selection.layer_idxs[i // 2]]
+            groups[layer, "content" if i % 2 else "special"] = piece.moments(histogram)
+            total.merge(piece)
+            counts.counts += histogram.counts
         return total.moments(counts), groups
 
     def _measure(self, number: int, reader: Reader) -> None:
@@ -99,25 +78,18 @@ class Pass:
             mine.scratch = Scratch(md.d_model, self._sum_vectors)
             shape = (self._per_task * self._selection.n_parts, md.d_model)
             mine.buffer = np.empty(shape, dtype=md.value_type.storage)
-        extents, groups = _plan(self._selection, self._samples_of(number), mine.buffer.ctypes.data)
-        reader.read(extents, 0, len(extents.nbytes))
-        self._merge(number, [_Part(g, *measure(mine.buffer[start:stop], mine.scratch)) for g, start, stop in groups])
-
-    def _samples_of(self, task: int) -> _Int64s:
-        start = task * self._per_task
+        start = number * self._per_task
         stop = min(self._n, start + self._per_task)
-        return np.arange(start, stop, dtype=np.int64) if self._samples is None else self._samples[start:stop]
-
-    def _merge(self, task: int, parts: list[_Part]) -> None:
+        samples = np.arange(start, stop, dtype=np.int64) if self._samples is None else self._samples[start:stop]
+        extents, groups = _plan(self._selection, samples, mine.buffer.ctypes.data)
+        reader.read(extents, 0, len(extents.nbytes))
+        measured = [(group, *measure(mine.buffer[rows], mine.scratch)) for group, rows in groups]
         with self._lock:
-            self._done[task] = parts
+            self._done[number] = measured
             while self._next_merged in self._done:
-                for part in self._done.pop(self._next_merged):
-                    histogram = self._histograms[part.group]
-                    if histogram is None:
-                        histogram = self._histograms[part.group] = NormHistogram()
-                    histogram.add(part.norms)
-                    self._pieces[part.group].merge(part.piece)
+                for group, piece, norms in self._done.pop(self._next_merged):
+                    self._pieces[group].merge(piece)
+                    self._histograms[group].add(norms)
                 self._next_merged += 1
             progress, self._progress = self._progress, None
             if progress is not None:
@@ -126,12 +98,8 @@ class Pass:
                 self._progress = progress
 
 
-def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents, list[tuple[int, int, int]]]:
-    """Work out how to read samples to an address with the rows of each group side by side.
-
-    Returns:
-        What to read, and the groups as (group, first row, stop).
-    """
+def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents, list[tuple[int, slice]]]:
+    """Work out how to read samples to an address with the rows of each group side by side, and which rows those are."""
     md = selection.md
     cells = selection.cells(samples)
     _, layers, tokens = selection.split(cells)
@@ -149,5 +117,5 @@ def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents
         in_order = places.copy()
         places[np.argsort(group, kind="stable")] = in_order
     ends = np.cumsum(counts).tolist()
-    groups = [(g, ends[g] - n, ends[g]) for g, n in enumerate(counts.tolist()) if n]
+    groups = [(g, slice(ends[g] - n, ends[g])) for g, n in enumerate(counts.tolist()) if n]
     return make_extents(shards, rows, places, row_nbytes), groups
