@@ -18,17 +18,12 @@ def memory() -> tuple[int, int, int | None]:
         That of the machine, what can be had without swapping (the page cache included, within the group's limit), and
         the limit of the control group, None without one.
     """
-    total, available = _memory()
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(fields[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
     limit, used = _memory_limit()
     if limit is not None:
         available = min(available, max(0, limit - used))
     return total, available, limit
-
-
-def _memory() -> tuple[int, int]:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(fields[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
-    return total, available
 
 
 def _groups(controller: str) -> Iterator[Path]:

@@ -35,10 +35,6 @@ def above_zero(text: str) -> float:
 
 
 def check_new_file(option: str, path: Path | None) -> None:
-    """Check now, and not after all the work, that a file can be made.
-
-    Raises:
-        ConfigError: It has no folder.
-    """
+    """Refuse a file that has no folder now, and not after all the work."""
     if path is not None and not path.absolute().parent.is_dir():
         raise ConfigError(f"{option}: expected a file in a folder that exists, got {path}; make the folder first.")
