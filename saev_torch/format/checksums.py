@@ -38,7 +38,7 @@ _KEYS = {"version", "algorithm", "acts", "labels", "files", "crc32"}
 
 
 def find_algorithm(name: str) -> Callable[[memoryview], int]:
-    """Find the function for "crc32" or "xxh3", bytes to 32 bits; `ConfigError` where the package `xxhash` is missing."""
+    """Find the function for "crc32" or "xxh3", from bytes to 32 bits; `ConfigError` if `xxhash` is missing."""
     if name == "crc32":
         return zlib.crc32
     if xxh3_64_intdigest is None:
@@ -97,14 +97,13 @@ class Checksums:
 
     def dump(self, shards_dir: Path, metadata_json: bytes) -> None:
         """Write checksums.json, with those of shards.json, which is there, and of metadata.json, which will be."""
-        self.files = {METADATA_NAME: zlib.crc32(metadata_json)}
-        self.files[SHARDS_NAME] = zlib.crc32((shards_dir / SHARDS_NAME).read_bytes())
+        files = {METADATA_NAME: metadata_json, SHARDS_NAME: (shards_dir / SHARDS_NAME).read_bytes()}
         obj: dict[str, Any] = {
             "version": _VERSION,
             "algorithm": self.algorithm,
             "acts": _to_hex(self.acts),
             "labels": None if self.labels is None else _to_hex(self.labels),
-            "files": {name: f"{crc:08x}" for name, crc in self.files.items()},
+            "files": {name: f"{zlib.crc32(data):08x}" for name, data in files.items()},
         }
         obj["crc32"] = _own_crc(obj)
         write_atomic(shards_dir / CHECKSUMS_NAME, json.dumps(obj, indent=2).encode())

@@ -217,11 +217,11 @@ class Metadata:
     @property
     def hash(self) -> str:
         """Name of the directory: 8 hex digits of a SHA-256 (all 64 for protocols before 2.1)."""
+        obj = self._json_object()
         if self.protocol == PROTOCOL:
             # saev asks orjson to sort keys, but orjson sorts no dataclass fields: every directory in the world is
             # named by the fields in the order of their declaration.
-            return hashlib.sha256(orjson.dumps(self._json_object())).hexdigest()[:8]
-        obj = self._json_object()
+            return hashlib.sha256(orjson.dumps(obj)).hexdigest()[:8]
         return self._recorded_hash or _old_hash({old: obj[new] for old, new in _OLD_NAMES.items()})
 
     @property

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = find_best(md, cfg, int(args.memory_gib * _GIB), args.readers, least)
     else:
         chosen = predict(md, cfg, args.readers)
-    sys.stdout.write(describe(chosen))
+    sys.stdout.write(_describe(chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
         from saev_torch.tools.figure import draw_mixtures, draw_plan, save
@@ -89,16 +89,14 @@ def _others(md: Metadata, cfg: ShuffledConfig, n_readers: int) -> list[Predictio
     ]
 
 
-def describe(found: Prediction) -> str:
-    """Say it in a few lines."""
-    cfg = found.cfg
-    rows = [
-        ("configuration", f"batch_size={cfg.batch_size}, buffer_size={cfg.buffer_size}, n_lanes={cfg.n_lanes}, "
-                          f"block_size={cfg.block_size}"),
-        ("readers", f"{found.n_readers} (ranks x workers)"),
-        ("distinct examples", f"{found.distinct_examples:,.0f} in a batch; a uniform draw has "
-                              f"{found.uniform_distinct:,.0f}: quality {found.quality:.3f}"),
-        ("reads", f"{found.read_nbytes / 1024:,.0f} KiB on average; {found.read_per_byte:.2f} bytes for each one used"),
-        ("memory", f"{found.memory_nbytes / _GIB:.2f} GiB of batches in all readers, besides what processes take"),
-    ]  # fmt: skip
-    return "".join(f"{name + ':':<19}{text}\n" for name, text in rows)
+def _describe(found: Prediction) -> str:
+    options = ("batch_size", "buffer_size", "n_lanes", "block_size")
+    uniform = f"a uniform draw has {found.uniform_distinct:,.0f}: quality {found.quality:.3f}"
+    rows = {
+        "configuration": ", ".join(f"{name}={getattr(found.cfg, name)}" for name in options),
+        "readers": f"{found.n_readers} (ranks x workers)",
+        "distinct examples": f"{found.distinct_examples:,.0f} in a batch; {uniform}",
+        "reads": f"{found.read_nbytes / 1024:,.0f} KiB on average; {found.read_per_byte:.2f} bytes for each one used",
+        "memory": f"{found.memory_nbytes / _GIB:.2f} GiB of batches in all readers, besides what processes take",
+    }
+    return "".join(f"{name + ':':<19}{text}\n" for name, text in rows.items())
