@@ -34,15 +34,12 @@ def _groups(controller: str) -> Iterator[Path]:
         return
     for line in lines:
         number, controllers, name = line.split(":", 2)
-        if number == "0" and not controllers:
-            root = _CGROUP_ROOT
-        elif controller in controllers.split(","):
-            root = _CGROUP_ROOT / controller
-        else:
-            continue
-        group = root / name.strip("/")
-        # In a container the name may be that of the host: the root is what is seen of it there.
-        yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+        is_version_2 = number == "0" and not controllers
+        if is_version_2 or controller in controllers.split(","):
+            root = _CGROUP_ROOT if is_version_2 else _CGROUP_ROOT / controller
+            group = root / name.strip("/")
+            # In a container the name may be that of the host: the root is what is seen of it there.
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 
 
 def _number(path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """`python -m saev_torch repack DIR ROOT`: fewer layers, another shard size, a subset of the examples."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -73,17 +74,15 @@ def repack(
         raise ConfigError("layers, examples, max_tokens_per_shard: expected a change, got what the source has.")
     source = _Examples(store, [old.layers.index(layer) for layer in layers])
     n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
-    try:
-        with (
-            ShardWriter(Path(shards_root), new) as writer,
-            Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
-        ):
-            for start in range(0, len(chosen), n_fit):
-                acts, labels = source.read(np.array(chosen[start : start + n_fit], dtype=np.int64))
-                writer.write_batch(acts, start, labels)
-                bar.update(acts.nbytes)
-    finally:
-        store.close()
+    with (
+        contextlib.closing(store),
+        ShardWriter(Path(shards_root), new) as writer,
+        Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
+    ):
+        for start in range(0, len(chosen), n_fit):
+            acts, labels = source.read(np.array(chosen[start : start + n_fit], dtype=np.int64))
+            writer.write_batch(acts, start, labels)
+            bar.update(acts.nbytes)
     return writer.shards_dir
 
 

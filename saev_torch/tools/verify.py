@@ -194,12 +194,9 @@ class _Verification:
         source = Source(ShardStore.of(self.shards_dir, self.md, self.info))
         pieces = itertools.chain.from_iterable(map(self._cut, files))
         at_once = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
-        try:
-            with Progress(nbytes, "verifying", "B", progress) as bar:
-                tasks = (Task(functools.partial(self._read_and_check, some, bar)) for some in at_once)
-                run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
-        finally:
-            source.store.close()
+        with contextlib.closing(source.store), Progress(nbytes, "verifying", "B", progress) as bar:
+            tasks = (Task(functools.partial(self._read_and_check, some, bar)) for some in at_once)
+            run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
 
     def _cut(self, file: _File) -> Iterator[_Piece]:
         width = self.md.content_tokens_per_example if file.idx == LABELS_IDX else self.md.example_nbytes
