@@ -67,14 +67,7 @@ def block_checksums(
 
 @dataclasses.dataclass
 class Checksums:
-    """The checksums of a directory.
-
-    Attributes:
-        acts: `[n_examples, n_layers] uint32`.
-        labels: `[n_examples] uint32`, or None.
-        files: CRC-32 of whole small files, by name.
-        algorithm: Of activations and labels.
-    """
+    """The checksums of a directory: `acts` `[n_examples, n_layers]`, `labels` `[n_examples]`, and CRC-32 of `files`."""
 
     acts: npt.NDArray[np.uint32]
     labels: npt.NDArray[np.uint32] | None
