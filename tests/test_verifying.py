@@ -114,6 +114,14 @@ def test_a_missing_file(shards_dir, name):
     assert [fault.file for fault in verify(shards_dir).faults] == [name]
 
 
+def test_a_table_that_never_answers(shards_dir):
+    """The table is a FIFO, and there are checksums to compare it with."""
+    (shards_dir / "shards.json").unlink()
+    os.mkfifo(shards_dir / "shards.json")
+    (fault,) = verify(shards_dir).faults
+    assert "got a FIFO" in fault.what
+
+
 def test_a_directory_of_saev(make_shards):
     """No sidecar: sizes only, and values on request."""
     report = verify(make_shards())

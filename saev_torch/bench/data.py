@@ -13,7 +13,7 @@ from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata
 from saev_torch.reading.store import ShardStore
-from saev_torch.tools.overview import count_labels
+from saev_torch.tools.inspect import count_labels
 from saev_torch.writing.writer import ShardWriter
 
 D_MODEL = 768

@@ -37,16 +37,8 @@ _VERSION = 1
 _KEYS = {"version", "algorithm", "acts", "labels", "files", "crc32"}
 
 
-def _xxh3(block: memoryview) -> int:
-    return xxh3_64_intdigest(block) & 0xFFFFFFFF
-
-
 def find_algorithm(name: str) -> Callable[[memoryview], int]:
-    """Find the function for an algorithm: bytes to 32 bits.
-
-    Raises:
-        ConfigError: It is xxh3, and the package `xxhash` is not installed.
-    """
+    """Find the function for "crc32" or "xxh3", from bytes to 32 bits; `ConfigError` if `xxhash` is missing."""
     if name == "crc32":
         return zlib.crc32
     if xxh3_64_intdigest is None:
@@ -54,21 +46,16 @@ def find_algorithm(name: str) -> Callable[[memoryview], int]:
             "checksums.json: expected the package xxhash, because the checksums are xxh3, got none; "
             "pip install 'saev_torch[checksums]'."
         )
-    return _xxh3
+    return lambda block: xxh3_64_intdigest(block) & 0xFFFFFFFF
 
 
 def block_checksums(
     acts: npt.NDArray[np.float32], labels: npt.NDArray[np.uint8] | None, algorithm: str = ALGORITHM
 ) -> bytes:
-    """Compute the checksums of examples, packed: those of all layers, then those of the labels.
+    """Compute the checksums of examples, packed as big-endian 32-bit numbers: of all layers, then of the labels.
 
-    Args:
-        acts: [batch, n_layers, tokens_per_example, d_model] float32, contiguous.
-        labels: [batch, content_tokens_per_example] uint8, contiguous, or None.
-        algorithm: "xxh3" or "crc32".
-
-    Returns:
-        Big-endian 32-bit numbers: batch x n_layers of them, and batch more if there are labels.
+    `acts` are `[batch, n_layers, tokens_per_example, d_model]`, `labels` `[batch, content_tokens_per_example]` or None,
+    both contiguous: batch x n_layers numbers, and batch more if there are labels.
     """
     blocks = acts.reshape(acts.shape[0] * acts.shape[1], -1)
     checksum = find_algorithm(algorithm)
@@ -80,14 +67,7 @@ def block_checksums(
 
 @dataclasses.dataclass
 class Checksums:
-    """The checksums of a directory.
-
-    Attributes:
-        acts: [n_examples, n_layers] uint32.
-        labels: [n_examples] uint32, or None.
-        files: CRC-32 of whole small files, by name.
-        algorithm: "xxh3" or "crc32", for activations and labels.
-    """
+    """The checksums of a directory: `acts` `[n_examples, n_layers]`, `labels` `[n_examples]`, and CRC-32 of `files`."""
 
     acts: npt.NDArray[np.uint32]
     labels: npt.NDArray[np.uint32] | None
@@ -101,11 +81,7 @@ class Checksums:
         return cls(acts, np.zeros(md.n_examples, dtype=np.uint32) if has_labels else None)
 
     def fill(self, start: int, stop: int, packed: bytes) -> None:
-        """Fill in examples `start..stop` from what `block_checksums` returned for them.
-
-        Raises:
-            ValueError: Not as many as that takes.
-        """
+        """Fill in examples `start..stop` from what `block_checksums` returned for them."""
         sums = np.frombuffer(packed, dtype=">u4")
         n_acts = (stop - start) * self.acts.shape[1]
         self.acts[start:stop] = sums[:n_acts].reshape(stop - start, -1)
@@ -113,35 +89,24 @@ class Checksums:
             self.labels[start:stop] = sums[n_acts:].reshape(stop - start)
 
     def dump(self, shards_dir: Path, metadata_json: bytes) -> None:
-        """Write checksums.json, with those of shards.json, which is there, and of metadata.json, which will be.
-
-        Raises:
-            WriteError: The operating system refused.
-        """
-        self.files = {METADATA_NAME: zlib.crc32(metadata_json)}
-        self.files[SHARDS_NAME] = zlib.crc32((shards_dir / SHARDS_NAME).read_bytes())
+        """Write checksums.json, with those of shards.json, which is there, and of metadata.json, which will be."""
+        files = {METADATA_NAME: metadata_json, SHARDS_NAME: (shards_dir / SHARDS_NAME).read_bytes()}
         obj: dict[str, Any] = {
             "version": _VERSION,
             "algorithm": self.algorithm,
             "acts": _to_hex(self.acts),
             "labels": None if self.labels is None else _to_hex(self.labels),
-            "files": {name: f"{crc:08x}" for name, crc in self.files.items()},
+            "files": {name: f"{zlib.crc32(data):08x}" for name, data in files.items()},
         }
         obj["crc32"] = _own_crc(obj)
         write_atomic(shards_dir / CHECKSUMS_NAME, json.dumps(obj, indent=2).encode())
 
     @classmethod
     def load(cls, shards_dir: Path, md: Metadata) -> "Checksums":
-        """Load the checksums of a directory.
-
-        Raises:
-            ShardsNotFoundError: There is no checksums.json.
-            FormatError: It is damaged, or of another version, or not for this metadata.
-            ReadError: It could not be read.
-        """
-        path = Path(shards_dir) / CHECKSUMS_NAME
+        """Load them; `FormatError` if they are damaged, of another version, or not for this metadata."""
+        path = shards_dir / CHECKSUMS_NAME
         n_blocks = md.n_examples * (md.n_layers + 1)
-        obj = read_json(Path(shards_dir), CHECKSUMS_NAME, max_bytes=8 * n_blocks + 4096)
+        obj = read_json(shards_dir, CHECKSUMS_NAME, max_bytes=8 * n_blocks + 4096)
         if not isinstance(obj, dict) or set(obj) != _KEYS or obj["crc32"] != _own_crc(obj):
             raise FormatError(f"{path}: expected what the writer left, got a file that was changed; copy it again")
         if obj["version"] != _VERSION or obj["algorithm"] not in ("crc32", "xxh3"):

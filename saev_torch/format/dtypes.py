@@ -4,13 +4,7 @@ from typing import NamedTuple
 
 
 class ValueType(NamedTuple):
-    """A type of stored values.
-
-    Attributes:
-        name: What metadata.json calls it, and torch, too: `getattr(torch, name)`.
-        storage: What numpy calls the bytes of a file, little-endian.
-        nbytes: Bytes of one value.
-    """
+    """A type of values: its name, also in torch, what numpy calls its little-endian bytes, and how many they are."""
 
     name: str
     storage: str

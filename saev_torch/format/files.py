@@ -64,11 +64,7 @@ def first_repeated(names: Iterable[str]) -> str | None:
 
 
 def check_name(name: object) -> str:
-    """Return `name` if it is a plain file name, which cannot lead out of a directory.
-
-    Raises:
-        FormatError: It is not a string, is empty, `.` or `..`, holds `/` or NUL, or is no possible file name.
-    """
+    """Return `name` if it is a plain file name, which cannot lead out of a directory; else raise `FormatError`."""
     if not isinstance(name, str):
         raise FormatError(f"name: expected a file name, got {short(name)}")
     if name in ("", ".", "..") or "/" in name or "\0" in name:
@@ -85,12 +81,7 @@ def check_name(name: object) -> str:
 def open_regular(directory: Path, name: str) -> int:
     """Open a regular file of a directory for reading, whatever a stranger may have put in its place.
 
-    Args:
-        directory: The directory, trusted; may itself be reached through links.
-        name: A plain file name in it, untrusted.
-
-    Returns:
-        A file descriptor, which the caller closes.
+    The directory is trusted, and may itself be reached through links; the name is not. The caller closes what it gets.
 
     Raises:
         FormatError: The name is not plain, or names something else than a regular file (links included).
@@ -133,23 +124,8 @@ def _not_regular(path: Path, kind: str) -> str:
     return f"{path}: expected a regular file, got {kind}; {remedy}"
 
 
-def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> object:
-    """Read one JSON document from an untrusted directory, strictly.
-
-    Args:
-        directory: The directory.
-        name: A plain file name in it.
-        max_bytes: Largest accepted size of the file, in bytes.
-
-    Returns:
-        The document, of dict, list, str, int, float, bool and None; integers are exact, of any size.
-
-    Raises:
-        FormatError: Not a regular file, too large, not UTF-8, not JSON, too deeply nested, NaN or infinite numbers,
-            or an object with a repeated key.
-        ShardsNotFoundError: The directory or the file does not exist.
-        ReadError: The operating system could not read it.
-    """
+def read_regular(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Read a whole JSON file, opened by `open_regular`; `FormatError` beyond `max_bytes`, whatever size it claims."""
     path = directory / check_name(name)
     with os.fdopen(open_regular(directory, name), "rb") as fd:
         n_bytes = os.fstat(fd.fileno()).st_size
@@ -159,6 +135,16 @@ def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) ->
             raise ReadError(f"{path}: could not be read: {err.strerror}; check the file system") from err
     if len(raw) > max_bytes:
         raise FormatError(f"{path}: expected at most {max_bytes} bytes of JSON, got {max(n_bytes, len(raw))}")
+    return raw
+
+
+def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> object:
+    """Read one JSON document from an untrusted directory, strictly; integers are exact, of any size.
+
+    Raises what `read_regular` does, and `FormatError` for what is not UTF-8, not JSON or too deeply nested, for NaN and
+    infinities, and for an object with a repeated key.
+    """
+    path, raw = directory / name, read_regular(directory, name, max_bytes)
     try:
         # orjson is the strict gate: it bounds the depth, and refuses bad UTF-8, NaN and infinities. The second parse
         # sees what orjson drops in silence: repeated keys, and the digits of integers beyond 64 bits.
@@ -191,11 +177,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that other processes, and a crash at any time, see the old one, or all of the new one.
-
-    Raises:
-        WriteError: The operating system refused; the old file, if any, is as it was.
-    """
+    """Write a file so that other processes, and a crash at any time, see the old one, or all of the new one."""
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

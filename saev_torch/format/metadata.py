@@ -91,14 +91,22 @@ class Metadata:
     def __post_init__(self) -> None:
         for field in ("family", "ckpt", "data"):
             _check_text(field, getattr(self, field))
+        if not isinstance(self.dataset, str | os.PathLike):
+            raise FormatError(f"dataset: expected a path, got {short(self.dataset)}")
+        object.__setattr__(self, "dataset", Path(self.dataset))
+        _check_text("dataset", str(self.dataset))
         for field in ("content_tokens_per_example", "d_model", "n_examples", "max_tokens_per_shard"):
             value = _check_int(field, getattr(self, field))
             if value < 1:
                 raise FormatError(f"{field}: expected at least 1, got {value}")
         if not isinstance(self.cls_token, bool):
             raise FormatError(f"cls_token: expected true or false, got {short(self.cls_token)}")
-        object.__setattr__(self, "layers", _check_layers(self.layers))
-        object.__setattr__(self, "dataset", _check_path("dataset", self.dataset))
+        if not isinstance(self.layers, list | tuple):
+            raise FormatError(f"layers: expected a list of integers, got {short(self.layers)}")
+        layers = tuple(_check_int("layers", layer) for layer in self.layers)
+        if not layers or len(set(layers)) < len(layers):
+            raise FormatError(f"layers: expected one or more layers, each once, got {short(list(layers))}")
+        object.__setattr__(self, "layers", layers)
         try:
             object.__setattr__(self, "pixel_agg", PixelAgg(self.pixel_agg))
         except ValueError as err:
@@ -209,11 +217,11 @@ class Metadata:
     @property
     def hash(self) -> str:
         """Name of the directory: 8 hex digits of a SHA-256 (all 64 for protocols before 2.1)."""
+        obj = self._json_object()
         if self.protocol == PROTOCOL:
             # saev asks orjson to sort keys, but orjson sorts no dataclass fields: every directory in the world is
             # named by the fields in the order of their declaration.
-            return hashlib.sha256(orjson.dumps(self._json_object())).hexdigest()[:8]
-        obj = self._json_object()
+            return hashlib.sha256(orjson.dumps(obj)).hexdigest()[:8]
         return self._recorded_hash or _old_hash({old: obj[new] for old, new in _OLD_NAMES.items()})
 
     @property
@@ -283,29 +291,12 @@ def _check_text(field: str, value: object) -> None:
         raise FormatError(f"{field}: expected text that UTF-8 can encode, got {short(value)}") from err
 
 
-def _check_path(field: str, value: object) -> Path:
-    if not isinstance(value, str | os.PathLike):
-        raise FormatError(f"{field}: expected a path, got {short(value)}")
-    path = Path(value)
-    _check_text(field, str(path))
-    return path
-
-
 def _check_int(field: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise FormatError(f"{field}: expected an integer, got {short(value)}")
     if abs(value) >= MAX_NBYTES:
         raise FormatError(f"{field}: expected less than 2**62, got {short(value)}")
     return value
-
-
-def _check_layers(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise FormatError(f"layers: expected a list of integers, got {short(value)}")
-    layers = tuple(_check_int("layers", layer) for layer in value)
-    if not layers or len(set(layers)) < len(layers):
-        raise FormatError(f"layers: expected one or more layers, each once, got {short(list(layers))}")
-    return layers
 
 
 class Described:

@@ -35,17 +35,7 @@ def labels_nbytes(md: Metadata) -> int:
 
 
 def check_nbytes(path: Path, md: Metadata, n_examples: int, nbytes: int) -> None:
-    """Check the size of a shard file: exactly its examples, or preallocated as a full shard.
-
-    Args:
-        path: The file, for the message.
-        md: Metadata of its directory.
-        n_examples: Examples in the file, by shards.json.
-        nbytes: Size of the file, in bytes.
-
-    Raises:
-        FormatError: Any other size.
-    """
+    """Refuse a size of a shard file that is neither exactly its examples, nor that of a full shard, preallocated."""
     exact, full = shard_nbytes(md, n_examples), shard_nbytes(md, md.examples_per_shard)
     if nbytes in (exact, full):
         return
@@ -183,18 +173,23 @@ class ShardInfo(Sequence[Shard]):
         for shard in self.shards:
             if shard.n_examples > 0:
                 check_nbytes(shards_dir / shard.name, md, shard.n_examples, file_nbytes(shards_dir, shard.name))
-        path = shards_dir / LABELS_NAME
-        if os.path.lexists(path):
-            nbytes = file_nbytes(shards_dir, LABELS_NAME)
-            if nbytes != labels_nbytes(md):
-                raise FormatError(
-                    f"{path}: expected {labels_nbytes(md)} bytes ({md.n_examples} examples x "
-                    f"{md.content_tokens_per_example} content tokens), got {nbytes}; copy or write it again"
-                )
+        if os.path.lexists(shards_dir / LABELS_NAME):
+            check_labels(shards_dir, md)
+
+
+def check_labels(shards_dir: Path, md: Metadata) -> int:
+    """Return the bytes of labels.bin; `FormatError` where they are not one for each content token."""
+    nbytes, expected = file_nbytes(shards_dir, LABELS_NAME), labels_nbytes(md)
+    if nbytes != expected:
+        raise FormatError(
+            f"{shards_dir / LABELS_NAME}: expected {expected} bytes ({md.n_examples} examples x "
+            f"{md.content_tokens_per_example} content tokens), got {nbytes}; copy or write it again"
+        )
+    return nbytes
 
 
 def file_nbytes(directory: Path, name: str) -> int:
-    """Size of a regular file in bytes; see `open_regular`."""
+    """Size of a regular file in bytes."""
     # Opened, not only looked at, so that a file that may not be read is found out here.
     fd = open_regular(directory, name)
     try:

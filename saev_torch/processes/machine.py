@@ -18,17 +18,12 @@ def memory() -> tuple[int, int, int | None]:
         That of the machine, what can be had without swapping (the page cache included, within the group's limit), and
         the limit of the control group, None without one.
     """
-    total, available = _memory()
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(fields[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
     limit, used = _memory_limit()
     if limit is not None:
         available = min(available, max(0, limit - used))
     return total, available, limit
-
-
-def _memory() -> tuple[int, int]:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(fields[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
-    return total, available
 
 
 def _groups(controller: str) -> Iterator[Path]:
@@ -39,15 +34,12 @@ def _groups(controller: str) -> Iterator[Path]:
         return
     for line in lines:
         number, controllers, name = line.split(":", 2)
-        if number == "0" and not controllers:
-            root = _CGROUP_ROOT
-        elif controller in controllers.split(","):
-            root = _CGROUP_ROOT / controller
-        else:
-            continue
-        group = root / name.strip("/")
-        # In a container the name may be that of the host: the root is what is seen of it there.
-        yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
+        is_version_2 = number == "0" and not controllers
+        if is_version_2 or controller in controllers.split(","):
+            root = _CGROUP_ROOT if is_version_2 else _CGROUP_ROOT / controller
+            group = root / name.strip("/")
+            # In a container the name may be that of the host: the root is what is seen of it there.
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))
 
 
 def _number(path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """What commands ask of their arguments: types for `argparse`, and checks that come before all the work."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,33 +13,23 @@ def at_least(least: int) -> Callable[[str], int]:
     """Make the type of an argument: an integer of at least `least`."""
 
     def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text}")
-        return number
+        with contextlib.suppress(ValueError):
+            if int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text}")
 
     return parse
 
 
 def above_zero(text: str) -> float:
     """The type of an argument: a finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
 
 
 def check_new_file(option: str, path: Path | None) -> None:
-    """Check now, and not after all the work, that a file can be made.
-
-    Raises:
-        ConfigError: It has no folder.
-    """
+    """Refuse a file that has no folder now, and not after all the work."""
     if path is not None and not path.absolute().parent.is_dir():
         raise ConfigError(f"{option}: expected a file in a folder that exists, got {path}; make the folder first.")

@@ -1,41 +1,29 @@
-"""The figures of `inspect` and `plan`. Needs matplotlib, of the `demo` and the `plot` extra."""
+"""The figures of `inspect` and `plan`. Needs matplotlib, of the `demo` and the `plot` extra.
+
+Made without pyplot, which keeps a list of all figures and may want a display.
+"""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from saev_torch.errors import WriteError
 from saev_torch.format.files import write_atomic
+from saev_torch.format.metadata import Metadata
 from saev_torch.order.mixing import Mixture
 from saev_torch.order.predict import Prediction
-from saev_torch.tools.overview import Overview
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MUTED = "#7d858f"
 _MAX_COLUMNS = 400
 
 
-def _make_figure(width: float, height: float) -> Figure:
-    # Not pyplot, which keeps a list of all figures and may want a display.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def save(figure: Figure, path: Path) -> None:
-    """Save a figure in the format of the file's suffix.
-
-    Raises:
-        WriteError: The file cannot be written, or there is no such format.
-    """
+    """Save a figure in the format of the file's suffix; `WriteError` where there is no such format."""
     buffer = io.BytesIO()
     try:
         figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
@@ -44,62 +32,52 @@ def save(figure: Figure, path: Path) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def draw_overview(overview: Overview) -> Figure:
-    """Draw the norms of each layer and the counts of the labels."""
-    md = overview.metadata
-    figure = _make_figure(9, 3.4)
+def draw_overview(
+    md: Metadata, norms_by_layer: dict[int, npt.NDArray[np.float32]], counts: npt.NDArray[np.int64] | None
+) -> Figure:
+    """Draw the norms of each layer and the counts of the labels, None where there are none."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
     norms, labels = figure.subplots(1, 2)
-    figure.suptitle(f"{md.family} {md.ckpt}: {md.n_examples:,} examples, {overview.nbytes / 1e6:,.0f} MB")
-    top = max(float(sample.norms.max()) for sample in overview.layers)
-    for sample in overview.layers:
-        norms.hist(sample.norms, bins=np.linspace(0, top or 1.0, 40).tolist(), histtype="step", label=f"{sample.layer}")
+    nbytes = md.n_examples * md.example_nbytes
+    figure.suptitle(f"{md.family} {md.ckpt}: {md.n_examples:,} examples, {nbytes / 1e6:,.0f} MB")
+    top = max(float(of_layer.max()) for of_layer in norms_by_layer.values())
+    for layer, of_layer in norms_by_layer.items():
+        norms.hist(of_layer, bins=np.linspace(0, top or 1.0, 40).tolist(), histtype="step", label=f"{layer}")
     norms.set(xlabel="L2 norm", ylabel="sampled content tokens", title="norms by layer")
     norms.legend(title="layer", frameon=False)
-    if overview.labels is None:
+    if counts is None:
         labels.text(0.5, 0.5, "no labels", ha="center", va="center", transform=labels.transAxes)
         labels.set_axis_off()
     else:
-        there = np.flatnonzero(overview.labels)
-        labels.bar(there, overview.labels[there])
+        there = np.flatnonzero(counts)
+        labels.bar(there, counts[there])
         labels.set(xlabel="label", ylabel="content tokens", yscale="log", title="labels")
     return figure
 
 
 def draw_mixtures(mixtures: Sequence[Mixture]) -> Figure:
     """Draw which classes the batches of an epoch hold, one panel for each of `class_mixtures`."""
-    figure = _make_figure(8, 1 + 1.8 * len(mixtures))
-    for i, mixture in enumerate(mixtures):
-        axes = figure.add_subplot(len(mixtures), 1, i + 1)
-        _draw_shares(axes, mixture)
-        if i == len(mixtures) - 1:
-            axes.set_xlabel("part of the epoch", color=_MUTED)
-        else:
-            axes.set_xticks([])
+    figure = Figure(figsize=(8, 1 + 1.8 * len(mixtures)), layout="constrained")
+    panels = figure.subplots(len(mixtures), squeeze=False)[:, 0]
+    for axes, mixture in zip(panels, mixtures, strict=True):
+        shares = mixture.shares
+        # More batches than pixels would be drawn over each other; whole batches are left out, not averaged.
+        kept = np.unique(np.linspace(0, len(shares) - 1, min(len(shares), _MAX_COLUMNS)).astype(int))
+        colours = colormaps["viridis"](np.linspace(0, 1, shares.shape[1]))
+        axes.stackplot((kept + 0.5) / len(shares), shares[kept].T, colors=colours, linewidth=0)
+        title = f"{mixture.name}: {mixture.distance.mean():.3f} from the data set on average"
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.tick_params(labelbottom=axes is panels[-1], bottom=axes is panels[-1])
+        axes.set_ylabel("share of classes", color=_MUTED)
+    panels[-1].set_xlabel("part of the epoch", color=_MUTED)
     figure.suptitle("Classes in the batches of one epoch; examples stored class by class", x=0.01, ha="left")
     return figure
 
 
-def _draw_shares(axes: "Axes", mixture: Mixture) -> None:
-    shares = mixture.shares
-    # More batches than pixels would be drawn over each other; whole batches are left out, not averaged.
-    kept = np.unique(np.linspace(0, len(shares) - 1, min(len(shares), _MAX_COLUMNS)).astype(int))
-    colours = colormaps["viridis"](np.linspace(0, 1, shares.shape[1]))
-    axes.stackplot((kept + 0.5) / len(shares), shares[kept].T, colors=colours, linewidth=0)
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    axes.set_title(
-        f"{mixture.name}: {mixture.distance.mean():.3f} from the data set on average", loc="left", fontsize=10
-    )
-    axes.set_ylabel("share of classes", color=_MUTED)
-
-
 def draw_plan(chosen: Prediction, others: Sequence[Prediction]) -> Figure:
-    """Draw the quality of configurations against their memory.
-
-    Args:
-        chosen: The one to mark.
-        others: Others, of several block sizes and buffer sizes.
-    """
-    figure = _make_figure(7, 4.5)
+    """Draw quality against memory: of `others`, a line for each block size; `chosen` is marked."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for block_size in sorted({p.cfg.block_size or 0 for p in others}):
         line = sorted((p for p in others if p.cfg.block_size == block_size), key=lambda p: p.memory_nbytes)

@@ -1,14 +1,24 @@
 """`python -m saev_torch inspect DIR`: say what is in a shard directory."""
 
 import argparse
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from saev_torch.config import IndexedConfig
+from saev_torch.format.checksums import CHECKSUMS_NAME
+from saev_torch.format.metadata import Metadata
+from saev_torch.indexed import IndexedDataset
+from saev_torch.reading.labels import Labels
+from saev_torch.reading.store import ShardStore
 from saev_torch.tools.arguments import check_new_file
-from saev_torch.tools.overview import Overview, overlook
 
+_N_SAMPLED = 512
 _N_LABELS_SHOWN = 10
+_EXAMPLES_PER_READ = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,51 +28,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is in a directory.
-
-    Returns:
-        0.
-
-    Raises:
-        SaevTorchError: It is no shard directory, or the figure has no folder.
-    """
+    """Print what is in a directory: all labels, and a few hundred activations of each layer."""
     check_new_file("--plot", args.plot)
-    overview = overlook(args.dir)
-    print("\n".join(_lines(args.dir, overview)))
+    store = ShardStore(args.dir)
+    md = store.metadata
+    norms, lines = {}, _describe(store)
+    for layer in md.layers:
+        norms[layer], line = _sample(args.dir, layer)
+        lines.append(line)
+    labels = count_labels(store) if store.has_labels else None
+    lines += ["labels       none"] if labels is None else _describe_labels(md, labels)
+    print("\n".join(lines))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.
         from saev_torch.tools.figure import draw_overview, save
 
-        save(draw_overview(overview), args.plot)
+        save(draw_overview(md, norms, labels), args.plot)
         print(f"figure       {args.plot}")
     return 0
 
 
-def _lines(shards_dir: Path, overview: Overview) -> list[str]:
-    md = overview.metadata
+def count_labels(store: ShardStore) -> npt.NDArray[np.int64]:
+    """Count the content tokens of each label, `[256] int64`, with descriptors that are closed again."""
+    counts = np.zeros(256, dtype=np.int64)
+    n_examples = store.metadata.n_examples
+    with contextlib.closing(store.clone()) as opened:
+        labels = Labels(opened)
+        for start in range(0, n_examples, _EXAMPLES_PER_READ):
+            examples = np.arange(start, min(n_examples, start + _EXAMPLES_PER_READ), dtype=np.int64)
+            counts += np.bincount(labels.of_examples(examples).ravel(), minlength=256)
+    return counts
+
+
+def _describe(store: ShardStore) -> list[str]:
+    md = store.metadata
     kind = "with [CLS]" if md.cls_token else "no [CLS]"
-    lines = [
-        f"directory    {shards_dir} (protocol {md.protocol}, hash {md.hash})",
+    n_files, nbytes = sum(shard.n_examples > 0 for shard in store.shards), md.n_examples * md.example_nbytes
+    has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
+    return [
+        f"directory    {store.shards_dir} (protocol {md.protocol}, hash {md.hash})",
         f"model        {md.family}, {md.ckpt}",
         f"data         {md.dataset}",
         f"examples     {md.n_examples:,} x {md.content_tokens_per_example} content tokens, {kind}",
         f"layers       {', '.join(map(str, md.layers))}; d_model {md.d_model}, {md.dtype}",
-        f"files        {overview.n_files} of up to {md.examples_per_shard:,} examples, {overview.nbytes / 1e6:,.1f} MB",
-        f"checksums    {'yes' if overview.has_checksums else 'none'}",
+        f"files        {n_files} of up to {md.examples_per_shard:,} examples, {nbytes / 1e6:,.1f} MB",
+        f"checksums    {'yes' if has_checksums else 'none'}",
     ]
-    for sample in overview.layers:
-        bad = f", {sample.n_not_finite} VALUES NOT FINITE" if sample.n_not_finite else ""
-        lines.append(
-            f"layer {sample.layer:<6} norm {sample.norms.mean():.4g} (from {sample.norms.min():.4g} to "
-            f"{sample.norms.max():.4g}), values {sample.mean:.4g} +- {sample.std:.4g}, {len(sample.norms)} tokens{bad}"
-        )
-    if overview.labels is None:
-        return [*lines, "labels       none"]
-    order = np.argsort(-overview.labels, kind="stable")[: np.count_nonzero(overview.labels)]
-    lines.append(f"labels       {len(order)} of 0..255, {md.pixel_agg.value}")
+
+
+def _sample(shards_dir: Path, layer: int) -> tuple[npt.NDArray[np.float32], str]:
+    """Norms of some content tokens of a layer, taken evenly from the whole data set, and what to say of them."""
+    data = IndexedDataset(IndexedConfig(shards=shards_dir, layer=layer))
+    rows = np.linspace(0, len(data) - 1, min(_N_SAMPLED, len(data))).astype(np.int64).tolist()
+    acts = np.stack([data[i]["act"].numpy() for i in rows])
+    n_bad = np.count_nonzero(~np.isfinite(acts))
+    acts = np.nan_to_num(acts, nan=0.0, posinf=0.0, neginf=0.0)
+    norms = np.linalg.norm(acts, axis=1)
+    return norms, (
+        f"layer {layer:<6} norm {norms.mean():.4g} (from {norms.min():.4g} to {norms.max():.4g}), "
+        f"values {acts.mean():.4g} +- {acts.std():.4g}, {len(norms)} tokens"
+        f"{f', {n_bad} VALUES NOT FINITE' if n_bad else ''}"
+    )
+
+
+def _describe_labels(md: Metadata, counts: npt.NDArray[np.int64]) -> list[str]:
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    lines = [f"labels       {len(order)} of 0..255, {md.pixel_agg.value}"]
     for label in order[:_N_LABELS_SHOWN]:
-        share = overview.labels[label] / overview.labels.sum()
-        lines.append(f"  {label:>3} {overview.labels[label]:>12,} {100 * share:5.1f} % {'#' * round(40 * share)}")
+        share = counts[label] / counts.sum()
+        lines.append(f"  {label:>3} {counts[label]:>12,} {100 * share:5.1f} % {'#' * round(40 * share)}")
     if len(order) > _N_LABELS_SHOWN:
         lines.append(f"  and {len(order) - _N_LABELS_SHOWN} more")
     return lines

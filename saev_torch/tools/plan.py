@@ -15,6 +15,7 @@ from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 _GIB = 1 << 30
 _BUFFERS = (1, 2, 4, 8, 16, 32)
 _BLOCKS = (1, 4, 16, 64, 256)
+_OPTIONS = ("batch_size", "buffer_size", "n_lanes", "block_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=whole, default=defaults.batch_size)
     parser.add_argument("--buffer-size", type=whole, default=defaults.buffer_size, help="batches held")
     parser.add_argument("--block-size", type=whole, default=None, help="samples read at once (default: chosen)")
-    parser.add_argument("--lanes", type=whole, default=defaults.n_lanes)
+    parser.add_argument("--lanes", dest="n_lanes", metavar="LANES", type=whole, default=defaults.n_lanes)
     parser.add_argument("--readers", type=whole, default=1, help="ranks times workers (default: 1)")
     parser.add_argument("--quality", type=above_zero, help="find the smallest memory for this quality, 0 to 1")
     parser.add_argument("--memory-gib", type=above_zero, help="find the best quality in this memory")
@@ -50,15 +51,8 @@ def run(args: argparse.Namespace) -> int:
     check_new_file("--plot", args.plot)
     check_new_file("--plot-classes", args.plot_classes)
     md = Metadata.load(args.shards)
-    cfg = ShuffledConfig(
-        shards=args.shards,
-        layer=_layer(md, args.layer),
-        tokens=args.tokens,
-        batch_size=args.batch_size,
-        buffer_size=args.buffer_size,
-        block_size=args.block_size,
-        n_lanes=args.lanes,
-    )
+    options = {name: getattr(args, name) for name in ("shards", "tokens", *_OPTIONS)}
+    cfg = ShuffledConfig(layer=_layer(md, args.layer), **options)
     least = args.min_read_kib * 1024
     if args.quality is not None and args.memory_gib is not None:
         raise ConfigError("--quality, --memory-gib: expected one of the two, got both.")
@@ -68,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = find_best(md, cfg, int(args.memory_gib * _GIB), args.readers, least)
     else:
         chosen = predict(md, cfg, args.readers)
-    sys.stdout.write(describe(chosen))
+    sys.stdout.write(_describe(chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
         from saev_torch.tools.figure import draw_mixtures, draw_plan, save
@@ -89,16 +83,13 @@ def _others(md: Metadata, cfg: ShuffledConfig, n_readers: int) -> list[Predictio
     ]
 
 
-def describe(found: Prediction) -> str:
-    """Say it in a few lines."""
-    cfg = found.cfg
-    rows = [
-        ("configuration", f"batch_size={cfg.batch_size}, buffer_size={cfg.buffer_size}, n_lanes={cfg.n_lanes}, "
-                          f"block_size={cfg.block_size}"),
-        ("readers", f"{found.n_readers} (ranks x workers)"),
-        ("distinct examples", f"{found.distinct_examples:,.0f} in a batch; a uniform draw has "
-                              f"{found.uniform_distinct:,.0f}: quality {found.quality:.3f}"),
-        ("reads", f"{found.read_nbytes / 1024:,.0f} KiB on average; {found.read_per_byte:.2f} bytes for each one used"),
-        ("memory", f"{found.memory_nbytes / _GIB:.2f} GiB of batches in all readers, besides what processes take"),
-    ]  # fmt: skip
-    return "".join(f"{name + ':':<19}{text}\n" for name, text in rows)
+def _describe(found: Prediction) -> str:
+    uniform = f"a uniform draw has {found.uniform_distinct:,.0f}: quality {found.quality:.3f}"
+    rows = {
+        "configuration": ", ".join(f"{name}={getattr(found.cfg, name)}" for name in _OPTIONS),
+        "readers": f"{found.n_readers} (ranks x workers)",
+        "distinct examples": f"{found.distinct_examples:,.0f} in a batch; {uniform}",
+        "reads": f"{found.read_nbytes / 1024:,.0f} KiB on average; {found.read_per_byte:.2f} bytes for each one used",
+        "memory": f"{found.memory_nbytes / _GIB:.2f} GiB of batches in all readers, besides what processes take",
+    }
+    return "".join(f"{name + ':':<19}{text}\n" for name, text in rows.items())

@@ -1,6 +1,7 @@
 """`python -m saev_torch repack DIR ROOT`: fewer layers, another shard size, a subset of the examples."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ import numpy.typing as npt
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
 from saev_torch.format.metadata import PROTOCOL, Metadata
-from saev_torch.format.shards import shard_nbytes
 from saev_torch.reading.extents import make_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
+from saev_torch.tools.arguments import at_least
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
 
@@ -71,33 +72,28 @@ def repack(
     )
     if new == old and list(chosen) == list(range(old.n_examples)):
         raise ConfigError("layers, examples, max_tokens_per_shard: expected a change, got what the source has.")
-    has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
     source = _Examples(store, [old.layers.index(layer) for layer in layers])
-    checksums = Checksums.load(store.shards_dir, old) if has_checksums else None
     n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
-    try:
-        with (
-            ShardWriter(Path(shards_root), new) as writer,
-            Progress(shard_nbytes(new, new.n_examples), "repacking", "B", progress) as bar,
-        ):
-            for start in range(0, len(chosen), n_fit):
-                part = np.array(chosen[start : start + n_fit], dtype=np.int64)
-                acts, labels = source.read(part)
-                if checksums is not None:
-                    source.compare(checksums, part, acts)
-                writer.write_batch(acts, start, labels)
-                bar.update(acts.nbytes)
-    finally:
-        store.close()
+    with (
+        contextlib.closing(store),
+        ShardWriter(Path(shards_root), new) as writer,
+        Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
+    ):
+        for start in range(0, len(chosen), n_fit):
+            acts, labels = source.read(np.array(chosen[start : start + n_fit], dtype=np.int64))
+            writer.write_batch(acts, start, labels)
+            bar.update(acts.nbytes)
     return writer.shards_dir
 
 
 class _Examples:
-    """Examples of a store, some of their layers, read in any order."""
+    """Examples of a store, some of their layers, read in any order and compared with their checksums, if any."""
 
     def __init__(self, store: ShardStore, layer_idxs: list[int]) -> None:
         self._store, self._md, self._layer_idxs = store, store.metadata, layer_idxs
         self._reader, self._labels = Source(store).open_reader(), Labels(store)
+        has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
+        self._checksums = Checksums.load(store.shards_dir, self._md) if has_checksums else None
 
     def read(self, examples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
         """Read the activations of examples, `[n, n_layers, tokens_per_example, d_model]`, and their labels."""
@@ -111,9 +107,11 @@ class _Examples:
         places = acts.ctypes.data + row_nbytes * np.arange(len(rows))
         extents = make_extents(np.repeat(shards, len(self._layer_idxs)), rows, places, row_nbytes)
         self._reader.read(extents, 0, len(extents.nbytes))
+        if self._checksums is not None:
+            self._compare(self._checksums, examples, acts)
         return acts, self._labels.of_examples(examples) if self._store.has_labels else None
 
-    def compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[np.float32]) -> None:
+    def _compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[np.float32]) -> None:
         expected = checksums.acts[examples][:, self._layer_idxs]
         got = np.frombuffer(block_checksums(acts, None, checksums.algorithm), ">u4").reshape(expected.shape)
         if (expected != got).any():
@@ -132,10 +130,7 @@ def _layers(text: str) -> list[int]:
 def _examples(text: str) -> slice | list[int]:
     if ":" not in text:
         return _layers(text)
-    parts = [int(part) if part else None for part in text.split(":")]
-    if len(parts) > 3:
-        raise ValueError(text)
-    return slice(*parts)
+    return slice(*(int(part) if part else None for part in text.split(":")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,34 +138,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, help="shard directory to read")
     parser.add_argument("root", type=Path, help="where the new directory <hash> is made")
     parser.add_argument("--layers", type=_layers, metavar="A,B", help="layers to keep, for instance --layers=-2,11")
-    parser.add_argument(
-        "--examples", type=_examples, metavar="A:B", help="examples to keep: start:stop[:step], or a list 3,5,8"
-    )
-    parser.add_argument("--max-tokens-per-shard", type=int, metavar="N", help="activations (token x layer) in a file")
+    kept = "examples to keep: start:stop[:step], or a list 3,5,8"
+    parser.add_argument("--examples", type=_examples, metavar="A:B", help=kept)
+    most = "activations (token x layer) in a file"
+    parser.add_argument("--max-tokens-per-shard", type=at_least(1), metavar="N", help=most)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Repack a directory and print where the new one is.
-
-    Returns:
-        0.
-
-    Raises:
-        SaevTorchError: Something is wrong with the arguments, the source or the target.
-    """
+    """Repack a directory and print where the new one is."""
     examples = args.examples
     if isinstance(examples, slice):
         examples = range(Metadata.load(args.dir).n_examples)[examples]
-    if args.max_tokens_per_shard is not None and args.max_tokens_per_shard < 1:
-        raise ConfigError(f"max_tokens_per_shard: expected at least 1, got {args.max_tokens_per_shard}.")
-    shards_dir = repack(
-        args.dir,
-        args.root,
-        layers=args.layers,
-        examples=examples,
-        max_tokens_per_shard=args.max_tokens_per_shard,
-        progress=False if args.quiet else None,
-    )
-    print(shards_dir)
+    options = {"layers": args.layers, "max_tokens_per_shard": args.max_tokens_per_shard}
+    print(repack(args.dir, args.root, examples=examples, progress=False if args.quiet else None, **options))
     return 0

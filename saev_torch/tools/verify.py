@@ -16,8 +16,9 @@ import numpy as np
 
 from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
+from saev_torch.format.files import read_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_nbytes, file_nbytes, labels_nbytes
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, file_nbytes
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents
@@ -27,7 +28,6 @@ from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.writing.progress import Progress
 
-EXIT_FAULTS = 1
 _PIECE_NBYTES = 1 << 20  # Read and checked while it is still in the cache of the core.
 _N_AT_ONCE = 4
 
@@ -79,10 +79,11 @@ class VerifyReport:
 
 
 class _File(NamedTuple):
-    """A file that can be read: its number, with `LABELS_IDX` for labels.bin, and what it holds."""
+    """A file that can be read: its number, or `LABELS_IDX`, and the layers of its blocks, None for those of labels."""
 
     idx: int
     name: str
+    layers: tuple[int | None, ...]
     first: int
     n_examples: int
     nbytes: int
@@ -139,76 +140,63 @@ class _Verification:
         faults = sorted(self.faults, key=lambda fault: (order.get(fault.file, -1), fault.offset or 0))
         return VerifyReport(faults, nbytes, self.n_blocks, self.checksums is not None)
 
-    def _blame(self, file: str, what: str) -> None:
-        self.faults.append(Fault(file, what))
+    @contextlib.contextmanager
+    def _blaming(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except (FormatError, ShardsNotFoundError) as err:
+            self.faults.append(Fault(file, str(err)))
 
     def _load_tables(self) -> bool:
         """Load metadata, checksums and the table of shards; whether there is something to look for."""
         try:
             self.md = Metadata.load(self.shards_dir)
         except FormatError as err:
-            self._blame(METADATA_NAME, str(err))
+            self.faults.append(Fault(METADATA_NAME, str(err)))
             return False
-        self._load_checksums()
-        try:
+        if os.path.lexists(self.shards_dir / CHECKSUMS_NAME):
+            with self._blaming(CHECKSUMS_NAME):
+                self.checksums = Checksums.load(self.shards_dir, self.md)
+                self._check_tables(self.checksums.files)
+        with self._blaming(SHARDS_NAME):
             info = ShardInfo.load(self.shards_dir)
             info.check(self.md)
-        except (FormatError, ShardsNotFoundError) as err:
-            self._blame(SHARDS_NAME, str(err))
-            return False
-        self.info = info
-        return True
+            self.info = info
+            return True
+        return False
 
-    def _load_checksums(self) -> None:
-        if not os.path.lexists(self.shards_dir / CHECKSUMS_NAME):
-            return
-        try:
-            self.checksums = Checksums.load(self.shards_dir, self.md)
-        except FormatError as err:
-            self._blame(CHECKSUMS_NAME, str(err))
-            return
+    def _check_tables(self, expected: dict[str, int]) -> None:
         for name in (METADATA_NAME, SHARDS_NAME):
-            expected = self.checksums.files.get(name)
-            with contextlib.suppress(FileNotFoundError):  # Said by who needs it.
-                got = zlib.crc32((self.shards_dir / name).read_bytes())
-                if expected != got:
-                    self._blame(name, _compare(expected or 0, got))
+            with contextlib.suppress(FormatError, ShardsNotFoundError):  # Said by who needs it.
+                got = zlib.crc32(read_regular(self.shards_dir, name))
+                if expected.get(name) != got:
+                    self.faults.append(Fault(name, _compare(expected.get(name, 0), got)))
 
     def _find_files(self) -> Iterator[_File]:
         first = 0
         for idx, shard in enumerate(self.info):
-            try:
-                nbytes = file_nbytes(self.shards_dir, shard.name)
-                if shard.n_examples:
-                    check_nbytes(self.shards_dir / shard.name, self.md, shard.n_examples, nbytes)
-                yield _File(idx, shard.name, first, shard.n_examples, nbytes)
-            except (FormatError, ShardsNotFoundError) as err:
-                # A file without examples need not be there.
-                if shard.n_examples or isinstance(err, FormatError):
-                    self._blame(shard.name, str(err))
+            # A file without examples need not be there.
+            if shard.n_examples or os.path.lexists(self.shards_dir / shard.name):
+                with self._blaming(shard.name):
+                    nbytes = file_nbytes(self.shards_dir, shard.name)
+                    if shard.n_examples:
+                        check_nbytes(self.shards_dir / shard.name, self.md, shard.n_examples, nbytes)
+                    yield _File(idx, shard.name, self.md.layers, first, shard.n_examples, nbytes)
             first += shard.n_examples
-        is_expected = self.checksums is not None and self.checksums.labels is not None
-        if is_expected or os.path.lexists(self.shards_dir / LABELS_NAME):
-            try:
-                nbytes, expected = file_nbytes(self.shards_dir, LABELS_NAME), labels_nbytes(self.md)
-            except (FormatError, ShardsNotFoundError) as err:
-                self._blame(LABELS_NAME, str(err))
-                return
-            if nbytes != expected:
-                self._blame(LABELS_NAME, f"expected {expected} bytes, got {nbytes}; copy it again")
-            elif is_expected:
-                yield _File(LABELS_IDX, LABELS_NAME, 0, self.md.n_examples, nbytes)
+        has_sums = self.checksums is not None and self.checksums.labels is not None
+        if has_sums or os.path.lexists(self.shards_dir / LABELS_NAME):
+            with self._blaming(LABELS_NAME):
+                nbytes = check_labels(self.shards_dir, self.md)
+                if has_sums:
+                    yield _File(LABELS_IDX, LABELS_NAME, (None,), 0, self.md.n_examples, nbytes)
 
     def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
         source = Source(ShardStore.of(self.shards_dir, self.md, self.info))
         pieces = itertools.chain.from_iterable(map(self._cut, files))
         at_once = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
-        try:
-            with Progress(nbytes, "verifying", "B", progress) as bar:
-                tasks = (Task(functools.partial(self._read_and_check, some, bar)) for some in at_once)
-                run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
-        finally:
-            source.store.close()
+        with contextlib.closing(source.store), Progress(nbytes, "verifying", "B", progress) as bar:
+            tasks = (Task(functools.partial(self._read_and_check, some, bar)) for some in at_once)
+            run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
 
     def _cut(self, file: _File) -> Iterator[_Piece]:
         width = self.md.content_tokens_per_example if file.idx == LABELS_IDX else self.md.example_nbytes
@@ -229,10 +217,9 @@ class _Verification:
         reader.read(Extents.in_a_row(memory, shards, offsets, sizes), 0, len(pieces))
         for piece, end in zip(pieces, ends, strict=True):
             found = list(self._check(piece, memory[end - piece.nbytes : end].data))
-            n_parts = 1 if piece.file.idx == LABELS_IDX else self.md.n_layers
             with self._lock:
                 self.faults += found
-                self.n_blocks += piece.n_examples * n_parts if self.checksums is not None else 0
+                self.n_blocks += piece.n_examples * len(piece.file.layers) if self.checksums is not None else 0
                 bar.update(piece.nbytes)
 
     def _check(self, piece: _Piece, view: memoryview) -> Iterator[Fault]:
@@ -242,15 +229,14 @@ class _Verification:
                 what = "expected zeros behind the last example, got others"
                 yield Fault(piece.file.name, what, offset=piece.offset)
             return
-        layers: tuple[int | None, ...] = (None,) if piece.file.idx == LABELS_IDX else self.md.layers
+        layers = piece.file.layers
         width = piece.nbytes // (piece.n_examples * len(layers))
         sums, checksum = None, find_algorithm("crc32")
         if self.checksums is not None:
             checksum = find_algorithm(self.checksums.algorithm)
             sums = self.checksums.labels if piece.file.idx == LABELS_IDX else self.checksums.acts
-        for i, (example, layer) in enumerate(
-            itertools.product(range(piece.first, piece.first + piece.n_examples), layers)
-        ):
+        examples = range(piece.first, piece.first + piece.n_examples)
+        for i, (example, layer) in enumerate(itertools.product(examples, layers)):
             block, at = view[i * width : (i + 1) * width], (example, layer, piece.offset + i * width)
             if sums is not None:
                 expected, got = int(sums.flat[piece.first * len(layers) + i]), checksum(block)
@@ -274,14 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify a directory and say what is wrong.
-
-    Returns:
-        0 if all is well, 1 if something is wrong.
-
-    Raises:
-        SaevTorchError: It could not be read at all.
-    """
+    """Verify a directory and say what is wrong; 0 if all is well, 1 if something is wrong."""
     report = verify(args.dir, finite=args.finite, progress=False if args.quiet else None)
     for fault in report.faults:
         print(fault)
@@ -289,4 +268,4 @@ def run(args: argparse.Namespace) -> int:
     if args.finite:
         what += ", values"
     print(f"{args.dir}: {'all is well' if report.ok else f'{len(report.faults)} faults'} ({what})")
-    return 0 if report.ok else EXIT_FAULTS
+    return int(not report.ok)
