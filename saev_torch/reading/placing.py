@@ -16,11 +16,9 @@ _Int64s = NDArray[np.int64]
 
 @dataclasses.dataclass
 class OpenBatch:
-    """A batch that is being read, or was.
+    """A batch of `size` samples that is being read, or was.
 
     Attributes:
-        slot: Its memory.
-        size: Its number of samples.
         cells: `[size] int64`, the cell of each row; see `Selection`.
         labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
     """
@@ -62,13 +60,7 @@ class Placed:
 
 
 def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection) -> Placed:
-    """Work out where every row of a step goes, and tell each batch which cells it holds.
-
-    Args:
-        step: What to read; it has loads.
-        opened: The batches that are open, by number.
-        selection: Which samples there are.
-    """
+    """Work out where every row of a step with loads goes, and tell each open batch which cells it holds."""
     chunks = [load.chunk for load in step.loads]
     starts, lengths = (np.concatenate(x) for x in zip(*((c.starts, c.lengths) for c in chunks), strict=True))
     order = np.argsort(starts, kind="stable")

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.pace import Pace
-from saev_torch.reading.reader import CallReader, Spot
+from saev_torch.reading.reader import CallReader, Pace, Spot
 from saev_torch.reading.store import ShardStore
 
 _Int64s = NDArray[np.int64]

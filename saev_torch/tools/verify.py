@@ -21,8 +21,7 @@ from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.pace import Pace
-from saev_torch.reading.reader import Reader
+from saev_torch.reading.reader import Pace, Reader
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.writing.progress import Progress
