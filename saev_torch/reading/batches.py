@@ -11,8 +11,7 @@ import numpy as np
 from saev_torch.errors import StalledReadError
 from saev_torch.order.steps import Step
 from saev_torch.processes.counters import Waits
-from saev_torch.reading.placing import OpenBatch
-from saev_torch.reading.slots import Slot, SlotPool
+from saev_torch.reading.slots import OpenBatch, Slot, SlotPool
 
 _N_SPARE = 2
 _MAX_TAKEN = 4

@@ -74,7 +74,7 @@ class Crew:
         self._pace, self._open_reader, self._on_error, self._more = pace, open_reader, on_error, more
         self._has_task = threading.Condition()
         self._tasks: collections.deque[Task] = collections.deque()
-        self._spots: list[Spot] = []
+        self.spots: list[Spot] = []
         self._stopped = False
         # Daemons, because a read that hangs must not keep the interpreter from exiting.
         self.threads = [
@@ -95,10 +95,6 @@ class Crew:
             self._tasks.clear()
             self._has_task.notify_all()
 
-    def spots(self) -> list[Spot]:
-        """Where the threads are reading that do."""
-        return [spot for spot in tuple(self._spots) if spot.where is not None]
-
     def _run(self, number: int) -> None:
         guarded(functools.partial(self._work, number), self._on_error)
         # One that ends has failed, or found nothing more to do: neither have the others.
@@ -110,7 +106,7 @@ class Crew:
             if reader is None:
                 # Only now it has been decided how to read.
                 reader = self._open_reader(self._pace)
-                self._spots.append(reader.spot)
+                self.spots.append(reader.spot)
             if self._pace.is_slow:
                 self._announce(reader)
             was_slow = self._pace.is_slow

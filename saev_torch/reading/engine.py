@@ -18,11 +18,10 @@ from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
 from saev_torch.reading.direct import reads_past_cache
-from saev_torch.reading.extents import Extents, make_sample_extents
+from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.placing import OpenBatch, Placed, place
 from saev_torch.reading.reader import Pace, Reader, Spot
-from saev_torch.reading.slots import make_pool
+from saev_torch.reading.slots import OpenBatch, make_pool
 from saev_torch.reading.source import Source
 
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
@@ -134,15 +133,13 @@ class Engine:
     def next_batch(self) -> OpenBatch | None:
         """Take the next batch, and hold its slot; None after the last.
 
-        Raises:
-            StalledReadError: No batch within `timeout_s`.
-            SaevTorchError: Reading failed.
+        Raises `StalledReadError` where no batch comes in time, and else what ended a thread.
         """
         return self.batches.take(self._selection.sample_nbytes, self._describe_stall)
 
     def _describe_stall(self) -> str:
         now, reads = time.monotonic(), []
-        for spot in [self._scheduler_spot, *self._crew.spots()]:
+        for spot in [self._scheduler_spot, *self._crew.spots]:
             where = spot.where
             if where is not None:
                 shard, offset = where()

@@ -36,8 +36,7 @@ class Labels:
     def of_examples(self, examples: _Int64s) -> _Labels:
         """Read the labels of examples, `[m, content_tokens_per_example] uint8`; fastest where examples ascend.
 
-        Raises:
-            ConfigError: There is no labels.bin.
+        Raises `ConfigError` where there is no labels.bin.
         """
         if not self.store.has_labels:
             raise ConfigError(

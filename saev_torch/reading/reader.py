@@ -7,7 +7,6 @@ What any of them leaves unfinished is finished here, and tried again after error
 """
 
 import abc
-import collections
 import contextlib
 import ctypes
 import functools
@@ -85,12 +84,9 @@ class Reader(abc.ABC):
         self.store, self.pace, self.spot = store, pace, spot or Spot()
 
     def read(self, extents: Extents, start: int, stop: int) -> None:
-        """Read a range of extents to their places.
+        """Read a range of extents to their places; errors are those of `ShardStore.opened`.
 
-        Raises:
-            ReadError: A read failed for good, or a shard became shorter.
-            ShardsNotFoundError: A shard is gone.
-            FormatError: A shard is no longer a regular file of the right size.
+        `ReadError` is also for a read that failed for good, and for a shard that became shorter.
         """
         began = time.monotonic()
         self._read(extents, start, stop)
@@ -117,9 +113,8 @@ class Reader(abc.ABC):
         for first, last in extents.by_shard(start, stop):
             part = slice(first, last)
             with self.store.opened(int(extents.shards[first])) as fd:
-                advice = itertools.repeat(os.POSIX_FADV_WILLNEED)
-                offsets, nbytes = extents.offsets[part].tolist(), extents.nbytes[part].tolist()
-                collections.deque(map(os.posix_fadvise, itertools.repeat(fd), offsets, nbytes, advice), 0)
+                for offset, nbytes in zip(extents.offsets[part].tolist(), extents.nbytes[part].tolist(), strict=True):
+                    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _finish(self, extents: Extents, first: int, got: NDArray[np.int64] | NDArray[np.int32], code: int) -> None:
         """Finish the extents from `first` on that are not complete; `code` is the error where a result has none."""

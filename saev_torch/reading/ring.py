@@ -56,14 +56,7 @@ _syscall.restype = ctypes.c_long
 
 
 class Ring:
-    """Reads for one thread at a time; see `open`.
-
-    Args:
-        fd: Descriptor of the ring, which it closes when it is gone.
-        params: What the kernel said of it.
-    """
-
-    n_entries: int
+    """Reads for one thread at a time; see `open`. Its descriptor is closed when it is gone."""
 
     def __init__(self, fd: int, params: Any) -> None:
         weakref.finalize(self, os.close, fd).atexit = False
@@ -106,17 +99,9 @@ class Ring:
     def read(
         self, fds: _Int64s, vectors: _Int64s, firsts: _Int64s, counts: _Int64s, offsets: _Int64s
     ) -> NDArray[np.int32]:
-        """Read from files, at most `n_entries` times.
+        """Read from descriptors, at most `n_entries` times; for the arguments see `Extents`.
 
-        Args:
-            fds: `[n] int64`, descriptor that each read is from.
-            vectors: `[n_vectors, 2] int64`, addresses and sizes: the kernel's `struct iovec`.
-            firsts: `[n] int64`, number of the first vector of each read.
-            counts: `[n] int64`, its number of vectors.
-            offsets: `[n] int64`, byte offset in its file.
-
-        Returns:
-            `[n] int32`: bytes that were read, or a negative error number.
+        For each it tells the bytes that were read, or a negative error number.
         """
         n, first = len(fds), int(self._asked[0])
         places = (first + np.arange(n)) % self.n_entries
@@ -169,14 +154,7 @@ class Ring:
 
 
 class RingReader(CallReader):
-    """Many reads in one call, on a ring; single calls for a few.
-
-    Args:
-        ring: The thread's ring.
-        store: Where to read from.
-        pace: See `Reader`.
-        spot: See `Reader`.
-    """
+    """Many reads in one call, on a ring of the thread's own; single calls for a few."""
 
     def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
         super().__init__(store, pace, spot)

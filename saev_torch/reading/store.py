@@ -6,6 +6,7 @@ shards there are, and each is checked again when it is opened.
 
 import collections
 import contextlib
+import copy
 import ctypes
 import errno
 import fcntl
@@ -40,11 +41,6 @@ _TOO_MANY_OPEN = frozenset({errno.EMFILE, errno.ENFILE})
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOBUFS}) | _TOO_MANY_OPEN
 
 
-def _limit_open() -> int:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, min(_MAX_OPEN, soft // 8))
-
-
 def _identify(stat: os.stat_result) -> tuple[int, int]:
     """What tells a file from another one of the same name and size: its inode, and when it was written."""
     return ctypes.c_int64(stat.st_ino).value, ctypes.c_int64(stat.st_mtime_ns).value
@@ -59,21 +55,21 @@ class _Descriptor:
 
 
 class ShardStore:
-    """A checked shard directory, with its metadata, its table of shards, and whether it has a labels.bin.
+    """A shard directory with its metadata and its table of shards.
 
-    Raises:
-        ShardsNotFoundError: The directory or one of its files is missing.
-        FormatError: A file does not follow the format, or has the wrong size.
-        ReadError: A file cannot be opened.
+    It is checked: `ShardsNotFoundError` where a file is missing, `FormatError` where one does not follow the format or
+    has the wrong size. With tables that were loaded before, no file is looked at until it is opened.
     """
 
-    def __init__(self, shards_dir: Path) -> None:
+    def __init__(self, shards_dir: Path, tables: tuple[Metadata, ShardInfo] | None = None) -> None:
         self.shards_dir = Path(shards_dir)
-        self.metadata = Metadata.load(self.shards_dir)
-        self.shards = ShardInfo.load(self.shards_dir)
-        self.shards.validate(self.shards_dir)
+        self.metadata, self.shards = tables or (Metadata.load(self.shards_dir), ShardInfo.load(self.shards_dir))
+        self.identities = np.full((len(self.shards), 2), _UNKNOWN, dtype=np.int64)
+        if tables is None:
+            self.shards.validate(self.shards_dir)
+            for i in range(len(self.shards)):
+                self.identities[i] = self._identity(i)
         self.has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
-        self.identities = np.array([self._identity(i) for i in range(len(self.shards))], dtype=np.int64).reshape(-1, 2)
         self._forget()
 
     def _identity(self, shard_idx: int) -> tuple[int, int]:
@@ -91,7 +87,8 @@ class ShardStore:
         # when no thread reads from them, least recently used first.
         self._open: weakref.WeakValueDictionary[tuple[int, bool], _Descriptor] = weakref.WeakValueDictionary()
         self._kept: collections.OrderedDict[tuple[int, bool], _Descriptor] = collections.OrderedDict()
-        self._limit = _limit_open()
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limit = _MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, min(_MAX_OPEN, soft // 8))
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
@@ -100,21 +97,9 @@ class ShardStore:
         self.__dict__.update(state)
         self._forget()
 
-    @classmethod
-    def of(cls, shards_dir: Path, metadata: Metadata, shards: ShardInfo) -> "ShardStore":
-        """A store on tables that were loaded before. No file is looked at until it is opened."""
-        store = object.__new__(cls)
-        store.shards_dir, store.metadata, store.shards = shards_dir, metadata, shards
-        store.has_labels = os.path.lexists(shards_dir / LABELS_NAME)
-        store.identities = np.full((len(shards), 2), _UNKNOWN, dtype=np.int64)
-        store._forget()
-        return store
-
     def clone(self) -> "ShardStore":
         """Another store on the same directory, with descriptors of its own; nothing is checked again yet."""
-        other = object.__new__(ShardStore)
-        other.__setstate__(self.__getstate__())
-        return other
+        return copy.copy(self)
 
     def path(self, shard_idx: int) -> Path:
         """Path of a shard, for messages."""
@@ -128,12 +113,8 @@ class ShardStore:
         """Hold a shard open: yields its file descriptor.
 
         With `direct` it reads past the page cache, where the file system can do so: what is read, where it is in the
-        file, and where it goes are then multiples of 4096 bytes.
-
-        Raises:
-            ShardsNotFoundError: The file is gone.
-            FormatError: It is no longer a regular file of the right size, or another one than was checked.
-            ReadError: It cannot be opened.
+        file, and where it goes are then multiples of 4096 bytes. Raises `ShardsNotFoundError` where the file is gone,
+        `FormatError` where it is not the one that was checked, and `ReadError` where it cannot be opened.
         """
         key = shard_idx, direct
         with self._lock:

@@ -199,7 +199,7 @@ class _Verification:
                 yield _File(LABELS_IDX, LABELS_NAME, 0, self.md.n_examples, nbytes)
 
     def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
-        source = Source(ShardStore.of(self.shards_dir, self.md, self.info))
+        source = Source(ShardStore(self.shards_dir, (self.md, self.info)))
         pieces = itertools.chain.from_iterable(map(self._cut, files))
         at_once = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
         try:
