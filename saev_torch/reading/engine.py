@@ -83,10 +83,9 @@ class Engine:
     # The scheduler thread
 
     def _schedule(self) -> None:
-        self._source.past_cache = reads_past_cache(
-            self._store, self._selection, self._options.is_only, self._scheduler_spot
-        )
-        self._scheduler_spot.where = None
+        spot, is_only = self._scheduler_spot, self._options.is_only
+        self._source.past_cache = reads_past_cache(self._store, self._selection, is_only, spot)
+        spot.where = None
         for step in self._steps:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -140,8 +139,7 @@ class Engine:
     def _describe_stall(self) -> str:
         now, reads = time.monotonic(), []
         for spot in [self._scheduler_spot, *self._crew.spots]:
-            where = spot.where
-            if where is not None:
+            if (where := spot.where) is not None:
                 shard, offset = where()
                 reads.append(f"{self._store.path(shard)} at offset {offset} for {now - spot.since:.1f} s")
         return "reading " + "; ".join(reads) if reads else "no read is under way, so the machine is overloaded"

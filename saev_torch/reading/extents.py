@@ -1,7 +1,4 @@
-"""What to read, and where each row goes: from the order in which a plan deals samples to the order of the disk.
-
-numpy works it out for thousands of rows at once.
-"""
+"""What to read, and where each row goes: from the order of a plan to that of the disk, thousands of rows at once."""
 
 import dataclasses
 import itertools
@@ -30,11 +27,9 @@ class Extents:
         vectors: `[n_vectors, 2] int64`, address and size of the place of each row, or of several rows whose places
             follow each other: the kernel's `struct iovec`.
         trash: `[row_nbytes] uint8`, where the rows of small gaps go.
-        shards: `[n] int64`, shard of each extent.
-        firsts: `[n] int64`, number of its first vector.
-        counts: `[n] int64`, its number of vectors.
-        offsets: `[n] int64`, byte offset in the shard.
-        nbytes: `[n] int64`, size in bytes.
+
+    Of each extent, `[n] int64`: its shard, the number of its first vector, how many vectors it has, its byte offset in
+    the shard, and its size in bytes.
     """
 
     vectors: _Int64s

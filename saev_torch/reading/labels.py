@@ -55,10 +55,7 @@ class Labels:
         return self._read(starts, lengths, spot) if kept is None else kept[expand_runs(starts, lengths)]
 
     def of_cells(self, selection: Selection, cells: _Int64s, spot: Spot | None = None) -> _Labels:
-        """Read the labels of cells, `[n] uint8`, with 0 for a special token, which has none.
-
-        This is fastest in the order of the disk.
-        """
+        """Read the labels of cells, `[n] uint8`, 0 for a special token; fastest in the order of the disk."""
         examples, _, tokens = selection.split(cells)
         tokens = tokens - selection.n_special
         content = tokens >= 0

@@ -9,6 +9,7 @@ What any of them leaves unfinished is finished here, and tried again after error
 import abc
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import itertools
 import os
@@ -36,6 +37,7 @@ _preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
 _preadv.restype = ctypes.c_ssize_t
 
 
+@dataclasses.dataclass
 class Spot:
     """Where a thread is reading, for the message about a read that does not return.
 
@@ -43,9 +45,8 @@ class Spot:
     it was set, on the clock of `time.monotonic`.
     """
 
-    def __init__(self) -> None:
-        self.where: Callable[[], tuple[int, int]] | None = None
-        self.since = 0.0
+    where: Callable[[], tuple[int, int]] | None = None
+    since: float = 0.0
 
     def set(self, where: Callable[[], tuple[int, int]]) -> None:
         """A read begins."""

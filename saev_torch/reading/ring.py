@@ -62,15 +62,13 @@ class Ring:
         weakref.finalize(self, os.close, fd).atexit = False
         self._fd = fd
         self.n_entries = int(params["sq_entries"])
-        nbytes = max(
-            int(params["sq_array"]) + 4 * self.n_entries,
-            int(params["cq_cqes"]) + _RESULT.itemsize * int(params["cq_entries"]),
-        )
+        results_at, n_results = int(params["cq_cqes"]), int(params["cq_entries"])
+        nbytes = max(int(params["sq_array"]) + 4 * self.n_entries, results_at + _RESULT.itemsize * n_results)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         shared = mmap.mmap(fd, nbytes, flags=flags)
         entries = mmap.mmap(fd, _ENTRY.itemsize * self.n_entries, flags=flags, offset=_OFFSET_OF_ENTRIES)
         self._entries = np.frombuffer(entries, dtype=_ENTRY)
-        self._results = np.frombuffer(shared, _RESULT, int(params["cq_entries"]), int(params["cq_cqes"]))
+        self._results = np.frombuffer(shared, _RESULT, n_results, results_at)
         number = {name: np.frombuffer(shared, "u4", 1, int(params[name])) for name in ("sq_tail", "cq_head", "cq_tail")}
         self._asked, self._taken, self._done = number["sq_tail"], number["cq_head"], number["cq_tail"]
         np.frombuffer(shared, "u4", self.n_entries, int(params["sq_array"]))[:] = np.arange(self.n_entries)

@@ -63,14 +63,9 @@ class Lease:
 
 
 class Slot:
-    """Memory for one batch, shared if another process will read it.
+    """Memory for one batch, shared if another process will read it: then `fd` is its descriptor, else -1."""
 
-    Attributes:
-        number: Unique in this process.
-        fd: Descriptor of shared memory, else -1.
-        file_offset: Where the memory begins in the file that `fd` stands for.
-    """
-
+    # Where the memory begins in the file that `fd` stands for.
     file_offset = _HEADER
 
     def __init__(self, nbytes: int, shared: bool) -> None:
@@ -134,6 +129,21 @@ class Slot:
         return self.pid, self.number, self.fd, self.nbytes
 
 
+@dataclasses.dataclass
+class OpenBatch:
+    """A batch of `size` samples that is being read, or was.
+
+    Attributes:
+        cells: `[size] int64`, the cell of each row; see `Selection`.
+        labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
+    """
+
+    slot: Slot
+    size: int
+    cells: NDArray[np.int64]
+    labels: NDArray[np.uint8] | None
+
+
 def _file_nbytes(nbytes: int) -> int:
     """Size of the file of a shared slot: with its header, in whole huge pages unless it is small."""
     unit = _HUGE_PAGE if nbytes >= _HUGE_PAGE else mmap.PAGESIZE
@@ -153,21 +163,6 @@ def _map_shared(fd: int, nbytes: int) -> NDArray[np.uint8]:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return owner
-
-
-@dataclasses.dataclass
-class OpenBatch:
-    """A batch of `size` samples that is being read, or was.
-
-    Attributes:
-        cells: `[size] int64`, the cell of each row; see `Selection`.
-        labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
-    """
-
-    slot: Slot
-    size: int
-    cells: NDArray[np.int64]
-    labels: NDArray[np.uint8] | None
 
 
 _sent: set[Slot] = set()
@@ -196,10 +191,8 @@ class SlotPool:
             free = [slot for slot in self._slots if slot.is_free]
             while len(free) > 1 and len(self._slots) > keep:
                 self._slots.remove(free.pop())
-            if free:
-                slot = free[0]
-            else:
-                slot = Slot(self.nbytes, self.shared)
+            slot = free[0] if free else Slot(self.nbytes, self.shared)
+            if not free:
                 self._slots.append(slot)
             slot._held = True
             return slot
@@ -208,22 +201,15 @@ class SlotPool:
 def can_share() -> bool:
     """Whether a process can map the memory of another by its name under /proc, as `attach` does."""
     try:
-        fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC)
+        with open(os.memfd_create("saev_torch", os.MFD_CLOEXEC), "r+b", buffering=0) as file:
+            os.close(os.open(f"/proc/{os.getpid()}/fd/{file.fileno()}", os.O_RDWR | os.O_CLOEXEC))
     except (AttributeError, OSError):
         return False
-    try:
-        os.close(os.open(f"/proc/{os.getpid()}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
     return True
 
 
 _mapped: dict[int, dict[int, NDArray[np.uint8]]] = {}
 _mapped_lock = threading.Lock()
-
-
 os.register_at_fork(after_in_child=_mapped.clear)
 os.register_at_fork(after_in_child=_sent.clear)
 

@@ -67,14 +67,13 @@ class ShardStore:
         self.identities = np.full((len(self.shards), 2), _UNKNOWN, dtype=np.int64)
         if tables is None:
             self.shards.validate(self.shards_dir)
-            for i in range(len(self.shards)):
-                self.identities[i] = self._identity(i)
+            for i, shard in enumerate(self.shards):
+                if shard.n_examples:
+                    self.identities[i] = self._identity(i)
         self.has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
         self._forget()
 
     def _identity(self, shard_idx: int) -> tuple[int, int]:
-        if not self.shards[shard_idx].n_examples:
-            return 0, 0
         try:
             return _identify(os.stat(self.path(shard_idx), follow_symlinks=False))
         except OSError as err:
