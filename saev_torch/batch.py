@@ -10,8 +10,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
-from saev_torch.reading.placing import OpenBatch
-from saev_torch.reading.slots import Lease, Slot, attach
+from saev_torch.reading.slots import Lease, OpenBatch, Slot, attach
 from saev_torch.resume.digest import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]

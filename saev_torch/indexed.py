@@ -20,11 +20,9 @@ from saev_torch.processes.counters import log_to_stderr
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.pace import Pace
-from saev_torch.reading.placing import OpenBatch
-from saev_torch.reading.reader import CallReader, Reader
+from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.ring import RingReader
-from saev_torch.reading.slots import Slot, SlotPool, can_share
+from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 

@@ -236,7 +236,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             watch = self._watch(iteration)
             try:
                 while (opened := engine.next_batch()) is not None:
-                    watch.count(opened.size, engine.waits, engine.fill)
+                    watch.count(opened.size, engine.batches.waits, engine.batches.fill)
                     batch = make_batch(opened, selection, self.batch_size)
                     if start.scale is not None and not engine.is_scaled:
                         act = batch["act"].numpy()

@@ -34,7 +34,7 @@ from saev_torch.bench.report import compare_cold, compare_warm
 from saev_torch.bench.sides import Side, make_sides
 from saev_torch.bench.timing import measure_statistics
 from saev_torch.processes import machine as limits
-from saev_torch.reading import pace
+from saev_torch.reading import reader as reading
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.ring import Ring
@@ -259,8 +259,8 @@ def test_statistics_are_one_pass_or_what_the_time_allows(make_shards: Make, monk
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
     # One thread, so that no other one goes on while it is stopped.
     monkeypatch.setattr(streaming, "count_cores", lambda: 1)
-    monkeypatch.setattr(pace, "_HELP_AFTER_S", 1e9)
-    monkeypatch.setattr(pace, "_CALL_S", 1e9)
+    monkeypatch.setattr(reading, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(reading, "_CALL_S", 1e9)
     cfg = OrderedConfig(shards=make_shards(n_examples=60), layer=7)
     found = measure_statistics(cfg, 32, limit_s)
     assert found.is_cut == is_cut

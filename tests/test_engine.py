@@ -15,7 +15,8 @@ from factory import Spec
 from saev_torch import ShuffledConfig
 from saev_torch.processes import world
 from saev_torch.processes.world import count_own_cores
-from saev_torch.reading import engine, pace
+from saev_torch.reading import engine
+from saev_torch.reading import reader as reading
 from saev_torch.reading.engine import Engine
 from saev_torch.reading.reader import Reader
 from saev_torch.reading.ring import Ring
@@ -66,20 +67,20 @@ def intercept_reads(monkeypatch, before):
 
 def always_slow(monkeypatch):
     """Let every read look as if a disk had been waited for."""
-    monkeypatch.setattr(pace, "_SLOW_NBYTES_PER_S", float("inf"))
-    monkeypatch.setattr(pace, "_CALL_S", 0.0)
+    monkeypatch.setattr(reading, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(reading, "_CALL_S", 0.0)
 
 
 def test_as_many_threads_as_cores_read(cfg, readers, monkeypatch):
-    monkeypatch.setattr(pace, "_HELP_AFTER_S", 1e9)
-    monkeypatch.setattr(pace, "_CALL_S", 1e9)
+    monkeypatch.setattr(reading, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(reading, "_CALL_S", 1e9)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert len(readers) > 5
     assert set(readers) == {"saev_torch reader 0"}
 
 
 def test_all_read_where_a_disk_is_waited_for(cfg, readers, monkeypatch):
-    monkeypatch.setattr(pace, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(reading, "_HELP_AFTER_S", 1e9)
     always_slow(monkeypatch)
     monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
@@ -96,7 +97,7 @@ def test_all_read_where_a_disk_is_waited_for(cfg, readers, monkeypatch):
 
 
 def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
-    monkeypatch.setattr(pace, "_CALL_S", 1e9)
+    monkeypatch.setattr(reading, "_CALL_S", 1e9)
     helped = threading.Event()
 
     def hang():

@@ -23,8 +23,8 @@ from saev_torch import (
 )
 from saev_torch.order.selection import Selection
 from saev_torch.reading import reader as reading
-from saev_torch.reading import retries
 from saev_torch.reading import ring as ring_module
+from saev_torch.reading import store as store_module
 from saev_torch.reading.extents import make_extents, make_sample_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.reader import CallReader
@@ -283,7 +283,7 @@ def failing(monkeypatch, codes):
         return real(*args)
 
     monkeypatch.setattr(reading, "_preadv", preadv)
-    monkeypatch.setattr(retries.time, "sleep", slept.append)
+    monkeypatch.setattr(store_module.time, "sleep", slept.append)
     spoil_ring(monkeypatch, lambda n: -left.pop(0) if left else n)
     return slept
 

@@ -24,13 +24,13 @@ from saev_torch import (
 )
 from saev_torch.order.selection import Selection
 from saev_torch.reading import direct as staging
-from saev_torch.reading import engine, pace, source
+from saev_torch.reading import engine, source
+from saev_torch.reading import reader as reading
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import make_sample_extents
 from saev_torch.reading.ring import Ring
-from saev_torch.reading.scaling import ScalingReader
-from saev_torch.reading.source import Source
+from saev_torch.reading.source import ScalingReader, Source
 from saev_torch.reading.store import ShardStore
 
 SPEC = Spec(n_examples=120, content_tokens=9, d_model=16, examples_per_shard=40, labels=True)
@@ -100,8 +100,8 @@ def test_only_the_activations_change(shards, num_workers: int, fields) -> None:
 
 @pytest.mark.parametrize("where", ["in time", "a slow disk", "past the page cache"])
 def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch, where: str) -> None:
-    monkeypatch.setattr(pace, "_SLOW_NBYTES_PER_S", float("inf"))
-    monkeypatch.setattr(pace, "_CALL_S", 0.0 if where == "a slow disk" else 1e9)
+    monkeypatch.setattr(reading, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(reading, "_CALL_S", 0.0 if where == "a slow disk" else 1e9)
     monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: where != "past the page cache")
     ways = set()
     for owner, name in ((ScalingReader, "_read_scaling"), (ScalingReader, "_read_then_scale"), (DirectReader, "_read")):

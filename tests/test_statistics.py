@@ -16,7 +16,7 @@ from factory import Spec, write_acts
 
 from saev_torch import ConfigError, FormatError, OrderedConfig, ShuffledConfig, Statistics, compute_statistics
 from saev_torch.reading import direct as staging
-from saev_torch.reading import pace
+from saev_torch.reading import reader as reading
 from saev_torch.reading.reader import Reader
 from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.stats import moments, statistics, streaming
@@ -257,9 +257,9 @@ def test_more_threads_than_cores_work_only_where_a_disk_is_waited_for(make_shard
     monkeypatch.setattr(streaming, "count_cores", lambda: 1)
     monkeypatch.setattr(streaming, "reads_past_cache", lambda *args: False)
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
-    monkeypatch.setattr(pace, "_HELP_AFTER_S", 1e9)
-    monkeypatch.setattr(pace, "_SLOW_NBYTES_PER_S", float("inf"))
-    monkeypatch.setattr(pace, "_CALL_S", 0.0 if slow else 1e9)
+    monkeypatch.setattr(reading, "_HELP_AFTER_S", 1e9)
+    monkeypatch.setattr(reading, "_SLOW_NBYTES_PER_S", float("inf"))
+    monkeypatch.setattr(reading, "_CALL_S", 0.0 if slow else 1e9)
     names, turns, together = set(), itertools.count(), threading.Barrier(2)
     read = Reader.read
 

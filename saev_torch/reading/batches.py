@@ -11,8 +11,7 @@ import numpy as np
 from saev_torch.errors import StalledReadError
 from saev_torch.order.steps import Step
 from saev_torch.processes.counters import Waits
-from saev_torch.reading.placing import OpenBatch
-from saev_torch.reading.slots import Slot, SlotPool
+from saev_torch.reading.slots import OpenBatch, Slot, SlotPool
 
 _N_SPARE = 2
 _MAX_TAKEN = 4
@@ -22,12 +21,7 @@ _POLL_S = 0.002
 
 @dataclasses.dataclass
 class Running:
-    """A step whose tasks are not all done.
-
-    Attributes:
-        step: The step.
-        n_tasks: Tasks that are left.
-    """
+    """A step, and how many of its tasks are left."""
 
     step: Step
     n_tasks: int
@@ -36,15 +30,8 @@ class Running:
 class Batches:
     """Batches from the time that they are opened by one thread, and read by others, until a consumer takes them.
 
-    Args:
-        pool: Memory for batches.
-        max_open: Batches that may be open at a time.
-        timeout_s: Seconds to wait for a batch.
-        n_fills: Steps that fill a lane, to complete before the first batch.
-
-    Attributes:
-        open: The open batches, by number.
-        waits: What was waited for.
+    At most `max_open` are `open` at a time, by number; `n_fills` steps that fill a lane are complete before the first
+    one is handed out. `waits` tells what was waited for.
     """
 
     def __init__(self, pool: SlotPool, max_open: int, timeout_s: float, n_fills: int) -> None:
@@ -125,12 +112,7 @@ class Batches:
     # The consumer
 
     def take(self, sample_nbytes: int, describe_stall: Callable[[], str]) -> OpenBatch | None:
-        """Wait for the next batch; None after the last. See `Engine.next_batch`.
-
-        Args:
-            sample_nbytes: Size of a sample, to count what is handed out.
-            describe_stall: Says what is being read, where no batch comes in time.
-        """
+        """Wait for the next batch; None after the last. `describe_stall` says what is read where none comes in time."""
         began = time.monotonic()
         with self._lock:
             while True:

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 ScaleKernels = tuple[Callable[..., None], Callable[..., None]]
+_Int64s = NDArray[np.int64]
+_Float32s = NDArray[np.float32]
+_Float64s = NDArray[np.float64]
 
 _log = logging.getLogger("saev_torch")
 
@@ -65,7 +68,7 @@ def find_scale_kernels() -> ScaleKernels | None:
 
     pointer = numba.extending.intrinsic(make_pointer)
 
-    def scale_places(vectors: NDArray[np.int64], trash: int, by: np.float32) -> None:
+    def scale_places(vectors: _Int64s, trash: int, by: np.float32) -> None:
         for i in range(len(vectors)):
             if vectors[i, 0] == trash:
                 continue
@@ -76,13 +79,13 @@ def find_scale_kernels() -> ScaleKernels | None:
     scale = numba.njit("void(int64[:, ::1], int64, float32)", nogil=True)(scale_places)
 
     def read_and_scale(
-        fds: NDArray[np.int64],
-        vectors: NDArray[np.int64],
-        firsts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-        nbytes: NDArray[np.int64],
-        got: NDArray[np.int64],
+        fds: _Int64s,
+        vectors: _Int64s,
+        firsts: _Int64s,
+        counts: _Int64s,
+        offsets: _Int64s,
+        nbytes: _Int64s,
+        got: _Int64s,
         trash: int,
         by: np.float32,
     ) -> None:
@@ -112,12 +115,7 @@ def _find_numba() -> Any:
 
 
 def _sum_vectors(
-    vectors: NDArray[np.float32],
-    sums: NDArray[np.float64],
-    squares: NDArray[np.float64],
-    squared_norms: NDArray[np.float64],
-    lows: NDArray[np.float32],
-    highs: NDArray[np.float32],
+    vectors: _Float32s, sums: _Float64s, squares: _Float64s, squared_norms: _Float64s, lows: _Float32s, highs: _Float32s
 ) -> None:
     n, d_model = vectors.shape
     for start in range(0, n, _N_SUMMED):

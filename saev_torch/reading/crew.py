@@ -9,8 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 from saev_torch.errors import ReadError
-from saev_torch.reading.pace import Pace
-from saev_torch.reading.reader import Reader, Spot
+from saev_torch.reading.reader import Pace, Reader, Spot
 
 # Reads are announced so many tasks ahead.
 _N_ANNOUNCED = 8
@@ -18,11 +17,9 @@ _N_ANNOUNCED = 8
 
 @dataclasses.dataclass
 class Task:
-    """Work for one thread. What `run` refers to keeps alive what is read into.
+    """Work for one thread, done with its reader; `announce` tells the kernel before what will be read.
 
-    Attributes:
-        run: Does it with the thread's reader.
-        announce: Tells the kernel what will be read; None for nothing.
+    What `run` refers to keeps alive what is read into.
     """
 
     run: Callable[[Reader], None]
@@ -44,11 +41,7 @@ def guarded(target: Callable[[], None], on_error: Callable[[BaseException], None
 
 
 def start_threads(threads: list[threading.Thread]) -> None:
-    """Start threads, of which `threads` keeps those that could be started.
-
-    Raises:
-        ReadError: Not all could be.
-    """
+    """Start threads, of which `threads` keeps those that could be started; a `ReadError` unless it is all."""
     n_wanted, waiting = len(threads), threads.copy()
     threads.clear()
     try:
@@ -63,15 +56,10 @@ def start_threads(threads: list[threading.Thread]) -> None:
 
 
 class Crew:
-    """Threads that run tasks until they are stopped. Those beyond the number of cores wait as `Pace` says.
+    """Threads that run tasks until one fails, or they are stopped. Those beyond the number of cores wait, see `Pace`.
 
-    Args:
-        name: What the threads are called, before their number.
-        n_threads: How many.
-        pace: Decides how many of them read.
-        open_reader: Makes the reader of a thread, when it has its first task.
-        on_error: Called with the error that ends a thread.
-        more: Tasks that are taken where the queue is empty; with None the threads wait for `put`.
+    Each opens its reader when it has its first task. Where the queue is empty they take tasks from `more`, and end with
+    it; without `more` they wait for `put`. `on_error` is called with the error that ends a thread.
     """
 
     def __init__(
@@ -83,17 +71,14 @@ class Crew:
         on_error: Callable[[BaseException], None],
         more: Iterator[Task] | None = None,
     ) -> None:
-        self._pace, self._open_reader, self._more = pace, open_reader, more
+        self._pace, self._open_reader, self._on_error, self._more = pace, open_reader, on_error, more
         self._has_task = threading.Condition()
         self._tasks: collections.deque[Task] = collections.deque()
-        self._spots: list[Spot] = []
+        self.spots: list[Spot] = []
         self._stopped = False
         # Daemons, because a read that hangs must not keep the interpreter from exiting.
         self.threads = [
-            threading.Thread(
-                target=guarded, args=(functools.partial(self._work, i), on_error), name=f"{name} {i}", daemon=True
-            )
-            for i in range(n_threads)
+            threading.Thread(target=self._run, args=(i,), name=f"{name} {i}", daemon=True) for i in range(n_threads)
         ]
 
     def put(self, tasks: Iterable[Task]) -> None:
@@ -110,9 +95,10 @@ class Crew:
             self._tasks.clear()
             self._has_task.notify_all()
 
-    def spots(self) -> list[Spot]:
-        """Where the threads are reading that do."""
-        return [spot for spot in tuple(self._spots) if spot.where is not None]
+    def _run(self, number: int) -> None:
+        guarded(functools.partial(self._work, number), self._on_error)
+        # One that ends has failed, or found nothing more to do: neither have the others.
+        self.stop()
 
     def _work(self, number: int) -> None:
         reader: Reader | None = None
@@ -120,7 +106,7 @@ class Crew:
             if reader is None:
                 # Only now it has been decided how to read.
                 reader = self._open_reader(self._pace)
-                self._spots.append(reader.spot)
+                self.spots.append(reader.spot)
             if self._pace.is_slow:
                 self._announce(reader)
             was_slow = self._pace.is_slow
@@ -137,8 +123,6 @@ class Crew:
                 if not self._tasks and self._more is not None:
                     self._tasks.extend(itertools.islice(self._more, 1))
                     if not self._tasks:
-                        self._stopped = True
-                        self._has_task.notify_all()
                         break
                 wait_s = self._pace.wait_s(number) if self._tasks else None
                 if self._tasks and wait_s is None:
@@ -150,9 +134,9 @@ class Crew:
         """Announce one of the next tasks. Only where reads are slow, because it takes time of its own."""
         with self._has_task:
             task = next((one for one in itertools.islice(self._tasks, _N_ANNOUNCED) if one.announce), None)
-            announce = None if task is None else task.announce
-            if task is not None:
-                task.announce = None
+            if task is None:
+                return
+            announce, task.announce = task.announce, None
         if announce is not None:
             announce(reader)
 
@@ -160,22 +144,12 @@ class Crew:
 def run_tasks(
     name: str, n_threads: int, pace: Pace, open_reader: Callable[[Pace], Reader], tasks: Iterator[Task]
 ) -> None:
-    """Run tasks by threads until all are done, and raise the first error.
+    """Run tasks by at most `n_threads` threads until all are done, and raise the first error.
 
-    Args:
-        name: What the threads are called, before their number.
-        n_threads: How many there are at most.
-        pace: Decides how many of them read.
-        open_reader: Makes the reader of a thread.
-        tasks: What to do. It is asked for the next one when a thread is free.
+    `tasks` is asked for the next one when a thread is free.
     """
     errors: list[BaseException] = []
-
-    def fail(err: BaseException) -> None:
-        errors.append(err)
-        crew.stop()
-
-    crew = Crew(name, n_threads, pace, open_reader, fail, tasks)
+    crew = Crew(name, n_threads, pace, open_reader, errors.append, tasks)
     try:
         start_threads(crew.threads)
         for thread in crew.threads:

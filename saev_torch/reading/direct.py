@@ -40,11 +40,7 @@ _N_PROBES, _CACHED_SHARE = 32, 0.2
 def reads_past_cache(store: ShardStore, selection: Selection, is_only: bool, spot: Spot) -> bool:
     """Decide whether to read past the page cache; see the module. This opens some files, which may take its time.
 
-    Args:
-        store: Where to read from.
-        selection: What is read.
-        is_only: Whether the data may not be read again: in a first epoch, or where somebody asks for statistics.
-        spot: Told what is looked at.
+    Data that `is_only` may not be read again: in a first epoch, or where somebody asks for statistics.
     """
     nbytes = selection.n_samples * selection.sample_nbytes
     return not _fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, spot))
@@ -83,8 +79,7 @@ def _is_cached(store: ShardStore, selection: Selection, spot: Spot) -> bool:
 class DirectReader(Reader):
     """Reads blocks past the page cache to memory of one thread, and from there to the places of their rows.
 
-    Args:
-        ring_reader: Its ring is used; and it reads what is too large here, or fails.
+    It uses the ring of another reader, which reads what is too large here, or fails.
     """
 
     def __init__(self, ring_reader: RingReader) -> None:

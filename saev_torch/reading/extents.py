@@ -1,16 +1,19 @@
-"""What to read, and where each row goes: extents, worked out by numpy for thousands of rows at once."""
+"""What to read, and where each row goes: from the order of a plan to that of the disk, thousands of rows at once."""
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.order.runs import MAX_GAP_NBYTES, MAX_READ_NBYTES, MAX_READ_ROWS
+from saev_torch.order.runs import MAX_GAP_NBYTES, MAX_READ_NBYTES, MAX_READ_ROWS, expand_runs
 from saev_torch.order.selection import Selection
+from saev_torch.order.steps import Step
+from saev_torch.reading.slots import OpenBatch
 
 _Int64s = NDArray[np.int64]
+_Target = tuple[OpenBatch, _Int64s, _Int64s]
 
 # More files than this are not held open for one call.
 _MAX_SHARDS = 16
@@ -24,11 +27,9 @@ class Extents:
         vectors: `[n_vectors, 2] int64`, address and size of the place of each row, or of several rows whose places
             follow each other: the kernel's `struct iovec`.
         trash: `[row_nbytes] uint8`, where the rows of small gaps go.
-        shards: `[n] int64`, shard of each extent.
-        firsts: `[n] int64`, number of its first vector.
-        counts: `[n] int64`, its number of vectors.
-        offsets: `[n] int64`, byte offset in the shard.
-        nbytes: `[n] int64`, size in bytes.
+
+    Of each extent, `[n] int64`: its shard, the number of its first vector, how many vectors it has, its byte offset in
+    the shard, and its size in bytes.
     """
 
     vectors: _Int64s
@@ -42,15 +43,9 @@ class Extents:
     @classmethod
     def in_a_row(cls, memory: NDArray[np.uint8], shards: _Int64s, offsets: _Int64s, nbytes: _Int64s) -> "Extents":
         """Extents that go to memory one behind the other; see the attributes."""
-        return cls(
-            vectors=np.stack((memory.ctypes.data + np.cumsum(nbytes) - nbytes, nbytes), axis=1),
-            trash=memory[:0],
-            shards=shards,
-            firsts=np.arange(len(nbytes)),
-            counts=np.ones(len(nbytes), dtype=np.int64),
-            offsets=offsets,
-            nbytes=nbytes,
-        )
+        vectors = np.stack((memory.ctypes.data + np.cumsum(nbytes) - nbytes, nbytes), axis=1)
+        firsts, counts = np.arange(len(nbytes)), np.ones(len(nbytes), dtype=np.int64)
+        return cls(vectors, memory[:0], shards, firsts, counts, offsets, nbytes)
 
     def vectors_of(self, start: int, stop: int) -> _Int64s:
         """`[n, 2] int64`, the vectors of a range of extents."""
@@ -88,55 +83,41 @@ class Extents:
 
 
 def make_extents(shards: _Int64s, rows: _Int64s, places: _Int64s, row_nbytes: int) -> Extents:
-    """Join rows that are near each other on disk to extents.
+    """Join rows of a shard that ascend and are near each other to extents.
 
-    Args:
-        shards: `[n] int64`, shard of each row; rows of a shard that ascend are joined.
-        rows: `[n] int64`, row in the shard.
-        places: `[n] int64`, address that the row is read to.
-        row_nbytes: Size of a row in bytes.
-
-    Returns:
-        The extents, in the order of their first rows.
+    Of each row, `[n] int64`: its shard, its row in the shard, and the place, an address, that it is read to.
     """
     n = len(rows)
     trash = np.empty(row_nbytes, dtype=np.uint8)
+    if not n:
+        return Extents.in_a_row(trash, shards, rows, rows)
     gap = np.diff(rows)
-    breaks = (gap <= 0) | (gap > 1 + MAX_GAP_NBYTES // row_nbytes)
-    breaks |= np.diff(shards) != 0
+    breaks = (gap <= 0) | (gap > 1 + MAX_GAP_NBYTES // row_nbytes) | (np.diff(shards) != 0)
     most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
-    firsts = np.concatenate(([0], np.flatnonzero(breaks) + 1)) if n else np.zeros(0, dtype=np.int64)
-    spans = rows[np.append(firsts[1:], n) - 1] - rows[firsts] + 1 if n else firsts
-    if n and int(spans.max()) > most:
-        since = (rows - np.repeat(rows[firsts], np.diff(np.append(firsts, n)))) // most
-        breaks |= np.diff(since) != 0
-        firsts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
-        spans = rows[np.append(firsts[1:], n) - 1] - rows[firsts] + 1
+    firsts, lengths, spans = _divide_rows(rows, breaks)
+    if int(spans.max()) > most:
+        since = (rows - np.repeat(rows[firsts], lengths)) // most
+        firsts, lengths, spans = _divide_rows(rows, breaks | (np.diff(since) != 0))
     ends = np.cumsum(spans)
     begins = ends - spans
-    total = int(ends[-1]) if n else 0
-    if total != n:
+    if ends[-1] != n:
         wanted = places
-        places = np.full(total, trash.ctypes.data, dtype=np.int64)
-        places[rows + np.repeat(begins - rows[firsts], np.diff(np.append(firsts, n)))] = wanted
+        places = np.full(int(ends[-1]), trash.ctypes.data, dtype=np.int64)
+        places[rows + np.repeat(begins - rows[firsts], lengths)] = wanted
     vectors, heads = _join_places(places, begins, row_nbytes)
-    return Extents(
-        vectors=vectors,
-        trash=trash,
-        shards=shards[firsts],
-        firsts=heads,
-        counts=np.diff(np.append(heads, len(vectors))),
-        offsets=rows[firsts] * row_nbytes,
-        nbytes=spans * row_nbytes,
-    )
+    counts = np.diff(np.append(heads, len(vectors)))
+    return Extents(vectors, trash, shards[firsts], heads, counts, rows[firsts] * row_nbytes, spans * row_nbytes)
+
+
+def _divide_rows(rows: _Int64s, breaks: NDArray[np.bool_]) -> tuple[_Int64s, _Int64s, _Int64s]:
+    """Divide rows at breaks: of each part its first index, its length, and the rows from its first to its last."""
+    firsts = np.append(0, np.flatnonzero(breaks) + 1)
+    stops = np.append(firsts[1:], len(rows))
+    return firsts, stops - firsts, rows[stops - 1] - rows[firsts] + 1
 
 
 def _join_places(places: _Int64s, begins: _Int64s, row_nbytes: int) -> tuple[_Int64s, _Int64s]:
-    """Make vectors of rows, one for all rows whose places follow each other.
-
-    Returns:
-        `[n_vectors, 2] int64`, and the number of each extent's first vector.
-    """
+    """Make vectors, one for all rows whose places follow each other; also the number of each extent's first vector."""
     is_head = np.ones(len(places), dtype=bool)
     np.not_equal(np.diff(places), row_nbytes, out=is_head[1:])
     is_head[begins] = True
@@ -148,15 +129,9 @@ def _join_places(places: _Int64s, begins: _Int64s, row_nbytes: int) -> tuple[_In
 
 
 def make_sample_extents(selection: Selection, cells: _Int64s, places: _Int64s) -> list[Extents]:
-    """Work out the reads for samples: one list of extents for each of the layers that a sample holds.
+    """Work out the reads for samples: extents for each of the layers that a sample holds, in any order.
 
-    Args:
-        selection: What the cells mean.
-        cells: `[n] int64`, in the order of the disk.
-        places: `[n] int64`, address that the sample is read to.
-
-    Returns:
-        `selection.n_parts` extents, which may be read in any order.
+    `cells`, `[n] int64`, are in the order of the disk; `places` are the addresses that the samples are read to.
     """
     row_nbytes = selection.md.row_nbytes
     shards, rows = selection.disk_rows(cells)
@@ -165,3 +140,59 @@ def make_sample_extents(selection: Selection, cells: _Int64s, places: _Int64s) -
         shift = (selection.layer_idxs[part] - selection.layer_idxs[0]) * selection.md.tokens_per_example
         extents.append(make_extents(shards, rows + shift, places + part * row_nbytes, row_nbytes))
     return extents
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """The samples of a step that are wanted, in the order of the disk.
+
+    Attributes:
+        cells: `[n] int64`, the cell of each; see `Selection`.
+        addresses: `[n] int64`, where the activations of each go.
+        positions: `[n] int64`, position of each in the step.
+        n_positions: Samples of the step, wanted or not.
+        targets: For each batch and load: the batch, positions in the step, and the rows that they go to.
+    """
+
+    cells: _Int64s
+    addresses: _Int64s
+    positions: _Int64s
+    n_positions: int
+    targets: list[_Target]
+
+    def deal_labels(self, labels: NDArray[np.uint8]) -> None:
+        """Give the labels `[n] uint8` to the batches."""
+        dealt = np.empty(self.n_positions, dtype=np.uint8)
+        dealt[self.positions] = labels
+        for opened, positions, rows in self.targets:
+            if opened.labels is not None:
+                opened.labels[rows] = dealt[positions]
+
+
+def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection) -> Placed:
+    """Work out where every row of a step with loads goes, and tell each open batch which cells it holds."""
+    starts = np.concatenate([load.chunk.starts for load in step.loads])
+    lengths = np.concatenate([load.chunk.lengths for load in step.loads])
+    order = np.argsort(starts, kind="stable")
+    on_disk = expand_runs((np.cumsum(lengths) - lengths)[order], lengths[order])
+    cells = selection.cells(expand_runs(starts[order], lengths[order]))
+
+    dealt = np.empty_like(cells)
+    dealt[on_disk] = cells
+    addresses = np.zeros_like(cells)
+    targets: list[_Target] = []
+    offset = 0
+    for load in step.loads:
+        chunk = load.chunk
+        for number, d in load.targets:
+            part = slice(chunk.bounds[d], chunk.bounds[d + 1])
+            batch, positions, rows = opened[number], chunk.dealt[part] + offset, chunk.rows[part]
+            batch.cells[rows] = dealt[positions]
+            addresses[positions] = rows * selection.sample_nbytes + batch.slot.address
+            targets.append((batch, positions, rows))
+        offset += len(chunk.dealt)
+    addresses = addresses[on_disk]
+    if not addresses.all():
+        wanted = np.flatnonzero(addresses)
+        on_disk, cells, addresses = on_disk[wanted], cells[wanted], addresses[wanted]
+    return Placed(cells, addresses, on_disk, len(dealt), targets)

@@ -23,12 +23,6 @@ _MAX_KEPT_NBYTES = 32 << 20
 class Labels:
     """The labels.bin of a store. Threads may share it.
 
-    Args:
-        store: Where to read from.
-
-    Attributes:
-        store: Where it reads from.
-
     Each method raises `ReadError` where reading failed, or the file became shorter.
     """
 
@@ -40,16 +34,9 @@ class Labels:
         self._kept: _Labels | None = None
 
     def of_examples(self, examples: _Int64s) -> _Labels:
-        """Read the labels of examples.
+        """Read the labels of examples, `[m, content_tokens_per_example] uint8`; fastest where examples ascend.
 
-        Args:
-            examples: `[m] int64`, fastest where they ascend.
-
-        Returns:
-            `[m, content_tokens_per_example] uint8`.
-
-        Raises:
-            ConfigError: There is no labels.bin.
+        Raises `ConfigError` where there is no labels.bin.
         """
         if not self.store.has_labels:
             raise ConfigError(
@@ -59,42 +46,21 @@ class Labels:
         kept = self._whole(None)
         if kept is not None:
             return kept.reshape(-1, self._width)[examples]
-        starts = np.flatnonzero(np.diff(examples, prepend=-2) != 1)
-        lengths = np.diff(np.append(starts, len(examples)))
-        return self.of_runs(examples[starts] * self._width, lengths * self._width).reshape(len(examples), self._width)
+        starts, lengths = _find_runs(examples)
+        return self.of_runs(starts * self._width, lengths * self._width).reshape(len(examples), self._width)
 
     def of_runs(self, starts: _Int64s, lengths: _Int64s, spot: Spot | None = None) -> _Labels:
-        """Read runs of bytes.
-
-        Args:
-            starts: `[n_runs] int64`, offset of each run in the file.
-            lengths: `[n_runs] int64`, bytes of each run.
-            spot: Told what is read.
-
-        Returns:
-            `[sum of lengths] uint8`, one run after the other.
-        """
+        """Read runs of bytes, one after the other, and tell `spot` what is read."""
         kept = self._whole(spot)
         return self._read(starts, lengths, spot) if kept is None else kept[expand_runs(starts, lengths)]
 
     def of_cells(self, selection: Selection, cells: _Int64s, spot: Spot | None = None) -> _Labels:
-        """Read the labels of cells.
-
-        Args:
-            selection: What the cells mean.
-            cells: `[n] int64`, fastest in the order of the disk.
-            spot: Told what is read.
-
-        Returns:
-            `[n] uint8`; 0 for a special token, which has none.
-        """
+        """Read the labels of cells, `[n] uint8`, 0 for a special token; fastest in the order of the disk."""
         examples, _, tokens = selection.split(cells)
         tokens = tokens - selection.n_special
         content = tokens >= 0
-        indices = (examples * self._width + tokens)[content]
-        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
         labels = np.zeros(len(cells), dtype=np.uint8)
-        labels[content] = self.of_runs(indices[starts], np.diff(np.append(starts, len(indices))), spot)
+        labels[content] = self.of_runs(*_find_runs((examples * self._width + tokens)[content]), spot)
         return labels
 
     def _whole(self, spot: Spot | None) -> _Labels | None:
@@ -111,3 +77,9 @@ class Labels:
         extents = Extents.in_a_row(labels, np.full(len(starts), LABELS_IDX), starts, lengths)
         CallReader(self.store, spot=spot).read(extents, 0, len(starts))
         return labels
+
+
+def _find_runs(numbers: _Int64s) -> tuple[_Int64s, _Int64s]:
+    """Starts and lengths of the runs of consecutive numbers: the inverse of `expand_runs`."""
+    firsts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+    return numbers[firsts], np.diff(np.append(firsts, len(numbers)))

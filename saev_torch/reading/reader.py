@@ -7,12 +7,13 @@ What any of them leaves unfinished is finished here, and tried again after error
 """
 
 import abc
-import collections
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,59 +22,72 @@ from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.pace import Pace
 from saev_torch.reading.store import ShardStore
 
 _Int64s = NDArray[np.int64]
+
+# A thread that reads fewer bytes than this in a second, calls aside, waits for a disk; a call may take so long.
+_SLOW_NBYTES_PER_S = 1.5e9
+_CALL_S = 20e-6
+# Threads beyond the number of cores begin to read when one of the others takes this long.
+_HELP_AFTER_S = 0.02
 
 _preadv = ctypes.CDLL(None, use_errno=True).preadv
 _preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
 _preadv.restype = ctypes.c_ssize_t
 
 
+@dataclasses.dataclass
 class Spot:
     """Where a thread is reading, for the message about a read that does not return.
 
-    Attributes:
-        where: Tells, also another thread, the shard and the byte offset; None while nothing is read.
-        since: When it was set, on the clock of `time.monotonic`.
+    `where` tells, also another thread, the shard and the byte offset; it is None while nothing is read. `since` is when
+    it was set, on the clock of `time.monotonic`.
     """
 
-    def __init__(self) -> None:
-        self.where: Callable[[], tuple[int, int]] | None = None
-        self.since = 0.0
+    where: Callable[[], tuple[int, int]] | None = None
+    since: float = 0.0
 
     def set(self, where: Callable[[], tuple[int, int]]) -> None:
         """A read begins."""
         self.where, self.since = where, time.monotonic()
 
 
-class Reader(abc.ABC):
-    """Reads for one thread at a time.
+class Pace:
+    """How fast some threads read: the first `n_regular` always do, the others where the latest read `is_slow`.
 
-    Args:
-        store: Where to read from.
-        pace: Told how long each read took; None where nobody asks.
-        spot: Told what is read; None for one of its own.
+    They wait for a disk then; else threads that share a core only take time from each other. All of them share this: a
+    figure that is a moment old does no harm, so there is no lock.
     """
 
+    def __init__(self, n_regular: int) -> None:
+        self.is_slow = False
+        self._n_regular = n_regular
+        self._done_at = time.monotonic()
+
+    def note(self, nbytes: int, n_calls: int, seconds: float) -> None:
+        """Note how long a read took."""
+        self._done_at = time.monotonic()
+        self.is_slow = seconds > nbytes / _SLOW_NBYTES_PER_S + n_calls * _CALL_S
+
+    def wait_s(self, number: int) -> float | None:
+        """How long thread `number`, from 0, is to wait before it takes a task; None for not at all."""
+        if number < self._n_regular or self.is_slow:
+            return None
+        left = self._done_at + _HELP_AFTER_S - time.monotonic()
+        return None if left <= 0 else min(left, threading.TIMEOUT_MAX)
+
+
+class Reader(abc.ABC):
+    """Reads for one thread at a time. It tells `pace` how long each read took, and `spot` what is read."""
+
     def __init__(self, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
-        self.store = store
-        self.pace = pace
-        self.spot = spot or Spot()
+        self.store, self.pace, self.spot = store, pace, spot or Spot()
 
     def read(self, extents: Extents, start: int, stop: int) -> None:
-        """Read a range of extents to their places.
+        """Read a range of extents to their places; errors are those of `ShardStore.opened`.
 
-        Args:
-            extents: What to read.
-            start: First extent.
-            stop: One past the last extent.
-
-        Raises:
-            ReadError: A read failed for good, or a shard became shorter.
-            ShardsNotFoundError: A shard is gone.
-            FormatError: A shard is no longer a regular file of the right size.
+        `ReadError` is also for a read that failed for good, and for a shard that became shorter.
         """
         began = time.monotonic()
         self._read(extents, start, stop)
@@ -86,11 +100,7 @@ class Reader(abc.ABC):
 
     @contextlib.contextmanager
     def opened(self, extents: Extents, start: int, stop: int, direct: bool = False) -> Iterator[_Int64s]:
-        """Hold open what a range of extents is read from; see `ShardStore.opened`.
-
-        Yields:
-            `[stop - start] int64`, the file descriptor of each extent.
-        """
+        """Hold open what a range of extents is read from, see `ShardStore.opened`: yields the descriptor of each."""
         with contextlib.ExitStack() as stack:
             fds = np.empty(stop - start, dtype=np.int64)
             for first, last in extents.by_shard(start, stop):
@@ -104,9 +114,8 @@ class Reader(abc.ABC):
         for first, last in extents.by_shard(start, stop):
             part = slice(first, last)
             with self.store.opened(int(extents.shards[first])) as fd:
-                advice = itertools.repeat(os.POSIX_FADV_WILLNEED)
-                offsets, nbytes = extents.offsets[part].tolist(), extents.nbytes[part].tolist()
-                collections.deque(map(os.posix_fadvise, itertools.repeat(fd), offsets, nbytes, advice), 0)
+                for offset, nbytes in zip(extents.offsets[part].tolist(), extents.nbytes[part].tolist(), strict=True):
+                    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _finish(self, extents: Extents, first: int, got: NDArray[np.int64] | NDArray[np.int32], code: int) -> None:
         """Finish the extents from `first` on that are not complete; `code` is the error where a result has none."""
@@ -130,7 +139,7 @@ class Reader(abc.ABC):
                     f"{path}: expected {nbytes} bytes at offset {offset}, got {done}: the file became shorter while it "
                     "was in use; copy it again and start again."
                 )
-            elif self.store.retries.again(path, offset, code, tries):
+            elif self.store.may_pass(path, offset, code, tries):
                 tries += 1
                 self.store.drop(shard)
             else:

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.pace import Pace
-from saev_torch.reading.reader import CallReader, Spot
+from saev_torch.reading.reader import CallReader, Pace, Spot
 from saev_torch.reading.store import ShardStore
 
 _Int64s = NDArray[np.int64]
@@ -57,28 +56,19 @@ _syscall.restype = ctypes.c_long
 
 
 class Ring:
-    """Reads for one thread at a time; see `open`.
-
-    Args:
-        fd: Descriptor of the ring, which it closes when it is gone.
-        params: What the kernel said of it.
-    """
-
-    n_entries: int
+    """Reads for one thread at a time; see `open`. Its descriptor is closed when it is gone."""
 
     def __init__(self, fd: int, params: Any) -> None:
         weakref.finalize(self, os.close, fd).atexit = False
         self._fd = fd
         self.n_entries = int(params["sq_entries"])
-        nbytes = max(
-            int(params["sq_array"]) + 4 * self.n_entries,
-            int(params["cq_cqes"]) + _RESULT.itemsize * int(params["cq_entries"]),
-        )
+        results_at, n_results = int(params["cq_cqes"]), int(params["cq_entries"])
+        nbytes = max(int(params["sq_array"]) + 4 * self.n_entries, results_at + _RESULT.itemsize * n_results)
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         shared = mmap.mmap(fd, nbytes, flags=flags)
         entries = mmap.mmap(fd, _ENTRY.itemsize * self.n_entries, flags=flags, offset=_OFFSET_OF_ENTRIES)
         self._entries = np.frombuffer(entries, dtype=_ENTRY)
-        self._results = np.frombuffer(shared, _RESULT, int(params["cq_entries"]), int(params["cq_cqes"]))
+        self._results = np.frombuffer(shared, _RESULT, n_results, results_at)
         number = {name: np.frombuffer(shared, "u4", 1, int(params[name])) for name in ("sq_tail", "cq_head", "cq_tail")}
         self._asked, self._taken, self._done = number["sq_tail"], number["cq_head"], number["cq_tail"]
         np.frombuffer(shared, "u4", self.n_entries, int(params["sq_array"]))[:] = np.arange(self.n_entries)
@@ -107,17 +97,9 @@ class Ring:
     def read(
         self, fds: _Int64s, vectors: _Int64s, firsts: _Int64s, counts: _Int64s, offsets: _Int64s
     ) -> NDArray[np.int32]:
-        """Read from files, at most `n_entries` times.
+        """Read from descriptors, at most `n_entries` times; for the arguments see `Extents`.
 
-        Args:
-            fds: `[n] int64`, descriptor that each read is from.
-            vectors: `[n_vectors, 2] int64`, addresses and sizes: the kernel's `struct iovec`.
-            firsts: `[n] int64`, number of the first vector of each read.
-            counts: `[n] int64`, its number of vectors.
-            offsets: `[n] int64`, byte offset in its file.
-
-        Returns:
-            `[n] int32`: bytes that were read, or a negative error number.
+        For each it tells the bytes that were read, or a negative error number.
         """
         n, first = len(fds), int(self._asked[0])
         places = (first + np.arange(n)) % self.n_entries
@@ -170,14 +152,7 @@ class Ring:
 
 
 class RingReader(CallReader):
-    """Many reads in one call, on a ring; single calls for a few.
-
-    Args:
-        ring: The thread's ring.
-        store: Where to read from.
-        pace: See `Reader`.
-        spot: See `Reader`.
-    """
+    """Many reads in one call, on a ring of the thread's own; single calls for a few."""
 
     def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
         super().__init__(store, pace, spot)

@@ -12,6 +12,7 @@ let go of. A worker that is killed cannot leave a lock behind.
 
 import contextlib
 import ctypes
+import dataclasses
 import itertools
 import mmap
 import multiprocessing
@@ -45,10 +46,8 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Lease:
     """The right to use a piece of memory: numpy arrays and tensors made from it keep it alive.
 
-    Args:
-        memory: `[nbytes] uint8`.
-        owner: The array that `memory` is a part of, kept alive as long as the lease.
-        on_release: Called once nothing refers to the memory any more.
+    `owner` is the array that `memory` is a part of, and lives as long as the lease. `on_release` is called once nothing
+    refers to the memory any more.
     """
 
     def __init__(self, memory: NDArray[np.uint8], owner: NDArray[np.uint8], on_release: Callable[[], None]) -> None:
@@ -64,17 +63,10 @@ class Lease:
 
 
 class Slot:
-    """Memory for one batch.
+    """Memory for one batch, shared if another process will read it: then `fd` is its descriptor, else -1."""
 
-    Args:
-        nbytes: Size in bytes.
-        shared: Whether another process will read it.
-
-    Attributes:
-        number: Unique in this process.
-        fd: Descriptor of shared memory, else -1.
-        address: Where it begins.
-    """
+    # Where the memory begins in the file that `fd` stands for.
+    file_offset = _HEADER
 
     def __init__(self, nbytes: int, shared: bool) -> None:
         self.number = next(_numbers)
@@ -112,11 +104,6 @@ class Slot:
             self._counts = np.zeros(2, dtype=np.int64)
 
     @property
-    def file_offset(self) -> int:
-        """Where the memory begins in the file that `fd` stands for."""
-        return _HEADER
-
-    @property
     def is_free(self) -> bool:
         """Whether nobody can see the memory: neither this process nor one that it was sent to."""
         return not self._held and bool(self._counts[_SENT] == self._counts[_RETURNED])
@@ -131,10 +118,6 @@ class Slot:
         self._held = True
         return Lease(self._memory, self._owner, self.release)
 
-    def hold(self) -> None:
-        """Keep the slot from being handed out while it is filled."""
-        self._held = True
-
     def release(self) -> None:
         """Take the slot back: nothing in this process uses it any more."""
         self._held = False
@@ -146,6 +129,21 @@ class Slot:
         return self.pid, self.number, self.fd, self.nbytes
 
 
+@dataclasses.dataclass
+class OpenBatch:
+    """A batch of `size` samples that is being read, or was.
+
+    Attributes:
+        cells: `[size] int64`, the cell of each row; see `Selection`.
+        labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
+    """
+
+    slot: Slot
+    size: int
+    cells: NDArray[np.int64]
+    labels: NDArray[np.uint8] | None
+
+
 def _file_nbytes(nbytes: int) -> int:
     """Size of the file of a shared slot: with its header, in whole huge pages unless it is small."""
     unit = _HUGE_PAGE if nbytes >= _HUGE_PAGE else mmap.PAGESIZE
@@ -153,11 +151,7 @@ def _file_nbytes(nbytes: int) -> int:
 
 
 def _map_shared(fd: int, nbytes: int) -> NDArray[np.uint8]:
-    """Map the file of a shared slot at a boundary of huge pages; `[file_nbytes] uint8`.
-
-    Raises:
-        OSError: The system refused.
-    """
+    """Map the file of a shared slot at a boundary of huge pages; an `OSError` where the system refuses."""
     nbytes = _file_nbytes(nbytes)
     # A reservation of address space, given back as one with what is mapped into it.
     reserved = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -180,76 +174,50 @@ def _forget_returned() -> None:
 
 
 class SlotPool:
-    """Slots of one size. It never waits for a user who keeps batches: it makes another slot.
-
-    Args:
-        nbytes: Size of a slot in bytes.
-        shared: Whether another process will read them.
-    """
+    """Slots of one size. It never waits for a user who keeps batches: it makes another slot."""
 
     def __init__(self, nbytes: int, shared: bool) -> None:
-        self.nbytes = nbytes
-        self.shared = shared
+        self.nbytes, self.shared = nbytes, shared
         self._lock = threading.Lock()
         self._slots: list[Slot] = []
 
     def acquire(self, keep: int) -> Slot:
-        """Take a free slot, or make one.
+        """Take a free slot, or make one; it is held until its lease is gone.
 
-        Args:
-            keep: How many slots are worth keeping; free ones beyond that are given back to the system.
-
-        Returns:
-            A slot that is held until its lease is gone.
+        As many as `keep` are worth keeping; free ones beyond that are given back to the system.
         """
         with self._lock:
             _forget_returned()
             free = [slot for slot in self._slots if slot.is_free]
             while len(free) > 1 and len(self._slots) > keep:
                 self._slots.remove(free.pop())
-            if free:
-                slot = free[0]
-            else:
-                slot = Slot(self.nbytes, self.shared)
+            slot = free[0] if free else Slot(self.nbytes, self.shared)
+            if not free:
                 self._slots.append(slot)
-            slot.hold()
+            slot._held = True
             return slot
 
 
 def can_share() -> bool:
     """Whether a process can map the memory of another by its name under /proc, as `attach` does."""
     try:
-        fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC)
+        with open(os.memfd_create("saev_torch", os.MFD_CLOEXEC), "r+b", buffering=0) as file:
+            os.close(os.open(f"/proc/{os.getpid()}/fd/{file.fileno()}", os.O_RDWR | os.O_CLOEXEC))
     except (AttributeError, OSError):
         return False
-    try:
-        os.close(os.open(f"/proc/{os.getpid()}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
     return True
 
 
 _mapped: dict[int, dict[int, NDArray[np.uint8]]] = {}
 _mapped_lock = threading.Lock()
-
-
-def _forget_in_child() -> None:
-    _mapped.clear()
-    _sent.clear()
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_mapped.clear)
+os.register_at_fork(after_in_child=_sent.clear)
 
 
 def attach(pid: int, number: int, fd: int, nbytes: int) -> Lease:
-    """Map a slot that a worker process sent; see `Slot.send`.
+    """Map a slot that a worker process sent; see `Slot.send`. A `WorkerLostError` where the worker is gone.
 
     The mapping is kept for the next batch in the same slot until the worker's `Process` object is gone.
-
-    Raises:
-        WorkerLostError: The worker is gone.
     """
     with _mapped_lock:
         memory = _mapped.get(pid, {}).get(number)

@@ -14,8 +14,7 @@ from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.direct import reads_past_cache
 from saev_torch.reading.extents import Extents, make_extents
-from saev_torch.reading.pace import Pace
-from saev_torch.reading.reader import Reader, Spot
+from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.moments import Moments, NormHistogram, Piece, Scratch, measure

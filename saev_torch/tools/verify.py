@@ -22,8 +22,7 @@ from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.pace import Pace
-from saev_torch.reading.reader import Reader
+from saev_torch.reading.reader import Pace, Reader
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.writing.progress import Progress
@@ -191,7 +190,7 @@ class _Verification:
                     yield _File(LABELS_IDX, LABELS_NAME, (None,), 0, self.md.n_examples, nbytes)
 
     def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
-        source = Source(ShardStore.of(self.shards_dir, self.md, self.info))
+        source = Source(ShardStore(self.shards_dir, (self.md, self.info)))
         pieces = itertools.chain.from_iterable(map(self._cut, files))
         at_once = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
         with contextlib.closing(source.store), Progress(nbytes, "verifying", "B", progress) as bar:
