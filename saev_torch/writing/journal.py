@@ -39,15 +39,7 @@ os.register_at_fork(after_in_child=_close_held)
 
 
 class Entry(NamedTuple):
-    """One line of a journal: examples that are durably on disk.
-
-    Attributes:
-        start: The first.
-        stop: The one behind the last.
-        has_labels: Whether labels were written with them.
-        algorithm: That of the checksums.
-        checksums: Their checksums, as `checksums.block_checksums` packs them.
-    """
+    """One line of a journal: examples `start..stop` are durably on disk; checksums as `block_checksums` packs them."""
 
     start: int
     stop: int
@@ -71,17 +63,10 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def claimed(shards_dir: Path, content: bytes) -> Iterator[bool]:
-    """Hold the claim of a directory: one process at a time.
+    """Hold the claim of a directory, one process at a time; its content says what is being written there.
 
-    Args:
-        shards_dir: The directory, which exists.
-        content: What the claim holds, so that it says what is being written here.
-
-    Yields:
-        Whether the claim is new, so that nobody wrote here before. A new one is removed after an exception.
-
-    Raises:
-        WriteError: There is a claim of another data set, or a file that is none.
+    Yields whether the claim is new, so that nobody wrote here before. A new one is removed after an exception. A claim
+    with other content, or a file that is none, is a `WriteError`.
     """
     path = shards_dir / CLAIM_NAME
     while True:
@@ -141,10 +126,6 @@ def read_journals(shards_dir: Path, md: Metadata) -> Iterator[Entry]:
     """Yield the entries of all journals of a directory, which stays claimed meanwhile.
 
     What a process without the package xxhash has written, or one with it, is left out: that is written again.
-
-    Raises:
-        WriteError: The journals contradict the metadata or each other.
-        OSError: A file could not be read.
     """
     has_labels = None
     for name in journal_ranges(os.listdir(shards_dir)):
@@ -163,7 +144,7 @@ def read_journals(shards_dir: Path, md: Metadata) -> Iterator[Entry]:
 
 
 def _read_journal(shards_dir: Path, name: str) -> Iterator[Entry]:
-    """Yield the entries of a journal, up to the first line that is torn."""
+    # Up to the first line that is torn.
     with os.fdopen(open_regular(shards_dir, name), "rb") as file:
         for line in file:
             entry = Entry._from_line(line)
@@ -173,16 +154,9 @@ def _read_journal(shards_dir: Path, name: str) -> Iterator[Entry]:
 
 
 class Journal:
-    """The journal of one writer, which must hold the claim while it makes or closes one.
+    """The journal of the writer of examples `start..stop`, which must hold the claim while it makes or closes one.
 
-    Args:
-        shards_dir: The directory.
-        start: First example that the writer is for.
-        stop: The one behind the last.
-
-    Raises:
-        BlockingIOError: A living writer has it.
-        OSError: The system refused.
+    A `BlockingIOError` says that a living writer has it.
     """
 
     def __init__(self, shards_dir: Path, start: int, stop: int) -> None:
