@@ -8,6 +8,7 @@ checksums. A line is appended, and itself forced to disk, only after the data it
 counts as not written. The locks are the kernel's, which a killed process cannot keep.
 """
 
+import bisect
 import contextlib
 import fcntl
 import os
@@ -186,14 +187,50 @@ class Journal:
             _held.discard(self._fd)
             os.close(self._fd)
 
+    @staticmethod
+    def is_alive(shards_dir: Path, name: str) -> bool:
+        """Whether a living writer holds the journal of this name."""
+        fd = os.open(shards_dir / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
-def is_alive(shards_dir: Path, name: str) -> bool:
-    """Whether a living writer holds a journal."""
-    fd = os.open(shards_dir / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+
+class Ranges:
+    """Which examples have been seen: disjoint ranges, neighbours merged, so that batches in order keep it at one."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def overlap(self, start: int, stop: int) -> tuple[int, int] | None:
+        """Return the first part of `start..stop` that is in a range already."""
+        i = bisect.bisect_right(self._stops, start)
+        if start < stop and i < len(self._starts) and self._starts[i] < stop:
+            return max(start, self._starts[i]), min(stop, self._stops[i])
+        return None
+
+    def add(self, start: int, stop: int) -> None:
+        """Add `start..stop`, parts of which may be in a range already."""
+        # Ranges low..high overlap or touch it, and become one with it.
+        low = bisect.bisect_left(self._stops, start)
+        high = bisect.bisect_right(self._starts, stop)
+        self._starts[low:high] = [min([start, *self._starts[low:high]])]
+        self._stops[low:high] = [max([stop, *self._stops[low:high]])]
+
+    def gaps(self, stop: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield what is missing from `start..stop`."""
+        at = start
+        first = bisect.bisect_right(self._stops, start)
+        for low, high in zip(self._starts[first:], self._stops[first:], strict=True):
+            if low >= stop:
+                break
+            if at < low:
+                yield at, low
+            at = high
+        if at < stop:
+            yield at, stop

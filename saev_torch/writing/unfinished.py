@@ -17,26 +17,17 @@ from saev_torch.errors import WriteError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums
 from saev_torch.format.files import sync_dir, write_atomic, writing
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import (
-    LABELS_NAME,
-    SHARDS_NAME,
-    Shard,
-    ShardInfo,
-    labels_nbytes,
-    shard_name,
-    shard_nbytes,
-)
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, Shard, ShardInfo, labels_nbytes, shard_name, shard_nbytes
 from saev_torch.writing.journal import (
     CLAIM_NAME,
     Entry,
     Journal,
+    Ranges,
     claimed,
-    is_alive,
     journal_name,
     journal_ranges,
     read_journals,
 )
-from saev_torch.writing.ranges import Ranges
 
 _MAX_PWRITE_BYTES = 1 << 30  # The kernel takes at most 2 GiB less a page in one call.
 
@@ -129,7 +120,7 @@ class Unfinished:
     def _require_nobody(self) -> None:
         start, stop = self._example_range
         for name, (low, high) in self._rivals().items():
-            if is_alive(self._shards_dir, name):
+            if Journal.is_alive(self._shards_dir, name):
                 raise WriteError(
                     f"{self._shards_dir}: expected to be the only writer of examples {start}..{stop}, got another "
                     f"process writing {low}..{high}; wait for it, or choose another example_range"

@@ -16,8 +16,7 @@ from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
 from saev_torch.writing.incoming import check_activations, check_example_range, check_finite, check_labels, check_start
-from saev_torch.writing.journal import Entry
-from saev_torch.writing.ranges import Ranges
+from saev_torch.writing.journal import Entry, Ranges
 from saev_torch.writing.unfinished import Unfinished
 
 _SYNC_NBYTES = 256 << 20  # At most about so much is written again after a kill, or
