@@ -40,10 +40,6 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, windows: npt.NDArray[np.int64]) -> "Corpus":
-        """Return the corpus of these windows."""
-        return dataclasses.replace(self, ids=self.ids[windows], spans=self.spans[windows])
-
 
 def _read_topics() -> str:
     """Return the text of Python's own `help()` topics, each paragraph once.
@@ -82,9 +78,9 @@ def split(corpus: Corpus) -> tuple[Corpus, Corpus]:
     """Split into windows to train on and every tenth window, which is held out."""
     if len(corpus) < 2:
         raise ConfigError(f"windows: expected at least 2, to train on and to hold out, got {len(corpus)}; ask for more")
-    windows = np.arange(len(corpus))
-    held_out = windows % _HOLD_OUT_EVERY == 0
-    return corpus.take(windows[~held_out]), corpus.take(windows[held_out])
+    held_out = np.arange(len(corpus)) % _HOLD_OUT_EVERY == 0
+    parts = [Corpus(corpus.text, corpus.ids[chosen], corpus.spans[chosen]) for chosen in (~held_out, held_out)]
+    return parts[0], parts[1]
 
 
 def record_corpora(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:

@@ -161,8 +161,6 @@ def _draw_frequencies(axes: "Axes", frequencies: npt.NDArray[np.float64]) -> Non
 
 
 def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]], dpi: float) -> None:
-    from matplotlib.colors import to_rgba
-
     axes.set_title("Latents that stand for one idea in many words")
     axes.axis("off")
     if not meanings:
@@ -186,7 +184,7 @@ def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]
         strongest = max(hit.value for hit in hits)
         for hit in hits:
             line += 1
-            shade = to_rgba(_ORANGE, 0.15 + 0.45 * hit.value / strongest)
+            shade = (_ORANGE, 0.15 + 0.45 * hit.value / strongest)
             box = {"boxstyle": "square,pad=0.1", "facecolor": shade, "edgecolor": "none"}
             axes.text(_N_LEFT, line, hit.left, ha="right", color=_MUTED, **mono)
             axes.text(_N_LEFT, line, hit.token, bbox=box, color=_INK, **mono)

@@ -112,11 +112,6 @@ def _is_same(path: Path, fd: int) -> bool:
         return False
 
 
-def journal_name(start: int, stop: int) -> str:
-    """Name of the journal of the writer of these examples."""
-    return f".journal-{start}-{stop}"
-
-
 def journal_ranges(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Pick the names of journals, with the examples that each is for."""
     found = {name: _JOURNAL.fullmatch(name) for name in sorted(names)}
@@ -161,7 +156,7 @@ class Journal:
     """
 
     def __init__(self, shards_dir: Path, start: int, stop: int) -> None:
-        name = journal_name(start, stop)
+        name = self.name(start, stop)
         self._fd = os.open(shards_dir / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         _held.add(self._fd)
         try:
@@ -186,6 +181,11 @@ class Journal:
         if self._fd in _held:
             _held.discard(self._fd)
             os.close(self._fd)
+
+    @staticmethod
+    def name(start: int, stop: int) -> str:
+        """Name of the journal of the writer of these examples."""
+        return f".journal-{start}-{stop}"
 
     @staticmethod
     def is_alive(shards_dir: Path, name: str) -> bool:

@@ -125,7 +125,7 @@ class _Stream:
     def __init__(self, writer: ShardWriter, device: torch.device) -> None:
         self._writer = writer
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._hosts: list[torch.Tensor] = []
+        self._pinned = torch.empty(0, dtype=torch.float32)
         self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="record")
 
@@ -145,33 +145,27 @@ class _Stream:
         # The one before was written while this one was computed; the host holds no third.
         if self._writing is not None:
             self._writing.result()
-        host, ready = self._to_host(acts)
-        self._writing = self._pool.submit(self._write, host, ready, span[0], labels)
+        self._writing = self._pool.submit(self._write, self._to_host(acts), span[0], labels)
 
-    def _to_host(self, acts: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:
+    def _to_host(self, acts: torch.Tensor) -> torch.Tensor:
         if self._copying is None:
-            return acts.cpu().contiguous(), None
+            return acts.cpu().contiguous()
         acts = acts.contiguous()
-        if len(self._hosts) < 2 or self._hosts[0].shape[0] < len(acts):
-            self._hosts.append(torch.empty(acts.shape, dtype=torch.float32, pin_memory=True))
-        else:
-            # The one that was written longest ago; its write has been waited for.
-            self._hosts.append(self._hosts.pop(0))
-        host = self._hosts[-1][: len(acts)]
+        if len(self._pinned) < len(acts):
+            self._pinned = torch.empty(acts.shape, dtype=torch.float32, pin_memory=True)
+        # What it held is written: that has been waited for.
+        host = self._pinned[: len(acts)]
         self._copying.wait_stream(torch.cuda.current_stream(acts.device))
         with torch.cuda.stream(self._copying):
             host.copy_(acts, non_blocking=True)
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(self._copying)
         # The allocator must not hand this memory to the next forward pass while it is still being copied.
         acts.record_stream(self._copying)
-        return host, ready
+        return host
 
-    def _write(
-        self, host: torch.Tensor, ready: "torch.cuda.Event | None", start: int, labels: torch.Tensor | None
-    ) -> None:
-        if ready is not None:
-            ready.synchronize()
+    def _write(self, host: torch.Tensor, start: int, labels: torch.Tensor | None) -> None:
+        # This batch is all that is copied now: the next one waits until it is written.
+        if self._copying is not None:
+            self._copying.synchronize()
         self._writer.write_batch(host, start, labels)
 
 

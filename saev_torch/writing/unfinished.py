@@ -18,16 +18,7 @@ from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums
 from saev_torch.format.files import sync_dir, write_atomic, writing
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, Shard, ShardInfo, labels_nbytes, shard_name, shard_nbytes
-from saev_torch.writing.journal import (
-    CLAIM_NAME,
-    Entry,
-    Journal,
-    Ranges,
-    claimed,
-    journal_name,
-    journal_ranges,
-    read_journals,
-)
+from saev_torch.writing.journal import CLAIM_NAME, Entry, Journal, Ranges, claimed, journal_ranges, read_journals
 
 _MAX_PWRITE_BYTES = 1 << 30  # The kernel takes at most 2 GiB less a page in one call.
 
@@ -88,7 +79,7 @@ class Unfinished:
             except BaseException:
                 self._close_journal()
                 if is_new:
-                    (self._shards_dir / journal_name(*self._example_range)).unlink(missing_ok=True)
+                    (self._shards_dir / Journal.name(*self._example_range)).unlink(missing_ok=True)
                 raise
 
     def _is_finished(self) -> bool:
