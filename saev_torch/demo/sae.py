@@ -114,12 +114,9 @@ def train(sae: TopKSAE, loader: Loader, recipe: Recipe, on_step: Callable[[Train
     step, n_samples, waited_s, spent_s = 0, 0, 0.0, 0.0
     for _ in range(recipe.n_epochs):
         batches = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
+        asked = time.perf_counter()
+        for batch in batches:
             got = time.perf_counter()
-            if batch is None:
-                break
             x = sae.normalise(batch["act"])
             loss = (x - sae(x)).square().sum(dim=1).mean() / x.shape[1]
             optimizer.zero_grad()
@@ -133,6 +130,7 @@ def train(sae: TopKSAE, loader: Loader, recipe: Recipe, on_step: Callable[[Train
             waited_s += got - asked
             spent_s += time.perf_counter() - asked
             on_step(TrainingStep(step, loss.item(), n_samples / spent_s, waited_s / spent_s))
+            asked = time.perf_counter()
 
 
 def _lr_factor(n_done: int, n_steps: int) -> float:

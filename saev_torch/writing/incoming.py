@@ -56,11 +56,10 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
         labels = np.asarray(patch_labels)
     except (TypeError, ValueError, RuntimeError) as err:
         raise WriteError(f"patch_labels: expected an array of integers, got {short(patch_labels)}") from err
-    shape = (batch, md.content_tokens_per_example)
-    if labels.shape != shape:
+    shape = [batch, md.content_tokens_per_example]
+    if list(labels.shape) != shape:
         raise WriteError(
-            f"patch_labels: expected shape [batch, content_tokens_per_example] = {list(shape)}, "
-            f"got {list(labels.shape)}"
+            f"patch_labels: expected shape [batch, content_tokens_per_example] = {shape}, got {list(labels.shape)}"
         )
     if labels.dtype.kind not in "iu":
         raise WriteError(f"patch_labels: expected integers in 0..255, got {labels.dtype}")

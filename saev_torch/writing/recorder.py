@@ -120,7 +120,7 @@ def record(
 
 
 class _Stream:
-    """Writes batches in a thread, one behind the model: two are held on the host."""
+    """Writes batches in a thread, one behind the model."""
 
     def __init__(self, writer: ShardWriter, device: torch.device) -> None:
         self._writer = writer

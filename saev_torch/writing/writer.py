@@ -226,12 +226,12 @@ class _Checkpoints:
             return
         # Bounded, as what is not on disk yet would all have to be written again.
         if self._running is None or self._running.done() or self._nbytes >= 4 * _SYNC_NBYTES:
-            self._join()
+            self.join()
             self._running = self._threads.submit(self._unfinished.sync, *self._take())
 
     def force(self) -> None:
         """Force to disk all that was added, and wait for it."""
-        self._join()
+        self.join()
         self._unfinished.sync(*self._take())
 
     def raise_failed(self) -> None:
@@ -239,7 +239,7 @@ class _Checkpoints:
         if self._running is not None and self._running.done():
             self._running.result()
 
-    def _join(self) -> None:
+    def join(self) -> None:
         if self._running is not None:
             self._running.result()
             self._running = None
