@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saev_torch.writing.ranges import Ranges
+from saev_torch.writing.journal import Ranges
 
 
 def test_neighbours_become_one():

@@ -16,7 +16,7 @@ from saev_torch.errors import ConfigError, ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata
 from saev_torch.iterable import OrderedActivations
 from saev_torch.writing.recorder import record, token_windows
-from saev_torch.writing.taps import find_blocks
+from saev_torch.writing.source import find_blocks
 
 NAMES = {"family": "test", "ckpt": "none", "dataset": "none"}
 

@@ -19,12 +19,12 @@ from tqdm import tqdm
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
 from saev_torch.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
-from saev_torch.demo.figure import Firings, Report, draw, find_meanings
+from saev_torch.demo.figure import Firings, draw, find_meanings
 from saev_torch.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 
-N_WORKERS = 2
+_N_WORKERS = 2
 _BATCH_SIZE = 2048
 _EVALUATE_EVERY = 20
 _N_TIMED_EPOCHS = 3
@@ -48,15 +48,7 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo.
-
-    Returns:
-        0.
-
-    Raises:
-        SaevTorchError: There is no folder for the figure, or the shards cannot be written or read.
-        ModuleNotFoundError: The `demo` extra or the model's package is not installed.
-    """
+    """Run the demo, and return 0."""
     started = time.perf_counter()
     if not args.out.absolute().parent.is_dir():
         # Now, and not after all the work.
@@ -68,22 +60,24 @@ def run(args: argparse.Namespace) -> int:
         n_bytes = sum(path.stat().st_size for folder in shards.values() for path in folder.glob("*.bin"))
         print(f"shards: {n_bytes / 1e6:.0f} MB, layers {LAYERS[0]} and {LAYERS[1]} of {root}")
         cfg = ShuffledConfig(shards=shards["train"], layer=args.layer, batch_size=_BATCH_SIZE, seed=args.seed)
-        held_out = torch.cat([batch["act"] for batch in _ordered(make_ordered_config(cfg, shards=shards["held-out"]))])
+        ordered = OrderedActivations(make_ordered_config(cfg, shards=shards["held-out"]))
+        held_out = torch.cat([batch["act"] for batch in DataLoader(ordered)])
         recipe = Recipe(n_epochs=args.epochs, seed=args.seed)
 
-        loader = DataLoader(ShuffledActivations(cfg), num_workers=N_WORKERS, persistent_workers=True)
+        loader = DataLoader(ShuffledActivations(cfg), num_workers=_N_WORKERS, persistent_workers=True)
         example_batch = _print_rate(loader)
         sae = TopKSAE(example_batch, recipe)
         losses, curve = _train(sae, loader, recipe, held_out)
         # Ends its workers: the files are removed next.
         del loader
         firings = _find_firings(sae, make_ordered_config(cfg))
-    dead = float((firings.frequencies == 0).mean())
+    dead = (firings.frequencies == 0).mean()
     variance = curve[-1][1]
     print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f} (squared error per dimension, 1 is the data's variance)")
     print(f"explained variance on held-out activations: {variance:.3f}  (1 - sum ||x - x_hat||^2 / sum ||x - mean||^2)")
     print(f"dead latents: {100 * dead:.1f} % of {firings.n_latents:,} fire on none of {firings.n_tokens:,} tokens")
-    report = Report(
+    draw(
+        args.out,
         title=f"A sparse autoencoder explains {100 * variance:.0f} % of the variance of MiniLM's layer {args.layer}",
         subtitle=f"{recipe.n_latents:,} latents, {recipe.k} active per token; trained {recipe.n_epochs} epochs on "
         f"{firings.n_tokens:,} tokens of Python's help texts, scored on {len(held_out):,} others",
@@ -92,14 +86,9 @@ def run(args: argparse.Namespace) -> int:
         frequencies=firings.frequencies,
         meanings=find_meanings(firings, corpus),
     )
-    draw(report, args.out)
     print(f"figure: {args.out}")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return 0
-
-
-def _ordered(cfg: OrderedConfig) -> "DataLoader[ActivationBatch]":
-    return DataLoader(OrderedActivations(cfg))
 
 
 def _print_rate(loader: "DataLoader[ActivationBatch]") -> torch.Tensor:
@@ -148,9 +137,8 @@ def _train(
 @torch.no_grad()
 def _find_firings(sae: TopKSAE, cfg: OrderedConfig) -> Firings:
     """Encode the data in order; `example_idx` and `token_idx` say which token of the text each firing is on."""
-    latents, values, positions = [], [], []
-    n_tokens = 0
-    for batch in _ordered(cfg):
+    latents, values, positions, n_tokens = [], [], [], 0
+    for batch in DataLoader(OrderedActivations(cfg)):
         strengths, which = sae.encode(sae.normalise(batch["act"]))
         position = batch["example_idx"] * N_CONTENT + batch["token_idx"]
         fires = strengths > 0

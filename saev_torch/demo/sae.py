@@ -24,46 +24,29 @@ class Loader(Sized, Iterable[dict[str, Tensor]], Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the autoencoder is made and trained.
+    """How the autoencoder is made and trained."""
 
-    Attributes:
-        n_latents: Width of the dictionary.
-        k: Latents that may be active for one sample.
-        lr: Peak learning rate of Adam.
-        n_epochs: Passes over the training activations.
-        seed: Seed of the initial weights.
-    """
-
-    n_latents: int = 2048
-    k: int = 16
-    lr: float = 2e-3
-    n_epochs: int = 10
-    seed: int = 0
+    n_latents: int = 2048  # Width of the dictionary.
+    k: int = 16  # Latents that may be active for one sample.
+    lr: float = 2e-3  # Peak learning rate of Adam.
+    n_epochs: int = 10  # Passes over the training activations.
+    seed: int = 0  # Seed of the initial weights.
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """One training step, as it was.
+    """One training step, as it was."""
 
-    Attributes:
-        step: Counted from 1.
-        loss: ||x - x_hat||^2 / d_model in normalised units, mean over the batch.
-        samples_per_s: Training rate since the first step.
-        wait_share: Share of the time since then that was spent waiting for the loader.
-    """
-
-    step: int
-    loss: float
-    samples_per_s: float
-    wait_share: float
+    step: int  # Counted from 1.
+    loss: float  # ||x - x_hat||^2 / d_model in normalised units, mean over the batch.
+    samples_per_s: float  # Training rate since the first step.
+    wait_share: float  # Share of the time since then that was spent waiting for the loader.
 
 
 class TopKSAE(nn.Module):
     """A dictionary of `n_latents` directions, of which the `k` strongest describe a sample.
 
-    Args:
-        example_batch: [batch, d_model] float32; the centre and the scale are taken from it.
-        recipe: Sizes and seed.
+    The centre and the scale of the data are taken from an example batch, [batch, d_model] float32.
     """
 
     mean: Tensor
@@ -124,27 +107,16 @@ def explained_variance(sae: TopKSAE, act: Tensor) -> float:
 
 
 def train(sae: TopKSAE, loader: Loader, recipe: Recipe, on_step: Callable[[TrainingStep], None]) -> None:
-    """Train an autoencoder on the batches of a loader.
-
-    Args:
-        sae: Trained in place.
-        loader: Iterated once an epoch.
-        recipe: Sizes and schedule.
-        on_step: Called after each step; its time is not counted in the rates.
-    """
+    """Train an autoencoder in place; `on_step` is called after each step, and its time is not counted in the rates."""
     n_steps = recipe.n_epochs * len(loader)
     optimizer = torch.optim.Adam(sae.parameters(), lr=recipe.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n_done: _lr_factor(n_done, n_steps))
-    n_samples, waited_s, spent_s = 0, 0.0, 0.0
-    step = 0
+    step, n_samples, waited_s, spent_s = 0, 0, 0.0, 0.0
     for _ in range(recipe.n_epochs):
         batches = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
+        asked = time.perf_counter()
+        for batch in batches:
             got = time.perf_counter()
-            if batch is None:
-                break
             x = sae.normalise(batch["act"])
             loss = (x - sae(x)).square().sum(dim=1).mean() / x.shape[1]
             optimizer.zero_grad()
@@ -158,6 +130,7 @@ def train(sae: TopKSAE, loader: Loader, recipe: Recipe, on_step: Callable[[Train
             waited_s += got - asked
             spent_s += time.perf_counter() - asked
             on_step(TrainingStep(step, loss.item(), n_samples / spent_s, waited_s / spent_s))
+            asked = time.perf_counter()
 
 
 def _lr_factor(n_done: int, n_steps: int) -> float:

@@ -23,7 +23,7 @@ def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.f
     if activations.dtype not in (torch.float32, np.dtype(np.float32)):
         raise WriteError(f"activations: expected float32, got {activations.dtype}; convert it, as with .float()")
     shape = (md.n_layers, md.tokens_per_example, md.d_model)
-    if tuple(activations.shape[1:]) != shape:
+    if activations.shape[1:] != shape:
         raise WriteError(
             f"activations: expected shape [batch, n_layers, tokens_per_example, d_model] = [batch, {shape[0]}, "
             f"{shape[1]}, {shape[2]}], got {list(activations.shape)}"
@@ -34,13 +34,7 @@ def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.f
 
 
 def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> None:
-    """Refuse NaN and infinity.
-
-    Args:
-        acts: [batch, n_layers, tokens_per_example, d_model] float32, contiguous.
-        md: Metadata, to name the layer.
-        start: Example that the first of the batch is.
-    """
+    """Refuse NaN and infinity in a contiguous batch, of which `start` is the first example."""
     flat = acts.reshape(-1)
     for at in range(0, len(flat), _N_LOOKED_AT):
         is_finite = np.isfinite(flat[at : at + _N_LOOKED_AT])
@@ -62,11 +56,10 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
         labels = np.asarray(patch_labels)
     except (TypeError, ValueError, RuntimeError) as err:
         raise WriteError(f"patch_labels: expected an array of integers, got {short(patch_labels)}") from err
-    shape = (batch, md.content_tokens_per_example)
-    if labels.shape != shape:
+    shape = [batch, md.content_tokens_per_example]
+    if list(labels.shape) != shape:
         raise WriteError(
-            f"patch_labels: expected shape [batch, content_tokens_per_example] = {list(shape)}, "
-            f"got {list(labels.shape)}"
+            f"patch_labels: expected shape [batch, content_tokens_per_example] = {shape}, got {list(labels.shape)}"
         )
     if labels.dtype.kind not in "iu":
         raise WriteError(f"patch_labels: expected integers in 0..255, got {labels.dtype}")
@@ -76,13 +69,7 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
 
 
 def check_start(start_idx: int, batch: int, bounds: tuple[int, int]) -> int:
-    """Return the first example of a batch as an int.
-
-    Args:
-        start_idx: What the caller gave.
-        batch: Examples in the batch.
-        bounds: Examples that this writer may write, the second excluded.
-    """
+    """Return the first of `batch` examples as an int; all of them must be in `bounds`, the second excluded."""
     try:
         start = operator.index(start_idx)
     except TypeError as err:

@@ -8,6 +8,7 @@ checksums. A line is appended, and itself forced to disk, only after the data it
 counts as not written. The locks are the kernel's, which a killed process cannot keep.
 """
 
+import bisect
 import contextlib
 import fcntl
 import os
@@ -39,15 +40,7 @@ os.register_at_fork(after_in_child=_close_held)
 
 
 class Entry(NamedTuple):
-    """One line of a journal: examples that are durably on disk.
-
-    Attributes:
-        start: The first.
-        stop: The one behind the last.
-        has_labels: Whether labels were written with them.
-        algorithm: That of the checksums.
-        checksums: Their checksums, as `checksums.block_checksums` packs them.
-    """
+    """One line of a journal: examples `start..stop` are durably on disk; checksums as `block_checksums` packs them."""
 
     start: int
     stop: int
@@ -71,17 +64,10 @@ class Entry(NamedTuple):
 
 @contextlib.contextmanager
 def claimed(shards_dir: Path, content: bytes) -> Iterator[bool]:
-    """Hold the claim of a directory: one process at a time.
+    """Hold the claim of a directory, one process at a time; its content says what is being written there.
 
-    Args:
-        shards_dir: The directory, which exists.
-        content: What the claim holds, so that it says what is being written here.
-
-    Yields:
-        Whether the claim is new, so that nobody wrote here before. A new one is removed after an exception.
-
-    Raises:
-        WriteError: There is a claim of another data set, or a file that is none.
+    Yields whether the claim is new, so that nobody wrote here before. A new one is removed after an exception. A claim
+    with other content, or a file that is none, is a `WriteError`.
     """
     path = shards_dir / CLAIM_NAME
     while True:
@@ -126,11 +112,6 @@ def _is_same(path: Path, fd: int) -> bool:
         return False
 
 
-def journal_name(start: int, stop: int) -> str:
-    """Name of the journal of the writer of these examples."""
-    return f".journal-{start}-{stop}"
-
-
 def journal_ranges(names: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Pick the names of journals, with the examples that each is for."""
     found = {name: _JOURNAL.fullmatch(name) for name in sorted(names)}
@@ -141,10 +122,6 @@ def read_journals(shards_dir: Path, md: Metadata) -> Iterator[Entry]:
     """Yield the entries of all journals of a directory, which stays claimed meanwhile.
 
     What a process without the package xxhash has written, or one with it, is left out: that is written again.
-
-    Raises:
-        WriteError: The journals contradict the metadata or each other.
-        OSError: A file could not be read.
     """
     has_labels = None
     for name in journal_ranges(os.listdir(shards_dir)):
@@ -163,7 +140,7 @@ def read_journals(shards_dir: Path, md: Metadata) -> Iterator[Entry]:
 
 
 def _read_journal(shards_dir: Path, name: str) -> Iterator[Entry]:
-    """Yield the entries of a journal, up to the first line that is torn."""
+    # Up to the first line that is torn.
     with os.fdopen(open_regular(shards_dir, name), "rb") as file:
         for line in file:
             entry = Entry._from_line(line)
@@ -173,20 +150,13 @@ def _read_journal(shards_dir: Path, name: str) -> Iterator[Entry]:
 
 
 class Journal:
-    """The journal of one writer, which must hold the claim while it makes or closes one.
+    """The journal of the writer of examples `start..stop`, which must hold the claim while it makes or closes one.
 
-    Args:
-        shards_dir: The directory.
-        start: First example that the writer is for.
-        stop: The one behind the last.
-
-    Raises:
-        BlockingIOError: A living writer has it.
-        OSError: The system refused.
+    A `BlockingIOError` says that a living writer has it.
     """
 
     def __init__(self, shards_dir: Path, start: int, stop: int) -> None:
-        name = journal_name(start, stop)
+        name = self.name(start, stop)
         self._fd = os.open(shards_dir / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         _held.add(self._fd)
         try:
@@ -212,14 +182,55 @@ class Journal:
             _held.discard(self._fd)
             os.close(self._fd)
 
+    @staticmethod
+    def name(start: int, stop: int) -> str:
+        """Name of the journal of the writer of these examples."""
+        return f".journal-{start}-{stop}"
 
-def is_alive(shards_dir: Path, name: str) -> bool:
-    """Whether a living writer holds a journal."""
-    fd = os.open(shards_dir / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    @staticmethod
+    def is_alive(shards_dir: Path, name: str) -> bool:
+        """Whether a living writer holds the journal of this name."""
+        fd = os.open(shards_dir / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+
+class Ranges:
+    """Which examples have been seen: disjoint ranges, neighbours merged, so that batches in order keep it at one."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def overlap(self, start: int, stop: int) -> tuple[int, int] | None:
+        """Return the first part of `start..stop` that is in a range already."""
+        i = bisect.bisect_right(self._stops, start)
+        if start < stop and i < len(self._starts) and self._starts[i] < stop:
+            return max(start, self._starts[i]), min(stop, self._stops[i])
+        return None
+
+    def add(self, start: int, stop: int) -> None:
+        """Add `start..stop`, parts of which may be in a range already."""
+        # Ranges low..high overlap or touch it, and become one with it.
+        low = bisect.bisect_left(self._stops, start)
+        high = bisect.bisect_right(self._starts, stop)
+        self._starts[low:high] = [min([start, *self._starts[low:high]])]
+        self._stops[low:high] = [max([stop, *self._stops[low:high]])]
+
+    def gaps(self, stop: int, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield what is missing from `start..stop`."""
+        at = start
+        first = bisect.bisect_right(self._stops, start)
+        for low, high in zip(self._starts[first:], self._stops[first:], strict=True):
+            if low >= stop:
+                break
+            if at < low:
+                yield at, low
+            at = high
+        if at < stop:
+            yield at, stop

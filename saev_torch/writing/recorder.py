@@ -14,8 +14,7 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.processes.world import find_world
 from saev_torch.writing.progress import Progress
-from saev_torch.writing.source import Batches, Source, Tokens
-from saev_torch.writing.taps import Taps
+from saev_torch.writing.source import Batches, Source, Taps, Tokens
 from saev_torch.writing.writer import ShardWriter
 
 
@@ -108,14 +107,12 @@ def record(
         start, stop = loader.span(mine[0])[0], loader.span(mine[-1])[1]
         example_range = (start, stop) if world.world_size > 1 else None
         shown = progress if progress is not None or world.rank == 0 else False
-        options: dict[str, Any] = {"example_range": example_range, "check_finite": check_finite}
-        with ShardWriter(Path(shards_root), md, resume, **options) as writer:
+        writer = ShardWriter(Path(shards_root), md, resume, example_range=example_range, check_finite=check_finite)
+        with writer:
             todo = loader.touching(mine, writer.missing())
             done = stop - start - sum(high - low for low, high in map(loader.span, todo))
-            with (
-                _Stream(writer, source.device) as stream,
-                Progress(stop - start, "recording", "examples", shown, done) as bar,
-            ):
+            bar = Progress(stop - start, "recording", "examples", shown, done)
+            with _Stream(writer, source.device) as stream, bar:
                 for i, batch, acts in source.compute(todo):
                     stream.write(acts, loader.span(i), None if labels is None else labels(batch))
                     bar.update(len(acts))
@@ -123,13 +120,13 @@ def record(
 
 
 class _Stream:
-    """Writes batches in a thread, one behind the model: two are held on the host."""
+    """Writes batches in a thread, one behind the model."""
 
     def __init__(self, writer: ShardWriter, device: torch.device) -> None:
         self._writer = writer
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._hosts: list[torch.Tensor] = []
-        self._futures: list[Future[None]] = []
+        self._pinned = torch.empty(0, dtype=torch.float32)
+        self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="record")
 
     def __enter__(self) -> "_Stream":
@@ -137,8 +134,8 @@ class _Stream:
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
         try:
-            for future in self._futures if exc_type is None else []:
-                future.result()
+            if self._writing is not None and exc_type is None:
+                self._writing.result()
         finally:
             self._pool.shutdown(cancel_futures=True)
 
@@ -146,35 +143,29 @@ class _Stream:
         if len(acts) != span[1] - span[0]:
             raise ConfigError(f"model: expected {span[1] - span[0]} examples from a batch, got {len(acts)}.")
         # The one before was written while this one was computed; the host holds no third.
-        while self._futures:
-            self._futures.pop(0).result()
-        host, ready = self._to_host(acts)
-        self._futures.append(self._pool.submit(self._write, host, ready, span[0], labels))
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._pool.submit(self._write, self._to_host(acts), span[0], labels)
 
-    def _to_host(self, acts: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:
+    def _to_host(self, acts: torch.Tensor) -> torch.Tensor:
         if self._copying is None:
-            return acts.cpu().contiguous(), None
+            return acts.cpu().contiguous()
         acts = acts.contiguous()
-        if len(self._hosts) < 2 or self._hosts[0].shape[0] < len(acts):
-            self._hosts.append(torch.empty(acts.shape, dtype=torch.float32, pin_memory=True))
-        else:
-            # The one that was written longest ago; its write has been waited for.
-            self._hosts.append(self._hosts.pop(0))
-        host = self._hosts[-1][: len(acts)]
+        if len(self._pinned) < len(acts):
+            self._pinned = torch.empty(acts.shape, dtype=torch.float32, pin_memory=True)
+        # What it held is written: that has been waited for.
+        host = self._pinned[: len(acts)]
         self._copying.wait_stream(torch.cuda.current_stream(acts.device))
         with torch.cuda.stream(self._copying):
             host.copy_(acts, non_blocking=True)
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(self._copying)
         # The allocator must not hand this memory to the next forward pass while it is still being copied.
         acts.record_stream(self._copying)
-        return host, ready
+        return host
 
-    def _write(
-        self, host: torch.Tensor, ready: "torch.cuda.Event | None", start: int, labels: torch.Tensor | None
-    ) -> None:
-        if ready is not None:
-            ready.synchronize()
+    def _write(self, host: torch.Tensor, start: int, labels: torch.Tensor | None) -> None:
+        # This batch is all that is copied now: the next one waits until it is written.
+        if self._copying is not None:
+            self._copying.synchronize()
         self._writer.write_batch(host, start, labels)
 
 

@@ -9,46 +9,32 @@ metadata.json            comes last, so that what loads is complete
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from saev_torch.errors import WriteError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums
 from saev_torch.format.files import sync_dir, write_atomic, writing
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, Shard, ShardInfo, shard_name
-from saev_torch.writing.journal import (
-    CLAIM_NAME,
-    Entry,
-    Journal,
-    claimed,
-    is_alive,
-    journal_name,
-    journal_ranges,
-    read_journals,
-)
-from saev_torch.writing.parts import Parts, part_name
-from saev_torch.writing.ranges import Ranges
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, Shard, ShardInfo, labels_nbytes, shard_name, shard_nbytes
+from saev_torch.writing.journal import CLAIM_NAME, Entry, Journal, Ranges, claimed, journal_ranges, read_journals
+
+_MAX_PWRITE_BYTES = 1 << 30  # The kernel takes at most 2 GiB less a page in one call.
 
 
 class Unfinished:
-    """The directory of a data set, from the claim to publishing, for one of its writers.
+    """The directory of a data set, from the claim to publishing, for the writer of `example_range` (end excluded).
 
-    Args:
-        shards_dir: The directory, which need not exist.
-        md: Metadata of all of it.
-        example_range: Examples `start..stop` (end excluded) that the writer is for.
-        resume: Go on with what is there.
-        keeps: What was written stays there when it is closed unpublished; else it is removed.
-
-    Attributes:
-        published: Whether the directory is complete.
-        parts: Its data files.
+    With `resume` it goes on with what is there. With `keeps`, what was written stays when it is closed unpublished.
+    Where the system refuses, methods raise a `WriteError`.
     """
 
     def __init__(
         self, shards_dir: Path, md: Metadata, example_range: tuple[int, int], *, resume: bool, keeps: bool
     ) -> None:
         self.published = False
-        self.parts = Parts(shards_dir, md)
+        self.parts = _Parts(shards_dir, md)
         self._shards_dir, self._md, self._metadata_json = shards_dir, md, md.to_json()
         self._example_range, self._resume, self._keeps = example_range, resume, keeps
         self._is_made = False
@@ -57,11 +43,7 @@ class Unfinished:
     def open(self) -> tuple[Ranges, bool | None]:
         """Make the directory, which must be vacant or, with `resume`, unfinished, and claim the examples.
 
-        Returns:
-            The examples that are on disk, and whether they have labels (None where that is not known yet).
-
-        Raises:
-            WriteError: It holds something else, another process is writing these examples, or the system refused.
+        Returns the examples that are on disk, and whether they have labels: None where that is not known yet.
         """
         with writing(self._shards_dir):
             self._is_made = not self._shards_dir.exists()
@@ -97,7 +79,7 @@ class Unfinished:
             except BaseException:
                 self._close_journal()
                 if is_new:
-                    (self._shards_dir / journal_name(*self._example_range)).unlink(missing_ok=True)
+                    (self._shards_dir / Journal.name(*self._example_range)).unlink(missing_ok=True)
                 raise
 
     def _is_finished(self) -> bool:
@@ -129,14 +111,14 @@ class Unfinished:
     def _require_nobody(self) -> None:
         start, stop = self._example_range
         for name, (low, high) in self._rivals().items():
-            if is_alive(self._shards_dir, name):
+            if Journal.is_alive(self._shards_dir, name):
                 raise WriteError(
                     f"{self._shards_dir}: expected to be the only writer of examples {start}..{stop}, got another "
                     f"process writing {low}..{high}; wait for it, or choose another example_range"
                 )
 
     def _rivals(self) -> dict[str, tuple[int, int]]:
-        """Return the journals of writers of some of the same examples."""
+        # Journals of writers of some of the same examples.
         start, stop = self._example_range
         ranges = journal_ranges(os.listdir(self._shards_dir))
         return {name: (low, high) for name, (low, high) in ranges.items() if low < stop and start < high}
@@ -149,16 +131,12 @@ class Unfinished:
         # Without the claim there was no writer of ours, and so nothing of ours.
         if CLAIM_NAME in names:
             ours = {shard.name for shard in _make_shard_info(self._md)} | {LABELS_NAME}
-            unknown -= ours | set(map(part_name, ours)) | {SHARDS_NAME, CHECKSUMS_NAME}
+            unknown -= ours | set(map(_part_name, ours)) | {SHARDS_NAME, CHECKSUMS_NAME}
             unknown = {name for name in unknown if not _is_temporary(name)}
         return unknown
 
     def sync(self, names: set[str], entries: list[Entry]) -> None:
-        """Force files to disk, then say in the journal what is there; may be called from another thread.
-
-        Raises:
-            WriteError: The system refused.
-        """
+        """Force files to disk, then say in the journal what is there; may be called from another thread."""
         self.parts.sync(names)
         if self._journal is not None and entries:
             with writing(self._shards_dir):
@@ -170,9 +148,6 @@ class Unfinished:
         """Publish the directory if all of its examples are on disk, those of other writers too.
 
         Every step may have been done before, by a writer that was killed at it.
-
-        Raises:
-            WriteError: A file is missing or of another size, or the system refused.
         """
         with writing(self._shards_dir), claimed(self._shards_dir, self._metadata_json):
             if not self._is_published():
@@ -216,15 +191,8 @@ class Unfinished:
         """Let go of all files; unless the directory is published or kept, remove what is ours."""
         self._close_journal()
         self.parts.close()
-        if not self.published and not self._keeps:
-            self._discard()
-
-    def _close_journal(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-
-    def _discard(self) -> None:
+        if self.published or self._keeps:
+            return
         # metadata.json first, lest a directory look complete and not be; last what keeps other writers out.
         with contextlib.suppress(OSError):
             names = set(os.listdir(self._shards_dir))
@@ -234,10 +202,97 @@ class Unfinished:
                     os.unlink(self._shards_dir / name)
         self._remove_dir()
 
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
     def _remove_dir(self) -> None:
         if self._is_made:
             with contextlib.suppress(OSError):
                 self._shards_dir.rmdir()
+
+
+class _Parts:
+    """The data files under hidden names, which they keep until all of them are published."""
+
+    def __init__(self, shards_dir: Path, md: Metadata) -> None:
+        self._shards_dir, self._md = shards_dir, md
+        self._fds: dict[str, int] = {}
+        self._changed: set[str] = set()
+
+    def write(self, name: str, rows: npt.NDArray[Any], offset: int) -> None:
+        """Write rows at an offset of a file, in bytes; the file is made where there is none."""
+        with writing(self._shards_dir / name):
+            self._changed.add(name)
+            fd = self._open(name)
+            view = rows.data.cast("B")
+            while view:
+                n_bytes = os.pwrite(fd, view[:_MAX_PWRITE_BYTES], offset)
+                view, offset = view[n_bytes:], offset + n_bytes
+
+    def take_changed(self) -> set[str]:
+        """Return the files that were written since this was last asked."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def write_empty(self, name: str) -> None:
+        """Make a file of zeros, unless it is there or published, and force it to disk."""
+        with writing(self._shards_dir / name):
+            if not (self._shards_dir / name).exists():
+                os.fsync(self._open(name))
+
+    def _open(self, name: str) -> int:
+        if name in self._fds:
+            return self._fds[name]
+        # Labels and one shard are all that batches in order need; many shards would run out of descriptors.
+        for other in [other for other in self._fds if LABELS_NAME not in (name, other)]:
+            os.close(self._fds.pop(other))
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(self._shards_dir / _part_name(name), flags, 0o666)
+        try:
+            # Full size at once, zeros where nothing is written: saev's files are preallocated, the last one too.
+            os.ftruncate(fd, self._nbytes(name))
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fds[name] = fd
+        return fd
+
+    def _nbytes(self, name: str) -> int:
+        return labels_nbytes(self._md) if name == LABELS_NAME else shard_nbytes(self._md, self._md.examples_per_shard)
+
+    def sync(self, names: set[str]) -> None:
+        """Force files to disk; another thread may write meanwhile."""
+        for name in sorted(names):
+            with writing(self._shards_dir / name):
+                # Not the descriptor of the writing thread, which may close it.
+                fd = os.open(self._shards_dir / _part_name(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+    def reveal(self, name: str) -> None:
+        """Give a file its own name, unless a writer that was killed has done so; its size must be right."""
+        path, part = self._shards_dir / name, self._shards_dir / _part_name(name)
+        with writing(path):
+            if part.exists():
+                os.rename(part, path)
+            found = path.stat().st_size
+        if found != self._nbytes(name):
+            raise WriteError(
+                f"{path}: expected {self._nbytes(name)} bytes, got {found}: it was changed; delete the directory and "
+                "write it again"
+            )
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def _part_name(name: str) -> str:
+    return f".{name}.part"
 
 
 def _is_temporary(name: str) -> bool:
@@ -247,9 +302,7 @@ def _is_temporary(name: str) -> bool:
 
 
 def _make_shard_info(md: Metadata) -> ShardInfo:
-    """Make the table of shards.json that saev's writer would leave."""
+    # As saev, which opens the next file when one is full: an exact multiple is followed by a file without examples.
     n_full, n_rest = divmod(md.n_examples, md.examples_per_shard)
-    # saev opens the next file when one is full, so an exact multiple is followed by a file without examples.
-    info = ShardInfo([Shard(shard_name(i), md.examples_per_shard) for i in range(n_full)])
-    info.append(Shard(shard_name(n_full), n_rest))
-    return info
+    sizes = [md.examples_per_shard] * n_full + [n_rest]
+    return ShardInfo([Shard(shard_name(i), n_examples) for i, n_examples in enumerate(sizes)])

@@ -4,7 +4,6 @@ import contextlib
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -17,8 +16,7 @@ from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
 from saev_torch.writing.incoming import check_activations, check_example_range, check_finite, check_labels, check_start
-from saev_torch.writing.journal import Entry
-from saev_torch.writing.ranges import Ranges
+from saev_torch.writing.journal import Entry, Ranges
 from saev_torch.writing.unfinished import Unfinished
 
 _SYNC_NBYTES = 256 << 20  # At most about so much is written again after a kill, or
@@ -106,9 +104,7 @@ class ShardWriter:
         self._is_open = True
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
         """Publish the directory if all of it is there; after an exception remove or keep what was written.
 
         Raises:
@@ -117,7 +113,13 @@ class ShardWriter:
         self._is_open = False
         try:
             if exc_type is None and not self.published:
-                self._refuse_missing()
+                missing = self.missing()
+                if missing:
+                    n_missing = sum(stop - start for start, stop in missing)
+                    raise WriteError(
+                        f"{self.shards_dir}: expected {self.example_range[1] - self.example_range[0]} examples, as "
+                        f"announced, {n_missing} are missing: {short(missing)} (ends excluded); nothing was published"
+                    )
                 self._checkpoints.force()
                 self._unfinished.publish()
             elif exc_type is not None and self._keeps:
@@ -190,15 +192,6 @@ class ShardWriter:
         if not self._is_open:
             raise WriteError(f"{self.shards_dir}: expected an open writer; use `with ShardWriter(...) as writer:`")
 
-    def _refuse_missing(self) -> None:
-        missing = self.missing()
-        if missing:
-            n_missing = sum(stop - start for start, stop in missing)
-            raise WriteError(
-                f"{self.shards_dir}: expected {self.example_range[1] - self.example_range[0]} examples, as announced, "
-                f"{n_missing} are missing: {short(missing)} (ends excluded); nothing was published"
-            )
-
     def _write(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> Entry:
         # The checksums are computed while the kernel copies: both let go of Python's lock.
         checksums: Future[bytes] | None = None
@@ -217,12 +210,7 @@ class ShardWriter:
 
 
 class _Checkpoints:
-    """What was written and may not be on disk yet, and the thread that forces it there.
-
-    Args:
-        unfinished: The directory.
-        threads: Where that thread is taken from.
-    """
+    """What was written and may not be on disk yet, and the thread that forces it there."""
 
     def __init__(self, unfinished: Unfinished, threads: ThreadPoolExecutor) -> None:
         self._unfinished, self._threads = unfinished, threads
@@ -231,12 +219,7 @@ class _Checkpoints:
         self._running: Future[None] | None = None
 
     def add(self, entries: list[Entry], nbytes: int) -> None:
-        """Add what was written, and begin a checkpoint if it has become much.
-
-        Args:
-            entries: What the journal is to say of it.
-            nbytes: Its size, in bytes.
-        """
+        """Add what the journal is to say of so many bytes more, and begin a checkpoint if they have become much."""
         self._entries += entries
         self._nbytes += nbytes
         if self._nbytes < _SYNC_NBYTES and time.monotonic() - self._since < _SYNC_S:
@@ -257,7 +240,6 @@ class _Checkpoints:
             self._running.result()
 
     def join(self) -> None:
-        """Wait for the checkpoint that is running, if any."""
         if self._running is not None:
             self._running.result()
             self._running = None
