@@ -296,7 +296,7 @@ class ShuffledActivations(Activations):
                 "which must be changed; choose a layer."
             )
         if cfg.use_tmpdir:
-            store = ShardStore(local_copy(cfg.shards))
+            store = ShardStore(local_copy(cfg.shards, store.shards))
         super().__init__(cfg, store, cfg.ignore_labels, rank, world_size)
         if cfg.scale_norm:
             # Here, because all workers and epochs must have the same number.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from saev_torch.errors import ReadError, WriteError
 from saev_torch.format.files import fingerprint, open_regular
-from saev_torch.format.metadata import METADATA_NAME, Metadata
+from saev_torch.format.metadata import METADATA_NAME
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
 
 _log = logging.getLogger("saev_torch")
@@ -17,21 +17,14 @@ _log = logging.getLogger("saev_torch")
 _SEND_NBYTES = 64 << 20
 
 
-def _files(shards_dir: Path) -> list[str]:
-    Metadata.load(shards_dir)
-    shards = ShardInfo.load(shards_dir)
-    shards.validate(shards_dir)
-    names = [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples)]
-    return names + [LABELS_NAME] * os.path.lexists(shards_dir / LABELS_NAME)
-
-
-def local_copy(shards_dir: Path) -> Path:
+def local_copy(shards_dir: Path, shards: ShardInfo) -> Path:
     """Copy a shard directory to `$TMPDIR/saev_torch-<user id>/`, unless an unchanged copy is there.
 
     Several processes may ask at once: one copies, the others wait. The copy stays for the next run.
 
     Args:
-        shards_dir: Directory with `metadata.json` and the shards.
+        shards_dir: Directory with `metadata.json` and the shards, which were checked before.
+        shards: Its table.
 
     Returns:
         Directory of the copy.
@@ -42,7 +35,8 @@ def local_copy(shards_dir: Path) -> Path:
         ShardsNotFoundError: The directory or one of its files is missing.
         FormatError: A file does not follow the format, or has the wrong size.
     """
-    names = _files(shards_dir)
+    names = [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples)]
+    names += [LABELS_NAME] * os.path.lexists(shards_dir / LABELS_NAME)
     root = Path(tempfile.gettempdir()) / f"saev_torch-{os.getuid()}"
     # Another copy if any file was changed or replaced.
     copy = root / fingerprint(shards_dir, names, os.fsencode(shards_dir.resolve()))[:16]

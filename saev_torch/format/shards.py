@@ -1,12 +1,15 @@
 """shards.json and the shard files it names: how many examples each holds, and how large it must be."""
 
+import ctypes
 import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from saev_torch.errors import FormatError
 from saev_torch.format.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
@@ -167,32 +170,47 @@ class ShardInfo(Sequence[Shard]):
             FormatError: The table does not fit the metadata, or a file is no regular file of the right size.
             ReadError: A file could not be opened.
         """
-        shards_dir = Path(shards_dir)
-        md = Metadata.load(shards_dir)
+        self.check_files(Path(shards_dir), Metadata.load(shards_dir))
+
+    def check_files(self, shards_dir: Path, md: Metadata) -> NDArray[np.int64]:
+        """Do what `validate` does, with metadata that were loaded before.
+
+        Returns `[len(self) + 1, 2] int64`: what `identify` says of each file, of labels.bin last; -1 where none is.
+        """
         self.check(md, shards_dir / SHARDS_NAME)
-        for shard in self.shards:
+        identities = np.full((len(self) + 1, 2), -1, dtype=np.int64)
+        for i, shard in enumerate(self.shards):
             if shard.n_examples > 0:
-                check_nbytes(shards_dir / shard.name, md, shard.n_examples, file_nbytes(shards_dir, shard.name))
+                stat = stat_regular(shards_dir, shard.name)
+                check_nbytes(shards_dir / shard.name, md, shard.n_examples, stat.st_size)
+                identities[i] = identify(stat)
         if os.path.lexists(shards_dir / LABELS_NAME):
-            check_labels(shards_dir, md)
+            stat = stat_regular(shards_dir, LABELS_NAME)
+            check_labels(shards_dir, md, stat.st_size)
+            identities[-1] = identify(stat)
+        return identities
 
 
-def check_labels(shards_dir: Path, md: Metadata) -> int:
-    """Return the bytes of labels.bin; `FormatError` where they are not one for each content token."""
-    nbytes, expected = file_nbytes(shards_dir, LABELS_NAME), labels_nbytes(md)
+def check_labels(shards_dir: Path, md: Metadata, nbytes: int) -> None:
+    """Refuse a labels.bin that has not one byte for each content token."""
+    expected = labels_nbytes(md)
     if nbytes != expected:
         raise FormatError(
             f"{shards_dir / LABELS_NAME}: expected {expected} bytes ({md.n_examples} examples x "
             f"{md.content_tokens_per_example} content tokens), got {nbytes}; copy or write it again"
         )
-    return nbytes
 
 
-def file_nbytes(directory: Path, name: str) -> int:
-    """Size of a regular file in bytes."""
+def stat_regular(directory: Path, name: str) -> os.stat_result:
+    """Look at a regular file."""
     # Opened, not only looked at, so that a file that may not be read is found out here.
     fd = open_regular(directory, name)
     try:
-        return os.fstat(fd).st_size
+        return os.fstat(fd)
     finally:
         os.close(fd)
+
+
+def identify(stat: os.stat_result) -> tuple[int, int]:
+    """What tells a file from another one of the same name and size: its inode, and when it was written."""
+    return ctypes.c_int64(stat.st_ino).value, ctypes.c_int64(stat.st_mtime_ns).value

@@ -7,7 +7,6 @@ shards there are, and each is checked again when it is opened.
 import collections
 import contextlib
 import copy
-import ctypes
 import errno
 import fcntl
 import logging
@@ -20,30 +19,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
 from saev_torch.format.metadata import Metadata
-from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes
+from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes, identify
 
 LABELS_IDX = -1
-"""Stands for labels.bin where the number of a shard is expected."""
+"""Stands for labels.bin where the number of a shard is expected, as the last of all files."""
 
 _log = logging.getLogger("saev_torch")
 
 _MAX_OPEN = 256
-_UNKNOWN = -1, -1
 _WAITS_S = (0.02, 0.1, 0.5, 2.0)
 _AT_ONCE = frozenset({errno.EINTR, errno.EAGAIN})
 # EMFILE and ENFILE pass when other threads and processes close their files.
 _TOO_MANY_OPEN = frozenset({errno.EMFILE, errno.ENFILE})
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOBUFS}) | _TOO_MANY_OPEN
-
-
-def _identify(stat: os.stat_result) -> tuple[int, int]:
-    """What tells a file from another one of the same name and size: its inode, and when it was written."""
-    return ctypes.c_int64(stat.st_ino).value, ctypes.c_int64(stat.st_mtime_ns).value
 
 
 class _Descriptor:
@@ -64,20 +55,9 @@ class ShardStore:
     def __init__(self, shards_dir: Path, tables: tuple[Metadata, ShardInfo] | None = None) -> None:
         self.shards_dir = Path(shards_dir)
         self.metadata, self.shards = tables or (Metadata.load(self.shards_dir), ShardInfo.load(self.shards_dir))
-        self.identities = np.full((len(self.shards), 2), _UNKNOWN, dtype=np.int64)
-        if tables is None:
-            self.shards.validate(self.shards_dir)
-            for i, shard in enumerate(self.shards):
-                if shard.n_examples:
-                    self.identities[i] = self._identity(i)
+        self.identities = None if tables else self.shards.check_files(self.shards_dir, self.metadata)
         self.has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
         self._forget()
-
-    def _identity(self, shard_idx: int) -> tuple[int, int]:
-        try:
-            return _identify(os.stat(self.path(shard_idx), follow_symlinks=False))
-        except OSError as err:
-            raise ReadError(f"{self.path(shard_idx)}: could not be looked at: {err.strerror}.") from err
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
@@ -183,16 +163,8 @@ class ShardStore:
     def _open_checked(self, shard_idx: int, direct: bool) -> int:
         fd = open_regular(self.shards_dir, self._name(shard_idx))
         try:
+            self._check(shard_idx, os.fstat(fd))
             if shard_idx != LABELS_IDX:
-                stat = os.fstat(fd)
-                check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, stat.st_size)
-                # One of the two alone proves nothing: `touch` changes the time, and some file systems number anew.
-                known, found = tuple(self.identities[shard_idx].tolist()), _identify(stat)
-                if known != _UNKNOWN and found[0] != known[0] and found[1] != known[1]:
-                    raise FormatError(
-                        f"{self.path(shard_idx)}: expected the file that was checked, got another one: it was replaced "
-                        "while it was in use; start again, so that all of the directory is checked."
-                    )
                 # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
                 if direct:
@@ -202,3 +174,14 @@ class ShardStore:
             os.close(fd)
             raise
         return fd
+
+    def _check(self, shard_idx: int, stat: os.stat_result) -> None:
+        if shard_idx != LABELS_IDX:
+            check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, stat.st_size)
+        known = (-1, -1) if self.identities is None else tuple(self.identities[shard_idx].tolist())
+        # One of the two alone proves nothing: `touch` changes the time, and some file systems number anew.
+        if known != (-1, -1) and all(now != then for now, then in zip(identify(stat), known, strict=True)):
+            raise FormatError(
+                f"{self.path(shard_idx)}: expected the file that was checked, got another one: it was replaced while "
+                "it was in use; start again, so that all of the directory is checked."
+            )

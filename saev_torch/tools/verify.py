@@ -18,7 +18,7 @@ from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
 from saev_torch.format.files import read_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, file_nbytes
+from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, stat_regular
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents
@@ -177,7 +177,7 @@ class _Verification:
             # A file without examples need not be there.
             if shard.n_examples or os.path.lexists(self.shards_dir / shard.name):
                 with self._blaming(shard.name):
-                    nbytes = file_nbytes(self.shards_dir, shard.name)
+                    nbytes = stat_regular(self.shards_dir, shard.name).st_size
                     if shard.n_examples:
                         check_nbytes(self.shards_dir / shard.name, self.md, shard.n_examples, nbytes)
                     yield _File(idx, shard.name, self.md.layers, first, shard.n_examples, nbytes)
@@ -185,7 +185,8 @@ class _Verification:
         has_sums = self.checksums is not None and self.checksums.labels is not None
         if has_sums or os.path.lexists(self.shards_dir / LABELS_NAME):
             with self._blaming(LABELS_NAME):
-                nbytes = check_labels(self.shards_dir, self.md)
+                nbytes = stat_regular(self.shards_dir, LABELS_NAME).st_size
+                check_labels(self.shards_dir, self.md, nbytes)
                 if has_sums:
                     yield _File(LABELS_IDX, LABELS_NAME, (None,), 0, self.md.n_examples, nbytes)
 
