@@ -81,13 +81,9 @@ def _wants_layers(only: Sequence[str]) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark, or the doctor.
+    """Run the benchmark, or the doctor; returns 0.
 
-    Returns:
-        0.
-
-    Raises:
-        SaevTorchError: The data are no good, cannot be made or read, or an option does not fit them.
+    Raises SaevTorchError where the data are no good, cannot be made or read, or an option does not fit them.
     """
     if (args.shards is None) == (args.make_gb is None):
         raise ConfigError("SHARDS: expected either a shard directory or --make-gb, got both or neither; give one.")

@@ -27,23 +27,14 @@ _MOST_IGNORED = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class BenchData:
-    """A data set, and the layer of it that is read.
-
-    Attributes:
-        store: The shards.
-        layer: The recorded layer.
-    """
+    """A data set, and the recorded layer of it that is read."""
 
     store: ShardStore
     layer: int
 
     @classmethod
     def open(cls, shards: Path, layer: int | None) -> "BenchData":
-        """Open a shard directory, for a recorded layer; None for the one in the middle.
-
-        Raises:
-            SaevTorchError: The directory is no good, or the layer was not recorded.
-        """
+        """Open a shard directory, for a recorded layer; None for the one in the middle."""
         store = ShardStore(shards)
         layers = store.metadata.layers
         if layer is not None and layer not in layers:
@@ -77,16 +68,10 @@ def made_n_examples(gigabytes: float) -> int:
 
 
 def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None]) -> Path:
-    """Write shards of random activations, with labels of which each stands on a third of the tokens.
+    """Write shards of random activations, 196 tokens of 768 float32 an example, into a new directory; return its path.
 
-    Args:
-        root: Where the shard directory is made; its path is returned.
-        n_examples: Examples, of 196 tokens of 768 float32 each.
-        n_layers: Recorded layers.
-        on_written: Called with the number of examples just written.
-
-    Raises:
-        SaevTorchError: The disk has no room, or writing failed.
+    Each of the labels stands on a third of the tokens. `on_written` is called with the number of examples just written.
+    Raises SaevTorchError, as where the disk has no room.
     """
     wanted = n_examples * n_layers * N_CONTENT * D_MODEL * 4
     free = shutil.disk_usage(root).free
@@ -118,11 +103,7 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
 
 
 def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
-    """Choose labels that stand on about a third of the tokens.
-
-    Returns:
-        The labels, none without labels.bin, and the share of the tokens that they stand on.
-    """
+    """Choose labels that stand on about a third of the tokens, none without labels.bin, and say on which share."""
     if not store.has_labels:
         return [], 0.0
     counts = count_labels(store)

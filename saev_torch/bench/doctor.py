@@ -11,10 +11,9 @@ from typing import Any
 from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import NOT_COLD, Machine, cached_share, drop_cache, look
-from saev_torch.bench.measured import Measured
 from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.sides import Side, make_side
-from saev_torch.bench.timing import measure_cold, measure_warm
+from saev_torch.bench.timing import Measured, measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
 from saev_torch.reading.slots import can_share
 from saev_torch.writing.progress import Progress
@@ -31,15 +30,13 @@ class Findings:
     """What the doctor found.
 
     Attributes:
-        machine: The machine.
         vitals: What was measured, cold reads and the loader among it.
         warm: Rates of reading blocks that are in the page cache.
         read: GB/s of one thread that reads the files in order, warm.
         gather: GB/s of one thread that gathers rows.
         cached_before: Share of the shards that was in the page cache at first.
         cached_after: Share that stayed there when it was dropped.
-        recommended: Options.
-        checked: The loader with these options, over an epoch that was not in the page cache.
+        checked: The loader with the recommended options, over an epoch that was not in the page cache.
     """
 
     machine: Machine
@@ -80,12 +77,9 @@ class Findings:
 
 
 def examine(data: BenchData, cfg: ShuffledConfig, quick: bool) -> Findings:
-    """Measure, and draw conclusions.
+    """Measure, where `quick` so shortly that the figures mean little, and draw conclusions.
 
-    Args:
-        data: What will be read.
-        cfg: Of `data`, with the buffer that is wished for.
-        quick: Measure so shortly that the figures mean little.
+    `cfg` is of `data`, with the buffer that is wished for.
     """
     seconds, trial_s, check_s = (0.02, 0.05, 1.0) if quick else (0.4, 1.5, 15.0)
     machine, store = look(), data.store

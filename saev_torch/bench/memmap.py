@@ -18,11 +18,7 @@ _Int64s = NDArray[np.int64]
 
 
 class _Memmaps(Dataset[dict[str, Any]]):
-    """Content tokens of one layer, in the order of the disk.
-
-    Args:
-        data: Where they are.
-    """
+    """Content tokens of one layer, in the order of the disk."""
 
     def __init__(self, data: BenchData) -> None:
         store, self._md = data.store, data.store.metadata
@@ -84,12 +80,7 @@ class MemmapSamples(_Memmaps):
 
 
 class IndexBatches(Sampler[_Int64s]):
-    """Batches of shuffled indices.
-
-    Args:
-        n_samples: Samples there are.
-        batch_size: Indices in a batch.
-    """
+    """Batches of shuffled indices, `[batch] int64` each."""
 
     def __init__(self, n_samples: int, batch_size: int) -> None:
         self._n_samples, self._batch_size = n_samples, batch_size

@@ -10,28 +10,22 @@ from typing import Any
 
 import psutil
 
-from saev_torch.bench.measured import family
 from saev_torch.bench.sides import allowing_many_workers, make_loader
+from saev_torch.bench.timing import family
 from saev_torch.config import ShuffledConfig
 from saev_torch.iterable import ShuffledActivations
 
-N_BATCHES_PER_PROCESS = 6
 PROCESS_NBYTES = 350_000_000
+_N_BATCHES_PER_PROCESS = 6
 _EPOCH_PER_BUFFER = 10
 _N_PROBES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryUse:
-    """What an epoch of `ShuffledActivations` took.
+    """What an epoch of `ShuffledActivations` took, in bytes of all processes together.
 
-    Attributes:
-        n_workers: Worker processes.
-        buffer_size: Batches of buffer.
-        batch_nbytes: Size of a batch's activations in bytes.
-        n_batches: Batches of the epoch.
-        deciles_nbytes: Median of the memory of all processes in each tenth of the epoch; fewer in a short epoch.
-        peak_nbytes: The most there was.
+    `deciles_nbytes` has the median of each tenth of the epoch; of a short epoch fewer.
     """
 
     n_workers: int
@@ -45,7 +39,7 @@ class MemoryUse:
     def allowed_nbytes(self) -> int:
         """The buffer, and six batches and 0.35 GB for each process."""
         n_processes = 1 + self.n_workers
-        n_batches = self.buffer_size + N_BATCHES_PER_PROCESS * n_processes
+        n_batches = self.buffer_size + _N_BATCHES_PER_PROCESS * n_processes
         return n_batches * self.batch_nbytes + PROCESS_NBYTES * n_processes
 
     @property
@@ -78,9 +72,7 @@ def _libraries_nbytes(process: psutil.Process) -> int:
 def measure_memory(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
     """Iterate an epoch in a process of its own, and look at the memory all the way.
 
-    Args:
-        cfg: What to read. Its buffer is lowered to a tenth of the epoch, so that an epoch turns it over ten times.
-        n_workers: Worker processes.
+    The buffer is lowered to a tenth of the epoch, so that an epoch turns it over ten times.
     """
     # A new interpreter: this one has a past that would count.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -100,11 +92,6 @@ def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
                 outside = _libraries_nbytes(psutil.Process().parent())
                 probes.append((i / n_batches, pss_nbytes(family()) + outside))
     tenths = [[nbytes for at, nbytes in probes if int(at * 10) == tenth] for tenth in range(10)]
-    return MemoryUse(
-        n_workers=n_workers,
-        buffer_size=cfg.buffer_size,
-        batch_nbytes=cfg.batch_size * dataset.metadata.row_nbytes,
-        n_batches=n_batches,
-        deciles_nbytes=tuple(round(statistics.median(tenth)) for tenth in tenths if tenth),
-        peak_nbytes=max(nbytes for _, nbytes in probes),
-    )
+    deciles = tuple(round(statistics.median(tenth)) for tenth in tenths if tenth)
+    batch_nbytes, peak_nbytes = cfg.batch_size * dataset.metadata.row_nbytes, max(nbytes for _, nbytes in probes)
+    return MemoryUse(n_workers, cfg.buffer_size, batch_nbytes, n_batches, deciles, peak_nbytes)

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saev_torch.bench.measured import Measured
 from saev_torch.bench.memory import MemoryUse
+from saev_torch.bench.timing import Measured
 
 RoundsOfSides = Mapping[str, Sequence[Measured]]
 """For each side what it did in each round."""
@@ -41,12 +41,10 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The sides, warm or cold, with their ratios.
+    """For each side, warm or cold, its figures by name: rates, and ratios `to_...`.
 
-    Attributes:
-        limit: GB/s that they are held against: warm `cores / (1/read + 1/gather)`, cold the best raw read.
-        sides: For each side its figures by name: rates, and ratios `to_...`.
-        cut: Sides that were stopped before the end of a cold epoch, or of a pass of statistics.
+    The limit that they are held against, in GB/s, is warm `cores / (1/read + 1/gather)`, cold the best raw read. Those
+    that are `cut` were stopped before the end of a cold epoch, or of a pass of statistics.
     """
 
     limit: Spread

@@ -7,12 +7,11 @@ from typing import TypeVar
 
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import cached_share, drop_cache
-from saev_torch.bench.measured import Measured
 from saev_torch.bench.memory import MemoryUse, measure_memory
 from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, layer_pieces, read_rate
 from saev_torch.bench.report import Comparison, compare_cold, compare_warm
 from saev_torch.bench.sides import Side
-from saev_torch.bench.timing import measure_cold, measure_statistics, measure_warm
+from saev_torch.bench.timing import Measured, measure_cold, measure_statistics, measure_warm
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.writing.progress import Progress
 
@@ -27,13 +26,11 @@ class Settings:
     """How long and how often to measure.
 
     Attributes:
-        n_rounds: Rounds.
         seconds: Least time of a warm side in a round.
         cold_limit_s: Most time of a cold side in a round, and of statistics.
         touch: Add up the activations of each batch.
         window_nbytes: What `gather` takes rows from.
         memory_workers: Numbers of workers to look at the memory with.
-        statistics: Measure `compute_statistics`, too.
     """
 
     n_rounds: int
@@ -91,8 +88,7 @@ def run_cold(
 ) -> tuple[Comparison, float]:
     """Measure with an empty page cache, and raw reads by several threads.
 
-    Returns:
-        The comparison, and the largest share of pages that a side found in the page cache after all.
+    Returns the largest share of pages, too, that a side found in the page cache after all.
     """
     pieces, limit_s = layer_pieces(data.store, data.layer), settings.cold_limit_s
     stores = [one.store for one in (data, layers_data) if one is not None]

@@ -39,13 +39,9 @@ Loader = DataLoader[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A loader to measure.
+    """A loader to measure, named for its kind and its number of workers.
 
     Attributes:
-        name: Kind and number of workers.
-        make: Makes the loader.
-        sample_nbytes: Size of a sample's activations in bytes.
-        n_workers: Worker processes.
         n_batches: Batches in an epoch.
         n_settle: Batches that an epoch begins with until the loader is as full as it will be.
         n_lanes: Batches that are read together; 0 for a side without a buffer that an epoch fills and empties.
@@ -77,12 +73,7 @@ class Side:
         return 2 * self.n_settle if self.n_batches >= _VERY_LONG * self.n_settle else self.n_batches + self.n_settle
 
     def may_stop(self, n_timed: int, is_late: bool) -> bool:
-        """Whether the clock may stop after so many batches.
-
-        Args:
-            n_timed: Batches since it was started.
-            is_late: Whether the time is up.
-        """
+        """Whether the clock may stop, so many batches after it was started; `is_late` where the time is up."""
         if self.has_buffer and not self.is_long:
             return is_late and n_timed % self.n_batches == 0
         # What is read together, or made by workers at the same time, also comes together.
@@ -109,14 +100,10 @@ def make_loader(dataset: Any, n_workers: int, **kwargs: Any) -> Loader:
 def make_sides(
     data: BenchData, layers_data: BenchData | None, cfg: ShuffledConfig, workers: Sequence[int], ignored: Sequence[int]
 ) -> list[Side]:
-    """List the sides that a data set allows.
+    """List the sides that a data set allows; those that are measured with one number of workers have the largest.
 
-    Args:
-        data: What is read.
-        layers_data: Data of which one of several recorded layers is read; None leaves that side out.
-        cfg: Of `data`, with the sizes of batch and buffer.
-        workers: Numbers of workers; sides that are measured with one number have the largest.
-        ignored: Labels to leave out; empty leaves that side out.
+    Without `layers_data`, of which one of several recorded layers is read, or without `ignored` labels, the sides that
+    need them are left out. `cfg` is of `data`, with the sizes of batch and buffer.
     """
     shards, layer, batch_size = cfg.shards, cfg.layer, cfg.batch_size
     n_batches, most = -(-data.n_samples // batch_size), [max(workers)]
@@ -159,12 +146,9 @@ def make_sides(
 def make_side(name: str, cfg: ShuffledConfig, n_workers: int, data: BenchData) -> Side:
     """Make the side of a shuffled data set, `cfg` on `data`."""
     n_batches = ShuffledActivations(dataclasses.replace(cfg, scale_norm=False)).n_batches
-    return Side(
-        name=name,
-        make=lambda: make_loader(ShuffledActivations(cfg), n_workers),
-        sample_nbytes=data.sample_nbytes,
-        n_workers=n_workers,
-        n_batches=n_batches,
-        n_settle=min(n_batches, cfg.buffer_size),
-        n_lanes=cfg.n_lanes,
-    )
+    n_settle = min(n_batches, cfg.buffer_size)
+
+    def make() -> Loader:
+        return make_loader(ShuffledActivations(cfg), n_workers)
+
+    return Side(name, make, data.sample_nbytes, n_workers, n_batches, n_settle, cfg.n_lanes)

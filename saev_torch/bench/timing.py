@@ -12,13 +12,15 @@ epoch would find in memory what this one read.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
+import psutil
+from numpy.typing import NDArray
 
-from saev_torch.bench.measured import Measured, processor_s
 from saev_torch.bench.sides import Loader, Side, allowing_many_workers, make_loader
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.iterable import ShuffledActivations
@@ -26,13 +28,71 @@ from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
 
 
-class _Clock:
-    """Counts samples from when it is made on.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one side did once: samples, bytes of their activations, its time, and the processor time of all processes.
 
-    Args:
-        sample_nbytes: Size of a sample's activations in bytes.
-        touch: Add up the activations of each batch, as a consumer that looks at them.
+    `is_cut` says that a cold epoch, or a pass of statistics, was stopped before its end.
     """
+
+    n_samples: int
+    nbytes: int
+    seconds: float
+    user_s: float = 0.0
+    system_s: float = 0.0
+    is_cut: bool = False
+
+    @property
+    def gb_per_s(self) -> float:
+        """1e9 bytes of activations per second."""
+        return self.nbytes / self.seconds / 1e9
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples per second."""
+        return self.n_samples / self.seconds
+
+    @property
+    def cores_busy(self) -> float:
+        """Processor time per second."""
+        return (self.user_s + self.system_s) / self.seconds
+
+    @property
+    def cores_busy_in_kernel(self) -> float:
+        """The part of it that was spent in the kernel."""
+        return self.system_s / self.seconds
+
+    def since(self, start: "Measured") -> "Measured":
+        """What was done after `start`, which was measured on the way."""
+        return Measured(
+            self.n_samples - start.n_samples,
+            self.nbytes - start.nbytes,
+            self.seconds - start.seconds,
+            # A process that ended took its time with it.
+            max(0.0, self.user_s - start.user_s),
+            max(0.0, self.system_s - start.system_s),
+            self.is_cut,
+        )
+
+
+def family() -> list[psutil.Process]:
+    """This process and all processes below it."""
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
+
+
+def processor_s() -> NDArray[np.float64]:
+    """Processor time of this process and all below it since each began: `[user, system]` in seconds."""
+    total = np.zeros(2)
+    for process in family():
+        # One that has ended in the meantime takes its time with it.
+        with contextlib.suppress(psutil.Error):
+            total += process.cpu_times()[:2]
+    return total
+
+
+class _Clock:
+    """Counts samples from when it is made on; with `touch` it adds up each batch, as a consumer that looks at it."""
 
     def __init__(self, sample_nbytes: int, touch: bool = False) -> None:
         self._sample_nbytes, self._touch = sample_nbytes, touch
