@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from saev_torch.bench.memory import PROCESS_NBYTES
+from saev_torch.bench.measuring import PROCESS_NBYTES
 from saev_torch.config import ShuffledConfig
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.predict import Prediction, predict

@@ -16,8 +16,10 @@ from saev_torch.reading.store import ShardStore
 from saev_torch.tools.overview import count_labels
 from saev_torch.writing.writer import ShardWriter
 
-D_MODEL = 768
-N_CONTENT = 196
+_D_MODEL, _N_CONTENT = 768, 196
+EXAMPLE_NBYTES = _D_MODEL * 4 * _N_CONTENT
+"""Size of one layer of an example that is made."""
+
 _MADE_LABELS = 3
 _MAX_TOKENS_PER_SHARD = 500_000
 _EXAMPLES_AT_ONCE = 64
@@ -62,18 +64,13 @@ class BenchData:
         return self.n_samples * self.sample_nbytes
 
 
-def made_n_examples(gigabytes: float) -> int:
-    """Examples for one recorded layer of so many gigabytes (1e9 bytes)."""
-    return max(1, round(gigabytes * 1e9 / (D_MODEL * 4 * N_CONTENT)))
-
-
 def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None]) -> Path:
     """Write shards of random activations, 196 tokens of 768 float32 an example, into a new directory; return its path.
 
     Each of the labels stands on a third of the tokens. `on_written` is called with the number of examples just written.
     Raises SaevTorchError, as where the disk has no room.
     """
-    wanted = n_examples * n_layers * N_CONTENT * D_MODEL * 4
+    wanted = n_examples * n_layers * EXAMPLE_NBYTES
     free = shutil.disk_usage(root).free
     if wanted + _ROOM_NBYTES > free:
         raise ConfigError(
@@ -84,11 +81,11 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
         family="random",
         ckpt="none",
         layers=tuple(range(n_layers)),
-        content_tokens_per_example=N_CONTENT,
+        content_tokens_per_example=_N_CONTENT,
         cls_token=False,
-        d_model=D_MODEL,
+        d_model=_D_MODEL,
         n_examples=n_examples,
-        max_tokens_per_shard=max(_MAX_TOKENS_PER_SHARD, n_layers * N_CONTENT),
+        max_tokens_per_shard=max(_MAX_TOKENS_PER_SHARD, n_layers * _N_CONTENT),
         data=base64.b64encode(pickle.dumps({"made_by": "saev_torch bench"})).decode(),
         dataset=Path("none"),
     )
@@ -96,8 +93,8 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
     with ShardWriter(root, md) as writer:
         for start in range(0, n_examples, _EXAMPLES_AT_ONCE):
             n = min(_EXAMPLES_AT_ONCE, n_examples - start)
-            acts = rng.random((n, n_layers, N_CONTENT, D_MODEL), dtype=np.float32)
-            writer.write_batch(acts, start, rng.integers(_MADE_LABELS, size=(n, N_CONTENT)))
+            acts = rng.random((n, n_layers, _N_CONTENT, _D_MODEL), dtype=np.float32)
+            writer.write_batch(acts, start, rng.integers(_MADE_LABELS, size=(n, _N_CONTENT)))
             on_written(n)
     return writer.shards_dir
 

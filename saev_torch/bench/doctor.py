@@ -11,9 +11,9 @@ from typing import Any
 from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import NOT_COLD, Machine, cached_share, drop_cache, look
+from saev_torch.bench.measuring import Measured, measure_cold, measure_warm
 from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.sides import Side, make_side
-from saev_torch.bench.timing import Measured, measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
 from saev_torch.reading.slots import can_share
 from saev_torch.writing.progress import Progress

@@ -80,17 +80,14 @@ def drop_cache(stores: Sequence[ShardStore]) -> None:
 
 def cached_share(store: ShardStore) -> float:
     """Share of the examples' pages that are in the page cache, 0.0 to 1.0."""
-    n_pages = n_cached = 0
+    found = []
     with opened_shards(store) as fds:
         # A shard without examples is the last one, and not opened.
         for fd, shard in zip(fds, store.shards, strict=False):
             with mmap.mmap(fd, shard.n_examples * store.metadata.example_nbytes, prot=mmap.PROT_READ) as pages:
                 there = np.zeros(-(-len(pages) // mmap.PAGESIZE), dtype=np.uint8)
-                view = np.frombuffer(pages, dtype=np.uint8)
-                address = view.ctypes.data
-                del view
+                address = np.frombuffer(pages, dtype=np.uint8).ctypes.data
                 if _mincore(address, len(pages), there.ctypes.data):
                     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-                n_pages += len(there)
-                n_cached += int((there & 1).sum())
-    return n_cached / n_pages
+                found.append(there & 1)
+    return float(np.concatenate(found).mean())

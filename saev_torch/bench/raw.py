@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.bench.machine import opened_shards
-from saev_torch.bench.timing import Measured
+from saev_torch.bench.measuring import Measured
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import resolve_layers
 from saev_torch.reading.direct import DirectReader
