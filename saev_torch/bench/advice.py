@@ -54,9 +54,8 @@ class Vitals:
     def predict(self, n_workers: int, buffer_size: int, block_size: int | None = None) -> Prediction:
         """How the shuffle mixes, reads and takes memory with these options."""
         n_readers = max(1, n_workers)
-        cfg = dataclasses.replace(
-            self.cfg, buffer_size=buffer_size, block_size=block_size, n_lanes=math.lcm(_N_LANES, n_readers)
-        )
+        n_lanes = math.lcm(_N_LANES, n_readers)
+        cfg = dataclasses.replace(self.cfg, buffer_size=buffer_size, block_size=block_size, n_lanes=n_lanes)
         return predict(self.metadata, cfg, n_readers)
 
     def loader_nbytes(self, n_workers: int, buffer_size: int) -> int:
@@ -87,10 +86,7 @@ class Forecast:
 
 @dataclasses.dataclass(frozen=True)
 class Recommended:
-    """Options of the `DataLoader` and the config, one line of reason for each, and what comes of them.
-
-    The forecast is None before the loader was tried.
-    """
+    """Options of the `DataLoader` and the config, a line of reason for each, and what comes of them, once tried."""
 
     num_workers: int
     n_threads: int

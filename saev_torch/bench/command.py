@@ -28,7 +28,6 @@ _OTHERS = {
     "first": "time from iter() to the first batch, warm, 0 workers",
     "memory": "proportional set sizes over an epoch of ten buffers",
 }
-_LEAST_IGNORED = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +80,7 @@ def _wants_layers(only: Sequence[str]) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark, or the doctor; returns 0.
-
-    Raises SaevTorchError where the data are no good, cannot be made or read, or an option does not fit them.
-    """
+    """Run the benchmark, or the doctor; returns 0, or raises SaevTorchError where data or options are no good."""
     if (args.shards is None) == (args.make_gb is None):
         raise ConfigError("SHARDS: expected either a shard directory or --make-gb, got both or neither; give one.")
     if args.no_warm and not args.cold:
@@ -98,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
             print(describe(findings))
             report = findings.to_json()
         else:
-            with _own_cache():
-                report = _bench(args, data, layers_data)
+            report = _bench(args, data, layers_data)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
@@ -107,30 +102,22 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | None]]:
-    """Open the data, or make them and remove them afterwards."""
+    """Open the data, or make them and remove them afterwards, and statistics that are kept on the way in any case."""
     shards, layers_shards = args.shards, None if args.doctor else args.layers_shards
-    with contextlib.ExitStack() as stack:
+    before = os.environ.copy()
+    with tempfile.TemporaryDirectory(prefix="saev_torch_bench_", dir=args.folder) as folder:
         if args.make_gb is not None:
-            folder = tempfile.TemporaryDirectory(prefix="saev_torch_bench_", dir=args.folder)
-            root, n_examples = Path(stack.enter_context(folder)), max(1, round(args.make_gb * 1e9 / EXAMPLE_NBYTES))
+            n_examples = max(1, round(args.make_gb * 1e9 / EXAMPLE_NBYTES))
             wants_layers = not args.doctor and _wants_layers(args.only)
             makes_layers = wants_layers and args.layers > 1 and layers_shards is None
             with Progress(n_examples * (1 + makes_layers), "making data", "examples") as progress:
-                shards = make(root, n_examples, 1, progress.update)
+                shards = make(Path(folder), n_examples, 1, progress.update)
                 if makes_layers:
-                    layers_shards = make(root, n_examples, args.layers, progress.update)
+                    layers_shards = make(Path(folder), n_examples, args.layers, progress.update)
         data = BenchData.open(shards, args.layer)
-        yield data, None if layers_shards is None else BenchData.open(layers_shards, None)
-
-
-@contextlib.contextmanager
-def _own_cache() -> Iterator[None]:
-    """Keep statistics that are computed on the way from the user's cache folder."""
-    before = os.environ.copy()
-    with tempfile.TemporaryDirectory(prefix="saev_torch_bench_") as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         try:
-            yield
+            yield data, None if layers_shards is None else BenchData.open(layers_shards, None)
         finally:
             del os.environ["XDG_CACHE_HOME"]
             os.environ.update(before)
@@ -143,8 +130,6 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
     settings = Settings(n_rounds, seconds, limit_s, args.touch, window_nbytes, memory_workers, statistics)
     machine = look()
     ignored, ignored_share = choose_ignored(data.store)
-    if ignored_share < _LEAST_IGNORED:
-        ignored, ignored_share = [], 0.0
     n_batches = -(-data.n_samples // args.batch_size)
     about = {"n_samples": data.n_samples, "nbytes": data.nbytes, "layer": data.layer, "batch_size": args.batch_size}
     about |= {"buffer_size": args.buffer_size, "n_batches": n_batches, "ignored_share": ignored_share}

@@ -24,7 +24,7 @@ _MADE_LABELS = 3
 _MAX_TOKENS_PER_SHARD = 500_000
 _EXAMPLES_AT_ONCE = 64
 _ROOM_NBYTES = 256 << 20
-_MOST_IGNORED = 0.4
+_LEAST_IGNORED, _MOST_IGNORED = 0.2, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,9 @@ class BenchData:
 
 
 def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None]) -> Path:
-    """Write shards of random activations, 196 tokens of 768 float32 an example, into a new directory; return its path.
+    """Write shards of random activations, and labels on a third of the tokens each, into a new directory below `root`.
 
-    Each of the labels stands on a third of the tokens. `on_written` is called with the number of examples just written.
-    Raises SaevTorchError, as where the disk has no room.
+    `on_written` is called with the number of examples just written. Raises SaevTorchError, as where there is no room.
     """
     wanted = n_examples * n_layers * EXAMPLE_NBYTES
     free = shutil.disk_usage(root).free
@@ -100,7 +99,7 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
 
 
 def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
-    """Choose labels that stand on about a third of the tokens, none without labels.bin, and say on which share."""
+    """Choose labels that stand on about a third of the tokens, if there are such, and say on which share they do."""
     if not store.has_labels:
         return [], 0.0
     counts = count_labels(store)
@@ -114,4 +113,4 @@ def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
         if share and nearer and total + share <= _MOST_IGNORED:
             chosen.append(label)
             total += share
-    return chosen, total
+    return (chosen, total) if total >= _LEAST_IGNORED else ([], 0.0)

@@ -118,17 +118,16 @@ def measure_cold(side: Side, limit_s: float, touch: bool) -> Measured:
     After `limit_s` it is stopped. A side with a buffer then counts from the batch after which it was full.
     """
     with _running(side.make()) as loader:
-        whole = since_full = _Clock(side.sample_nbytes, touch)
+        clocks = [_Clock(side.sample_nbytes, touch)]
         for n_taken, batch in enumerate(loader, 1):
-            whole.count(batch)
-            if since_full is not whole:
-                since_full.count(batch)
-            if whole.seconds > limit_s and n_taken < side.n_batches:
-                return since_full.read(is_cut=True)
+            for clock in clocks:
+                clock.count(batch)
+            if clocks[0].seconds > limit_s and n_taken < side.n_batches:
+                return clocks[-1].read(is_cut=True)
             if side.has_buffer and n_taken == side.n_settle < side.n_batches // 2:
                 # Of long data: should it be cut, what filled the buffer must not count without what empties it.
-                since_full = _Clock(side.sample_nbytes)
-        return whole.read()
+                clocks.append(_Clock(side.sample_nbytes))
+        return clocks[0].read()
 
 
 class _LateError(Exception):

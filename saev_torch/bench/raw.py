@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.benchmark import Timer
 
 from saev_torch.bench.machine import opened_shards
 from saev_torch.bench.measuring import Measured
@@ -145,23 +146,13 @@ def _rate(
 
 
 def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Measured:
-    """Gather `n_rows` random float32 rows of a window at a time, into a reused output, with one thread.
-
-    It does so with `torch.index_select`, and stops after so many seconds.
-    """
+    """Gather random float32 rows of a window, `n_rows` at a time, into a reused output with one thread."""
     n_window = max(1, window_nbytes // (d_model * 4))
     window, out = torch.ones(n_window, d_model), torch.ones(n_rows, d_model)
     generator = torch.Generator().manual_seed(0)
     indices = [torch.randint(n_window, (n_rows,), generator=generator) for _ in range(_N_INDEX_SETS)]
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        torch.index_select(window, 0, indices[0], out=out)
-        n_done, took, began = 0, 0.0, time.perf_counter()
-        while n_done == 0 or took < seconds:
-            n_done += 1
-            torch.index_select(window, 0, indices[n_done % _N_INDEX_SETS], out=out)
-            took = time.perf_counter() - began
-    finally:
-        torch.set_num_threads(n_threads)
-    return Measured(n_done * n_rows, n_done * out.nbytes, took)
+    names = {"window": window, "out": out, "indices": itertools.cycle(indices)}
+    timer = Timer("torch.index_select(window, 0, next(indices), out=out)", globals=names, num_threads=1)
+    found = timer.blocked_autorange(min_run_time=seconds)
+    n_done = len(found.raw_times) * found.number_per_run
+    return Measured(n_done * n_rows, n_done * out.nbytes, sum(found.raw_times))

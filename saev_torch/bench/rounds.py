@@ -47,12 +47,9 @@ _RoundsOfSides = Mapping[str, Sequence[Measured]]
 class Settings:
     """How long and how often to measure.
 
-    Attributes:
-        seconds: Least time of a warm side in a round.
-        cold_limit_s: Most time of a cold side in a round, and of statistics.
-        touch: Add up the activations of each batch.
-        window_nbytes: What `gather` takes rows from.
-        memory_workers: Numbers of workers to look at the memory with.
+    In a round a warm side takes `seconds` at least, a cold one, and statistics, `cold_limit_s` at most. `touch` adds up
+    the activations of each batch. `gather` takes rows from `window_nbytes`, and the memory is looked at with each
+    number of `memory_workers`.
     """
 
     n_rounds: int
@@ -138,10 +135,7 @@ def compare_cold(rounds: _RoundsOfSides) -> Comparison:
 
 
 def _best(rounds: _RoundsOfSides, name: str, figure: str = "samples_per_s") -> Spread:
-    """The best side of a kind, or the side of that name, in each round; no rounds where there is none.
-
-    The best of several is a high bar for what is compared with it.
-    """
+    """The best side of a kind, which is a high bar, or the side of that name, in each round; no rounds without one."""
     columns = [map(_RATES[figure], rounds[side]) for side in rounds if name in (side, side.partition("-")[0])]
     return Spread(tuple(max(row) for row in zip(*columns, strict=True)))
 
@@ -208,10 +202,7 @@ def run_warm(settings: Settings, cores: float, data: BenchData, batch_size: int,
 def run_cold(
     settings: Settings, data: BenchData, layers_data: BenchData | None, sides: Sequence[Side]
 ) -> tuple[Comparison, float]:
-    """Measure with an empty page cache, and raw reads by several threads.
-
-    Returns the largest share of pages, too, that a side found in the page cache after all.
-    """
+    """Measure with an empty page cache, and raw reads, too; and the largest share of pages that stayed in it."""
     pieces, limit_s = layer_pieces(data.store, data.layer), settings.cold_limit_s
     stores = [one.store for one in (data, layers_data) if one is not None]
     left: list[float] = []
