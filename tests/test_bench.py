@@ -26,13 +26,10 @@ from saev_torch.bench import doctor, machine, raw
 from saev_torch.bench.advice import Vitals, interpolate, recommend
 from saev_torch.bench.command import _wants_layers
 from saev_torch.bench.data import BenchData, choose_ignored
-from saev_torch.bench.measured import Measured, family, processor_s
-from saev_torch.bench.memmap import IndexBatches, MemmapBatches, MemmapSamples
-from saev_torch.bench.memory import MemoryUse, pss_nbytes
+from saev_torch.bench.measuring import Measured, MemoryUse, family, measure_statistics, processor_s, pss_nbytes
 from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_rate
-from saev_torch.bench.report import compare_cold, compare_warm
-from saev_torch.bench.sides import Side, make_sides
-from saev_torch.bench.timing import measure_statistics
+from saev_torch.bench.rounds import compare_cold, compare_warm
+from saev_torch.bench.sides import IndexBatches, MemmapBatches, MemmapSamples, Side, make_sides
 from saev_torch.processes import machine as limits
 from saev_torch.reading import reader as reading
 from saev_torch.reading.direct import DirectReader

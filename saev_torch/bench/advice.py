@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from saev_torch.bench.memory import PROCESS_NBYTES
+from saev_torch.bench.measuring import PROCESS_NBYTES
 from saev_torch.config import ShuffledConfig
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.predict import Prediction, predict
@@ -25,15 +25,12 @@ _FAST_ENOUGH, _MIXING_KEPT = 0.75, 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Vitals:
-    """What was measured.
+    """What was measured: of the machine its cores' worth of time, and the memory that can be had; and rates.
 
     Attributes:
-        cores: Cores' worth of time that there is.
-        available_nbytes: Memory that can be had.
-        metadata: Of the shards.
         cfg: What is read, with the buffer that is wished for.
         cold: Rates of reading blocks in random order that are not in the page cache.
-        copying: GB/s of the loader for each number of workers, all in the page cache.
+        copying: GB/s of the loader for each number of workers, all in the page cache; empty before it was tried.
     """
 
     cores: float
@@ -57,9 +54,8 @@ class Vitals:
     def predict(self, n_workers: int, buffer_size: int, block_size: int | None = None) -> Prediction:
         """How the shuffle mixes, reads and takes memory with these options."""
         n_readers = max(1, n_workers)
-        cfg = dataclasses.replace(
-            self.cfg, buffer_size=buffer_size, block_size=block_size, n_lanes=math.lcm(_N_LANES, n_readers)
-        )
+        n_lanes = math.lcm(_N_LANES, n_readers)
+        cfg = dataclasses.replace(self.cfg, buffer_size=buffer_size, block_size=block_size, n_lanes=n_lanes)
         return predict(self.metadata, cfg, n_readers)
 
     def loader_nbytes(self, n_workers: int, buffer_size: int) -> int:
@@ -73,16 +69,11 @@ class Vitals:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """How long epochs will take.
+    """How long the first epoch will take, nothing in the page cache, and the ones after it, and what bounds them.
 
-    Attributes:
-        disk: GB/s that the disk gives for reads of this size by so many threads.
-        copying: GB/s that the loader reaches with no disk in the way.
-        first_s: Seconds of the first epoch, nothing in the page cache.
-        later_s: Seconds of the ones after it.
-        first_bound: What bounds the first one: "disk" or "copying".
-        later_bound: What bounds the ones after it: "copying"; or "memory", where the data do not fit into the page
-            cache and so come from the disk again, which is slower than copying.
+    `disk` is what the disk gives for reads of this size by so many threads, `copying` what the loader reaches with no
+    disk in the way, both in GB/s. The first epoch is bound by "disk" or "copying", later ones by "copying"; or by
+    "memory", where the data do not fit into the page cache and so come from the disk again, slower than copying.
     """
 
     disk: float
@@ -95,17 +86,7 @@ class Forecast:
 
 @dataclasses.dataclass(frozen=True)
 class Recommended:
-    """Options, why, and what comes of them.
-
-    Attributes:
-        num_workers: For the `DataLoader`.
-        n_threads: Of the config, like the ones that follow.
-        n_lanes: Lanes.
-        block_size: Samples in a block; None for the default.
-        buffer_size: Batches of buffer.
-        reasons: One line for each.
-        forecast: How long epochs will take; None before the loader was tried.
-    """
+    """Options of the `DataLoader` and the config, a line of reason for each, and what comes of them, once tried."""
 
     num_workers: int
     n_threads: int
@@ -129,12 +110,7 @@ def interpolate(grid: Grid, n_threads: int, nbytes: float) -> float:
 
 
 def recommend(vitals: Vitals, n_workers: int | None = None) -> Recommended:
-    """Choose options.
-
-    Args:
-        vitals: What was measured. Before the loader was tried, `copying` is empty and `n_workers` must be given.
-        n_workers: Number of workers; None to choose it, too.
-    """
+    """Choose options; without `n_workers` the number of workers, too, for which the loader must have been tried."""
     why: dict[str, str] = {}
     buffer_size, why["buffer_size"] = _choose_buffer(vitals, max(vitals.copying) if n_workers is None else n_workers)
     if n_workers is None:
@@ -202,8 +178,8 @@ def _choose_block(vitals: Vitals, n_workers: int, buffer_size: int) -> tuple[int
     _, rate = _fewest_threads(vitals, default.read_nbytes)
     best, copying = max(vitals.cold.values()), vitals.copying.get(n_workers, math.inf)
     enough = _FAST_ENOUGH * min(best, copying)
-    here = f"the default, {default.cfg.block_size} samples, makes reads of {_kb(default.read_nbytes)}, "
-    here += f"{rate:.2f} GB/s cold"
+    read = f"{_kb(default.read_nbytes)}, {rate:.2f} GB/s cold"
+    here = f"the default, {default.cfg.block_size} samples, makes reads of {read}"
     if vitals.fits(n_workers, buffer_size):
         return None, f"{here}, and after the first epoch the data are in the page cache"
     if rate >= enough:
@@ -227,11 +203,6 @@ def _forecast(vitals: Vitals, n_workers: int, buffer_size: int, disk: float) -> 
     copying, gigabytes = vitals.copying[n_workers], vitals.nbytes / 1e9
     is_disk, fits = disk < copying, vitals.fits(n_workers, buffer_size)
     first_s = gigabytes / min(disk, copying)
-    return Forecast(
-        disk=disk,
-        copying=copying,
-        first_s=first_s,
-        later_s=gigabytes / copying if fits else first_s,
-        first_bound="disk" if is_disk else "copying",
-        later_bound="memory" if is_disk and not fits else "copying",
-    )
+    later_s = gigabytes / copying if fits else first_s
+    first_bound, later_bound = "disk" if is_disk else "copying", "memory" if is_disk and not fits else "copying"
+    return Forecast(disk, copying, first_s, later_s, first_bound, later_bound)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import tempfile
@@ -10,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from saev_torch.bench.data import BenchData, choose_ignored, made_n_examples, make
+from saev_torch.bench.data import EXAMPLE_NBYTES, BenchData, choose_ignored, make
 from saev_torch.bench.doctor import describe, examine
 from saev_torch.bench.machine import NOT_COLD, Machine, look
+from saev_torch.bench.measuring import first_batch_s, measure_memory
 from saev_torch.bench.raw import WINDOW_NBYTES
-from saev_torch.bench.report import Spread, format_memory, format_table
-from saev_torch.bench.rounds import Settings, run_cold, run_memory, run_warm, warm_up
+from saev_torch.bench.rounds import Settings, Spread, run_cold, run_rounds, run_warm, warm_up
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
-from saev_torch.bench.timing import first_batch_s
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.tools.arguments import above_zero, at_least, check_new_file
@@ -28,7 +28,6 @@ _OTHERS = {
     "first": "time from iter() to the first batch, warm, 0 workers",
     "memory": "proportional set sizes over an epoch of ten buffers",
 }
-_LEAST_IGNORED = 0.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,14 +80,7 @@ def _wants_layers(only: Sequence[str]) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark, or the doctor.
-
-    Returns:
-        0.
-
-    Raises:
-        SaevTorchError: The data are no good, cannot be made or read, or an option does not fit them.
-    """
+    """Run the benchmark, or the doctor; returns 0, or raises SaevTorchError where data or options are no good."""
     if (args.shards is None) == (args.make_gb is None):
         raise ConfigError("SHARDS: expected either a shard directory or --make-gb, got both or neither; give one.")
     if args.no_warm and not args.cold:
@@ -102,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
             print(describe(findings))
             report = findings.to_json()
         else:
-            with _own_cache():
-                report = _bench(args, data, layers_data)
+            report = _bench(args, data, layers_data)
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
@@ -111,62 +102,40 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | None]]:
-    """Open the data, or make them and remove them afterwards."""
+    """Open the data, or make them and remove them afterwards, and statistics that are kept on the way in any case."""
     shards, layers_shards = args.shards, None if args.doctor else args.layers_shards
-    with contextlib.ExitStack() as stack:
-        if args.make_gb is not None:
-            folder = tempfile.TemporaryDirectory(prefix="saev_torch_bench_", dir=args.folder)
-            root, n_examples = Path(stack.enter_context(folder)), made_n_examples(args.make_gb)
-            wants_layers = not args.doctor and args.layers > 1 and _wants_layers(args.only)
-            makes_layers = wants_layers and layers_shards is None
-            with Progress(n_examples * (1 + makes_layers), "making data", "examples") as progress:
-                shards = make(root, n_examples, 1, progress.update)
-                if makes_layers:
-                    layers_shards = make(root, n_examples, args.layers, progress.update)
-        data = BenchData.open(shards, args.layer)
-        yield data, None if layers_shards is None else BenchData.open(layers_shards, None)
-
-
-@contextlib.contextmanager
-def _own_cache() -> Iterator[None]:
-    """Keep statistics that are computed on the way from the user's cache folder."""
     before = os.environ.copy()
-    with tempfile.TemporaryDirectory(prefix="saev_torch_bench_") as folder:
+    with tempfile.TemporaryDirectory(prefix="saev_torch_bench_", dir=args.folder) as folder:
+        if args.make_gb is not None:
+            n_examples = max(1, round(args.make_gb * 1e9 / EXAMPLE_NBYTES))
+            wants_layers = not args.doctor and _wants_layers(args.only)
+            makes_layers = wants_layers and args.layers > 1 and layers_shards is None
+            with Progress(n_examples * (1 + makes_layers), "making data", "examples") as progress:
+                shards = make(Path(folder), n_examples, 1, progress.update)
+                if makes_layers:
+                    layers_shards = make(Path(folder), n_examples, args.layers, progress.update)
+        data = BenchData.open(shards, args.layer)
         os.environ["XDG_CACHE_HOME"] = folder
         try:
-            yield
+            yield data, None if layers_shards is None else BenchData.open(layers_shards, None)
         finally:
             del os.environ["XDG_CACHE_HOME"]
             os.environ.update(before)
 
 
 def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | None) -> dict[str, Any]:
-    settings = Settings(
-        args.rounds, args.seconds, args.cold_limit_s, args.touch, statistics=_is_wanted("statistics", args.only)
-    )
-    if args.quick:
-        settings = dataclasses.replace(
-            settings, n_rounds=2, seconds=0.05, window_nbytes=WINDOW_NBYTES // 50, memory_workers=(0, 1)
-        )
+    n_rounds, seconds = (2, 0.05) if args.quick else (args.rounds, args.seconds)
+    window_nbytes, memory_workers = (WINDOW_NBYTES // 50, (0, 1)) if args.quick else (WINDOW_NBYTES, (0, 1, 4))
+    statistics, limit_s = _is_wanted("statistics", args.only), args.cold_limit_s
+    settings = Settings(n_rounds, seconds, limit_s, args.touch, window_nbytes, memory_workers, statistics)
     machine = look()
     ignored, ignored_share = choose_ignored(data.store)
-    if ignored_share < _LEAST_IGNORED:
-        ignored, ignored_share = [], 0.0
-    about = {
-        "n_samples": data.n_samples,
-        "nbytes": data.nbytes,
-        "layer": data.layer,
-        "batch_size": args.batch_size,
-        "buffer_size": args.buffer_size,
-        "n_batches": -(-data.n_samples // args.batch_size),
-        "ignored_share": ignored_share,
-    }
+    n_batches = -(-data.n_samples // args.batch_size)
+    about = {"n_samples": data.n_samples, "nbytes": data.nbytes, "layer": data.layer, "batch_size": args.batch_size}
+    about |= {"buffer_size": args.buffer_size, "n_batches": n_batches, "ignored_share": ignored_share}
     _print_headline(machine, data, about)
-    report: dict[str, Any] = {
-        "machine": {**dataclasses.asdict(machine), "cores": machine.cores},
-        "data": about,
-        "settings": dataclasses.asdict(settings),
-    }
+    about_machine = {**dataclasses.asdict(machine), "cores": machine.cores}
+    report = {"machine": about_machine, "data": about, "settings": dataclasses.asdict(settings)}
     cfg = data.config(args.batch_size, args.buffer_size)
     sides = make_sides(data, layers_data, cfg, args.workers, ignored)
     sides = [side for side in sides if _is_wanted(side.name, args.only)]
@@ -175,12 +144,12 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         warm = run_warm(settings, machine.cores, data, args.batch_size, sides)
         report["warm"] = warm.to_json()
         title = f"warm, steady state, {settings.n_rounds} rounds; {_where_timed(sides)}"
-        print("\n" + format_table(title, f"{machine.cores:g} cores / (1/read + 1/gather)", warm))
+        print("\n" + warm.to_table(title, f"{machine.cores:g} cores / (1/read + 1/gather)"))
         report |= _bench_others(args.only, settings, cfg)
     if args.cold:
         cold, cached = run_cold(settings, data, layers_data, sides)
         report["cold"] = {**cold.to_json(), "cached_share": cached}
-        print("\n" + format_table(f"cold, whole epochs, {settings.n_rounds} rounds", "best raw read", cold))
+        print("\n" + cold.to_table(f"cold, whole epochs, {settings.n_rounds} rounds", "best raw read"))
         if cached > NOT_COLD:
             print(f"note: up to {cached:.0%} of the pages stayed in the page cache, so this was not quite cold")
     return report
@@ -194,9 +163,11 @@ def _bench_others(only: Sequence[str], settings: Settings, cfg: ShuffledConfig) 
         report["first_batch_s"] = first.to_json()
         print(f"\nfirst batch: {first} s after iter(), warm, 0 workers")
     if _is_wanted("memory", only):
-        uses = run_memory(settings, cfg)
+        sides = {f"{n} workers": functools.partial(measure_memory, cfg, n) for n in settings.memory_workers}
+        uses = [use for (use,) in run_rounds("memory", 1, sides).values()]
         report["memory"] = [use.to_json() for use in uses]
-        print("\n" + format_memory(uses))
+        print("\nmemory: sum of proportional set sizes over all processes, in GB, medians of tenths of an epoch")
+        print(*uses, sep="\n")
     return report
 
 

@@ -16,34 +16,27 @@ from saev_torch.reading.store import ShardStore
 from saev_torch.tools.inspect import count_labels
 from saev_torch.writing.writer import ShardWriter
 
-D_MODEL = 768
-N_CONTENT = 196
+_D_MODEL, _N_CONTENT = 768, 196
+EXAMPLE_NBYTES = _D_MODEL * 4 * _N_CONTENT
+"""Size of one layer of an example that is made."""
+
 _MADE_LABELS = 3
 _MAX_TOKENS_PER_SHARD = 500_000
 _EXAMPLES_AT_ONCE = 64
 _ROOM_NBYTES = 256 << 20
-_MOST_IGNORED = 0.4
+_LEAST_IGNORED, _MOST_IGNORED = 0.2, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchData:
-    """A data set, and the layer of it that is read.
-
-    Attributes:
-        store: The shards.
-        layer: The recorded layer.
-    """
+    """A data set, and the recorded layer of it that is read."""
 
     store: ShardStore
     layer: int
 
     @classmethod
     def open(cls, shards: Path, layer: int | None) -> "BenchData":
-        """Open a shard directory, for a recorded layer; None for the one in the middle.
-
-        Raises:
-            SaevTorchError: The directory is no good, or the layer was not recorded.
-        """
+        """Open a shard directory, for a recorded layer; None for the one in the middle."""
         store = ShardStore(shards)
         layers = store.metadata.layers
         if layer is not None and layer not in layers:
@@ -71,24 +64,12 @@ class BenchData:
         return self.n_samples * self.sample_nbytes
 
 
-def made_n_examples(gigabytes: float) -> int:
-    """Examples for one recorded layer of so many gigabytes (1e9 bytes)."""
-    return max(1, round(gigabytes * 1e9 / (D_MODEL * 4 * N_CONTENT)))
-
-
 def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None]) -> Path:
-    """Write shards of random activations, with labels of which each stands on a third of the tokens.
+    """Write shards of random activations, and labels on a third of the tokens each, into a new directory below `root`.
 
-    Args:
-        root: Where the shard directory is made; its path is returned.
-        n_examples: Examples, of 196 tokens of 768 float32 each.
-        n_layers: Recorded layers.
-        on_written: Called with the number of examples just written.
-
-    Raises:
-        SaevTorchError: The disk has no room, or writing failed.
+    `on_written` is called with the number of examples just written. Raises SaevTorchError, as where there is no room.
     """
-    wanted = n_examples * n_layers * N_CONTENT * D_MODEL * 4
+    wanted = n_examples * n_layers * EXAMPLE_NBYTES
     free = shutil.disk_usage(root).free
     if wanted + _ROOM_NBYTES > free:
         raise ConfigError(
@@ -99,11 +80,11 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
         family="random",
         ckpt="none",
         layers=tuple(range(n_layers)),
-        content_tokens_per_example=N_CONTENT,
+        content_tokens_per_example=_N_CONTENT,
         cls_token=False,
-        d_model=D_MODEL,
+        d_model=_D_MODEL,
         n_examples=n_examples,
-        max_tokens_per_shard=max(_MAX_TOKENS_PER_SHARD, n_layers * N_CONTENT),
+        max_tokens_per_shard=max(_MAX_TOKENS_PER_SHARD, n_layers * _N_CONTENT),
         data=base64.b64encode(pickle.dumps({"made_by": "saev_torch bench"})).decode(),
         dataset=Path("none"),
     )
@@ -111,18 +92,14 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
     with ShardWriter(root, md) as writer:
         for start in range(0, n_examples, _EXAMPLES_AT_ONCE):
             n = min(_EXAMPLES_AT_ONCE, n_examples - start)
-            acts = rng.random((n, n_layers, N_CONTENT, D_MODEL), dtype=np.float32)
-            writer.write_batch(acts, start, rng.integers(_MADE_LABELS, size=(n, N_CONTENT)))
+            acts = rng.random((n, n_layers, _N_CONTENT, _D_MODEL), dtype=np.float32)
+            writer.write_batch(acts, start, rng.integers(_MADE_LABELS, size=(n, _N_CONTENT)))
             on_written(n)
     return writer.shards_dir
 
 
 def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
-    """Choose labels that stand on about a third of the tokens.
-
-    Returns:
-        The labels, none without labels.bin, and the share of the tokens that they stand on.
-    """
+    """Choose labels that stand on about a third of the tokens, if there are such, and say on which share they do."""
     if not store.has_labels:
         return [], 0.0
     counts = count_labels(store)
@@ -136,4 +113,4 @@ def choose_ignored(store: ShardStore) -> tuple[list[int], float]:
         if share and nearer and total + share <= _MOST_IGNORED:
             chosen.append(label)
             total += share
-    return chosen, total
+    return (chosen, total) if total >= _LEAST_IGNORED else ([], 0.0)

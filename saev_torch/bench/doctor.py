@@ -11,10 +11,9 @@ from typing import Any
 from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import NOT_COLD, Machine, cached_share, drop_cache, look
-from saev_torch.bench.measured import Measured
+from saev_torch.bench.measuring import Measured, measure_cold, measure_warm
 from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.sides import Side, make_side
-from saev_torch.bench.timing import measure_cold, measure_warm
 from saev_torch.config import ShuffledConfig
 from saev_torch.reading.slots import can_share
 from saev_torch.writing.progress import Progress
@@ -28,18 +27,11 @@ _MANY_FILES = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What the doctor found.
+    """What the doctor found, with rates in GB/s.
 
-    Attributes:
-        machine: The machine.
-        vitals: What was measured, cold reads and the loader among it.
-        warm: Rates of reading blocks that are in the page cache.
-        read: GB/s of one thread that reads the files in order, warm.
-        gather: GB/s of one thread that gathers rows.
-        cached_before: Share of the shards that was in the page cache at first.
-        cached_after: Share that stayed there when it was dropped.
-        recommended: Options.
-        checked: The loader with these options, over an epoch that was not in the page cache.
+    `warm` is of blocks in the page cache; `read` and `gather` are of one thread, warm, that reads the files in order or
+    gathers rows. `cached_before` is the share of the shards that was in the page cache at first, `cached_after` what
+    stayed there when it was dropped; `checked` the loader with the recommended options, over an epoch, cold.
     """
 
     machine: Machine
@@ -80,13 +72,7 @@ class Findings:
 
 
 def examine(data: BenchData, cfg: ShuffledConfig, quick: bool) -> Findings:
-    """Measure, and draw conclusions.
-
-    Args:
-        data: What will be read.
-        cfg: Of `data`, with the buffer that is wished for.
-        quick: Measure so shortly that the figures mean little.
-    """
+    """Measure what `cfg` reads of `data`, if `quick` so shortly that the figures mean little, and draw conclusions."""
     seconds, trial_s, check_s = (0.02, 0.05, 1.0) if quick else (0.4, 1.5, 15.0)
     machine, store = look(), data.store
     cached_before = cached_share(store)
@@ -183,10 +169,8 @@ def _rates(findings: Findings) -> list[str]:
             rates = "".join(f"{grid[n, nbytes]:8.2f}" for n in THREADS)
             lines.append(f"{nbytes >> 10:>7} KB {rates}")
     if findings.cached_after > NOT_COLD:
-        lines.append(
-            f"note: {findings.cached_after:.0%} of the pages stayed in the page cache when it was dropped, so cold is "
-            "not quite cold"
-        )
+        stayed = f"{findings.cached_after:.0%} of the pages stayed in the page cache when it was dropped"
+        lines.append(f"note: {stayed}, so cold is not quite cold")
     lines.append(
         f"one thread, warm: read {findings.read:.2f}, gather {findings.gather:.2f}; so at most {findings.limit:.2f} "
         f"with {findings.machine.cores:g} cores that read and gather each byte once"

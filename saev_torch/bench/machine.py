@@ -28,15 +28,9 @@ _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 class Machine:
     """What this process may use.
 
-    Attributes:
-        n_affinity: Cores that it may run on.
-        cpu_quota: Cores' worth of time that its control group may use, None without a limit.
-        memory_nbytes: Memory of the machine.
-        available_nbytes: Memory that can be had without swapping, the page cache included, within the group's limit.
-        memory_limit_nbytes: Limit of the control group, None without one.
-        shm_nbytes: Size of /dev/shm.
-        n_files: Limit of open file descriptors.
-        system: Kernel, Python, torch.
+    `n_affinity` counts the cores that it may run on, `n_files` the descriptors that it may have open. Its control group
+    may have a quota, in cores' worth of time, and a limit of memory; else these are None. What is available can be had
+    without swapping, the page cache included, within that limit. `shm_nbytes` is the size of /dev/shm.
     """
 
     n_affinity: int
@@ -56,21 +50,12 @@ class Machine:
 
 def look() -> Machine:
     """Look at the machine, at control groups of both versions too."""
-    total, available, limit = memory()
-    shm = 0
+    shm_nbytes = 0
     with contextlib.suppress(OSError):
-        shm = shutil.disk_usage("/dev/shm").total
+        shm_nbytes = shutil.disk_usage("/dev/shm").total
     n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return Machine(
-        n_affinity=len(os.sched_getaffinity(0)),
-        cpu_quota=cpu_quota(),
-        memory_nbytes=total,
-        available_nbytes=available,
-        memory_limit_nbytes=limit,
-        shm_nbytes=shm,
-        n_files=n_files,
-        system=f"Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}",
-    )
+    system = f"Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return Machine(len(os.sched_getaffinity(0)), cpu_quota(), *memory(), shm_nbytes, n_files, system)
 
 
 @contextlib.contextmanager
@@ -78,9 +63,10 @@ def opened_shards(store: ShardStore) -> Iterator[list[int]]:
     """Open every shard with data, in order: yields file descriptors, which do not outlive the block."""
     fds: list[int] = []
     with contextlib.ExitStack() as stack:
-        for name in [shard.name for shard in store.shards if shard.n_examples]:
-            fds.append(open_regular(store.shards_dir, name))
-            stack.callback(os.close, fds[-1])
+        for shard in store.shards:
+            if shard.n_examples:
+                fds.append(open_regular(store.shards_dir, shard.name))
+                stack.callback(os.close, fds[-1])
         yield fds
 
 
@@ -94,17 +80,14 @@ def drop_cache(stores: Sequence[ShardStore]) -> None:
 
 def cached_share(store: ShardStore) -> float:
     """Share of the examples' pages that are in the page cache, 0.0 to 1.0."""
-    sizes = [shard.n_examples * store.metadata.example_nbytes for shard in store.shards if shard.n_examples]
-    n_pages = n_cached = 0
+    found = []
     with opened_shards(store) as fds:
-        for fd, nbytes in zip(fds, sizes, strict=True):
-            with mmap.mmap(fd, nbytes, prot=mmap.PROT_READ) as pages:
+        # A shard without examples is the last one, and not opened.
+        for fd, shard in zip(fds, store.shards, strict=False):
+            with mmap.mmap(fd, shard.n_examples * store.metadata.example_nbytes, prot=mmap.PROT_READ) as pages:
                 there = np.zeros(-(-len(pages) // mmap.PAGESIZE), dtype=np.uint8)
-                view = np.frombuffer(pages, dtype=np.uint8)
-                address = view.ctypes.data
-                del view
+                address = np.frombuffer(pages, dtype=np.uint8).ctypes.data
                 if _mincore(address, len(pages), there.ctypes.data):
                     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-                n_pages += len(there)
-                n_cached += int((there & 1).sum())
-    return n_cached / n_pages
+                found.append(there & 1)
+    return float(np.concatenate(found).mean())

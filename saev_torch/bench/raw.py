@@ -1,18 +1,22 @@
 """The limits that a loader is held against: reading files, gathering rows, and nothing else."""
 
 import contextlib
+import functools
 import itertools
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.benchmark import Timer
 
 from saev_torch.bench.machine import opened_shards
-from saev_torch.bench.measured import Measured
+from saev_torch.bench.measuring import Measured
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import resolve_layers
 from saev_torch.reading.direct import DirectReader
@@ -30,6 +34,8 @@ WINDOW_NBYTES = 400_000_000
 Piece = tuple[int, int, int]
 """A part of a data set: number of the file, byte offset, bytes."""
 
+_Task = TypeVar("_Task")
+
 
 def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
     """The bytes of one layer in the order of the disk, in pieces of at most 4 MB.
@@ -37,26 +43,23 @@ def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
     With several recorded layers these are runs of an example's tokens each, with gaps between them.
     """
     md = store.metadata
-    run_nbytes = md.tokens_per_example * md.row_nbytes
+    if md.n_layers == 1:
+        return grid_pieces(store, _BUFFER_NBYTES)
     (layer_idx,) = resolve_layers(md, layer)
-    runs = []
-    for i, shard in enumerate(shard for shard in store.shards if shard.n_examples):
-        if md.n_layers == 1:
-            runs.append((i, 0, shard.n_examples * run_nbytes))
-        else:
-            runs += [(i, (e * md.n_layers + layer_idx) * run_nbytes, run_nbytes) for e in range(shard.n_examples)]
-    return [piece for run in runs for piece in _cut(run, _BUFFER_NBYTES)]
+    run_nbytes = md.tokens_per_example * md.row_nbytes
+    first = layer_idx * run_nbytes
+    runs = [(i, e * md.example_nbytes + first) for i, shard in enumerate(store.shards) for e in range(shard.n_examples)]
+    return [piece for i, offset in runs for piece in _cut(i, offset, run_nbytes, _BUFFER_NBYTES)]
 
 
 def grid_pieces(store: ShardStore, block_nbytes: int) -> list[Piece]:
     """All bytes of the shards in blocks of one size."""
-    sizes = [shard.n_examples * store.metadata.example_nbytes for shard in store.shards if shard.n_examples]
-    return [piece for i, nbytes in enumerate(sizes) for piece in _cut((i, 0, nbytes), block_nbytes)]
+    sizes = [shard.n_examples * store.metadata.example_nbytes for shard in store.shards]
+    return [piece for i, nbytes in enumerate(sizes) for piece in _cut(i, 0, nbytes, block_nbytes)]
 
 
-def _cut(run: Piece, nbytes: int) -> list[Piece]:
-    i, offset, total = run
-    return [(i, offset + start, min(nbytes, total - start)) for start in range(0, total, nbytes)]
+def _cut(file: int, offset: int, total: int, nbytes: int) -> list[Piece]:
+    return [(file, offset + start, min(nbytes, total - start)) for start in range(0, total, nbytes)]
 
 
 def read_rate(
@@ -64,69 +67,43 @@ def read_rate(
     pieces: Sequence[Piece],
     *,
     n_threads: int = 1,
-    seconds: float = 0.0,
+    seconds: float = math.inf,
     repeat: bool = True,
     reads_ahead: bool = True,
 ) -> Measured:
-    """Read pieces of the shards with `preadv` into one reused buffer for each thread.
+    """Read pieces of the shards with `preadv` into one reused buffer for each thread; the threads take them in turn.
 
-    Args:
-        store: The shards.
-        pieces: What to read; the threads take them in turn.
-        n_threads: Threads.
-        seconds: Stop after so long, and a piece at least.
-        repeat: Begin again until the time is up; else stop after all pieces, too.
-        reads_ahead: Let the system read on behind each piece, which the loader does not.
-
-    Raises:
-        ReadError: A read failed, or a file became shorter.
+    It stops after so many seconds, and a piece at least; where it does not `repeat`, after all pieces, too. Without
+    `reads_ahead` the system does not read on behind each piece, as the loader tells it. Raises ReadError.
     """
-    turns = itertools.count()
     longest = max(nbytes for _, _, nbytes in pieces)
     # Ones, so that every page is there: fresh memory costs more than reading into it.
-    buffers = [np.ones(longest, dtype=np.uint8) for _ in range(n_threads)]
+    buffers = [np.ones(longest, dtype=np.uint8).data for _ in range(n_threads)]
 
-    def read(array: NDArray[np.uint8]) -> int:
-        done = 0
-        for turn in turns:
-            if turn >= len(pieces) and not repeat:
-                break
-            file, offset, nbytes = pieces[turn % len(pieces)]
-            n = os.preadv(fds[file], [array.data[:nbytes]], offset)
-            if n == 0:
-                raise OSError(f"shard {file} became shorter")
-            done += n
-            if time.perf_counter() > deadline:
-                break
-        return done
+    def read(buffer: memoryview, piece: Piece) -> int:
+        file, offset, nbytes = piece
+        n = os.preadv(fds[file], [buffer[:nbytes]], offset)
+        if n == 0:
+            raise OSError(f"shard {file} became shorter")
+        return n
 
-    with opened_shards(store) as fds, ThreadPoolExecutor(n_threads) as threads:
+    with opened_shards(store) as fds:
         if not reads_ahead:
             for fd in fds:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        began = time.perf_counter()
-        deadline = began + seconds if seconds else float("inf")
+        reads = [functools.partial(read, buffer) for buffer in buffers]
         try:
-            nbytes = sum(threads.map(read, buffers))
+            return _rate(store, itertools.cycle(pieces) if repeat else iter(pieces), reads, seconds)
         except OSError as err:
             raise ReadError(f"{store.shards_dir}: expected to read it, got: {err}; check the file system.") from err
-        return _measured(store, nbytes, time.perf_counter() - began)
 
 
 def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, seconds: float) -> Measured | None:
     """Read pieces of the shards past the page cache, some megabytes of them at a time, as the loader does.
 
-    Args:
-        store: The shards.
-        pieces: What to read; the threads take some of them in turn, and read those in the order of the disk.
-        n_threads: Threads.
-        seconds: Stop after so long, and a turn of each thread at least, or after all pieces.
-
-    Returns:
-        The rate; None where the system has not the means, and the loader reads through the page cache, too.
-
-    Raises:
-        SaevTorchError: A read failed, or a file became shorter.
+    The threads take some pieces in turn, read those in the order of the disk, and stop after so many seconds, a turn of
+    each at least, or after all pieces. None where the system has not the means, and the loader reads through the page
+    cache, too. Raises SaevTorchError.
     """
     rings = [ring for ring in (Ring.open() for _ in range(n_threads)) if ring is not None]
     if len(rings) < n_threads:
@@ -134,60 +111,48 @@ def staged_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int, s
     largest = max(nbytes for _, _, nbytes in pieces)
     at_once = max(1, _TASK_NBYTES // largest)
     tasks = iter([sorted(pieces[start : start + at_once]) for start in range(0, len(pieces), at_once)])
-    # Memory that has been used before, as that of a loader that has run for a while.
-    buffers = [np.ones(at_once * largest, dtype=np.uint8) for _ in rings]
 
-    def read(reader: DirectReader, buffer: NDArray[np.uint8]) -> int:
+    def read(reader: DirectReader, buffer: NDArray[np.uint8], task: list[Piece]) -> int:
+        files, offsets, nbytes = np.array(task, dtype=np.int64).T.copy()
+        reader.read(Extents.in_a_row(buffer, files, offsets, nbytes), 0, len(task))
+        return int(nbytes.sum())
+
+    with contextlib.closing(store.clone()) as opened:
+        readers = [DirectReader(RingReader(ring, opened)) for ring in rings]
+        # Memory that has been used before, as that of a loader that has run for a while.
+        buffers = [np.ones(at_once * largest, dtype=np.uint8) for _ in rings]
+        reads = [functools.partial(read, *one) for one in zip(readers, buffers, strict=True)]
+        return _rate(store, tasks, reads, seconds)
+
+
+def _rate(
+    store: ShardStore, tasks: Iterator[_Task], reads: Sequence[Callable[[_Task], int]], seconds: float
+) -> Measured:
+    """Have one thread for each of `reads` take tasks, and read them, until the time is up or none is left."""
+
+    def run(read: Callable[[_Task], int]) -> int:
         done = 0
         for task in tasks:
-            extents = _to_extents(store, task, buffer)
-            reader.read(extents, 0, len(task))
-            done += int(extents.nbytes.sum())
+            done += read(task)
             if time.perf_counter() > deadline:
                 break
         return done
 
-    with contextlib.closing(store.clone()) as opened, ThreadPoolExecutor(n_threads) as threads:
-        readers = [DirectReader(RingReader(ring, opened)) for ring in rings]
+    with ThreadPoolExecutor(len(reads)) as threads:
         began = time.perf_counter()
         deadline = began + seconds
-        nbytes = sum(threads.map(read, readers, buffers))
-        return _measured(store, nbytes, time.perf_counter() - began)
-
-
-def _measured(store: ShardStore, nbytes: int, seconds: float) -> Measured:
-    return Measured(nbytes // store.metadata.row_nbytes, nbytes, seconds)
-
-
-def _to_extents(store: ShardStore, pieces: Sequence[Piece], buffer: NDArray[np.uint8]) -> Extents:
-    """Pieces as one extent each, one behind the other in a buffer."""
-    files, offsets, nbytes = np.array(pieces, dtype=np.int64).T.copy()
-    shards = np.array([i for i, shard in enumerate(store.shards) if shard.n_examples], dtype=np.int64)
-    return Extents.in_a_row(buffer, shards[files], offsets, nbytes)
+        nbytes = sum(threads.map(run, reads))
+        return Measured(nbytes // store.metadata.row_nbytes, nbytes, time.perf_counter() - began)
 
 
 def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Measured:
-    """Gather random rows of a window into a reused output with one thread, as `torch.index_select` does.
-
-    Args:
-        d_model: Width of a row, float32.
-        n_rows: Rows gathered at a time.
-        window_nbytes: Size of the window.
-        seconds: Stop after so long.
-    """
+    """Gather random float32 rows of a window, `n_rows` at a time, into a reused output with one thread."""
     n_window = max(1, window_nbytes // (d_model * 4))
     window, out = torch.ones(n_window, d_model), torch.ones(n_rows, d_model)
     generator = torch.Generator().manual_seed(0)
     indices = [torch.randint(n_window, (n_rows,), generator=generator) for _ in range(_N_INDEX_SETS)]
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        torch.index_select(window, 0, indices[0], out=out)
-        n_done, took, began = 0, 0.0, time.perf_counter()
-        while n_done == 0 or took < seconds:
-            n_done += 1
-            torch.index_select(window, 0, indices[n_done % _N_INDEX_SETS], out=out)
-            took = time.perf_counter() - began
-    finally:
-        torch.set_num_threads(n_threads)
-    return Measured(n_done * n_rows, n_done * out.nbytes, took)
+    names = {"window": window, "out": out, "indices": itertools.cycle(indices)}
+    timer = Timer("torch.index_select(window, 0, next(indices), out=out)", globals=names, num_threads=1)
+    found = timer.blocked_autorange(min_run_time=seconds)
+    n_done = len(found.raw_times) * found.number_per_run
+    return Measured(n_done * n_rows, n_done * out.nbytes, sum(found.raw_times))
