@@ -76,16 +76,9 @@ def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
 def make_batch(
     opened: OpenBatch, selection: Selection, batch_size: int, label_key: str = "token_labels"
 ) -> ActivationBatch:
-    """Make the tensors of a batch whose activations have been read into its slot.
+    """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result.
 
-    Args:
-        opened: The batch; its slot is leased to the result.
-        selection: What its cells mean.
-        batch_size: Samples in a full batch.
-        label_key: Key of the labels.
-
-    Returns:
-        The batch.
+    A full batch has `batch_size` samples: the columns stand behind the activations of so many.
     """
     n, md = opened.size, selection.md
     examples, layers, tokens = selection.split(opened.cells)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.batch import ActivationBatch
+from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError
 
 _locked: set[int] = set()
@@ -61,7 +62,7 @@ class DevicePrefetcher:
     def __init__(
         self, loader: Iterable[Mapping[str, torch.Tensor]], device: torch.device | str | int, n_ahead: int = 2
     ) -> None:
-        if isinstance(n_ahead, bool) or not isinstance(n_ahead, int) or n_ahead < 1:
+        if not is_integer(n_ahead, 1):
             raise ConfigError(f"DevicePrefetcher.n_ahead: expected an integer from 1 on, got {n_ahead!r}.")
         self.loader = loader
         self.device = torch.device(device)

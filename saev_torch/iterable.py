@@ -1,5 +1,6 @@
 """The two iterable data sets: batches in file order, and in a seeded random order."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -88,14 +89,10 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
-            store = self._store.clone()
-            try:
+            cfg, ignored = self.cfg, self._ignore_labels
+            with contextlib.closing(self._store.clone()) as store:
                 read_labels = Labels(store).of_examples
-                self._selection = Selection(
-                    store.metadata, self.cfg.tokens, self.cfg.layer, self._ignore_labels, read_labels
-                )
-            finally:
-                store.close()
+                self._selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, read_labels)
         return self._selection
 
     @property

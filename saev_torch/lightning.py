@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from saev_torch.config import OrderedConfig, ShuffledConfig
+from saev_torch.config import OrderedConfig, ShuffledConfig, is_integer
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
@@ -132,10 +132,8 @@ class ActivationsDataModule(LightningDataModule):
 
     def _val_dataloader(self) -> OrderedDataLoader | ShuffledDataLoader:
         if self._val is None:
-            if isinstance(self.val_cfg, ShuffledConfig):
-                self._val = ShuffledDataLoader(self.val_cfg, **self._loader_kwargs)
-            else:
-                self._val = OrderedDataLoader(self.val_cfg or OrderedConfig(), **self._loader_kwargs)
+            make: Any = ShuffledDataLoader if isinstance(self.val_cfg, ShuffledConfig) else OrderedDataLoader
+            self._val = make(self.val_cfg, **self._loader_kwargs)
         return self._val
 
     @property
@@ -221,7 +219,7 @@ class LoaderMetrics(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+        if not is_integer(every_n_steps, 1):
             raise ConfigError(f"every_n_steps: expected an integer of at least 1, got {every_n_steps!r}.")
         self._every_n_steps = every_n_steps
 

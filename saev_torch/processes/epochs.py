@@ -33,7 +33,6 @@ _ROW = np.dtype(
 _PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64), ("has_advised", np.bool_)])
 _NO_SESSION = -1
 
-
 _counters: "weakref.WeakSet[EpochCounter]" = weakref.WeakSet()
 
 
@@ -48,11 +47,8 @@ os.register_at_fork(before=_remember_births)
 class EpochCounter:
     """Counts the iterations of a data set, for each process that consumes it.
 
-    Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own.
-
-    Args:
-        page: Where it counts; left out, a new page.
-        birth: The latest place that was settled when this process was made.
+    Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own. `birth` is the
+    latest place that was settled when this process was made.
     """
 
     def __init__(self, page: SharedPage | None = None, birth: int = 0) -> None:
@@ -94,17 +90,10 @@ class EpochCounter:
     def begin(
         self, consumer: int, session: int | None, worker: int, n_workers: int = 1, at: tuple[int, int] | None = None
     ) -> tuple[int, int]:
-        """Begin an iteration, or join one that another worker of the session has begun.
+        """Begin an iteration, or join one that another worker of the session has begun: its epoch, and first batch.
 
-        Args:
-            consumer: Process that the batches are for.
-            session: What the workers of one iterator have in common; None without workers.
-            worker: Number of the worker.
-            n_workers: Number of workers.
-            at: Epoch and batch that this worker was told to continue at.
-
-        Returns:
-            Number of the epoch, and the batch to start at.
+        `consumer` is the process that the batches are for, `session` what the workers of one iterator have in common,
+        None without workers, and `at` the epoch and batch that this worker was told to continue at.
         """
         word, bit = divmod(worker % (64 * _WORDS), 64)
         mask = np.uint64(1 << bit)
@@ -138,11 +127,7 @@ class EpochCounter:
             return self._following(consumer)
 
     def current(self, consumer: int) -> tuple[int, int, bool]:
-        """The latest iteration that has begun, else the next one.
-
-        Returns:
-            Its epoch, the batch that it started at, and whether workers make its batches.
-        """
+        """The latest iteration that has begun, else the next: epoch, first batch, and whether workers make batches."""
         with self._locked():
             latest = self._latest(consumer)
             if latest is None:

@@ -11,13 +11,9 @@ _KEYS = ("example_idx", "token_idx", "layer")
 
 
 def batch_digest(batch: Mapping[str, torch.Tensor]) -> int:
-    """Digest which samples a batch holds, and in which rows: the first 8 bytes of SHA-256 over their numbers.
+    """Digest which samples a batch holds, and in which rows, as an integer in [0, 2**64).
 
-    Args:
-        batch: A batch; `example_idx`, `token_idx` and, where there is one, `layer` are looked at.
-
-    Returns:
-        An integer in [0, 2**64).
+    It is the first 8 bytes of SHA-256 over `example_idx`, `token_idx` and, where there is one, `layer`.
     """
     digest = hashlib.sha256()
     for key in _KEYS:

@@ -4,15 +4,18 @@ import hashlib
 import math
 from typing import Any
 
-from saev_torch.config import OrderedConfig, ShuffledConfig
+from saev_torch.config import OrderedConfig, ShuffledConfig, is_integer
 from saev_torch.errors import StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
-from saev_torch.resume.cursor import Position
+from saev_torch.resume.cursor import MAX_COUNT, Position
 from saev_torch.resume.digest import StreamDigest
 
 _VERSION = 1
-_MAX_COUNT = 1 << 62
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _fingerprint(md: Metadata, cfg: OrderedConfig | ShuffledConfig) -> dict[str, Any]:
@@ -21,51 +24,29 @@ def _fingerprint(md: Metadata, cfg: OrderedConfig | ShuffledConfig) -> dict[str,
     if isinstance(cfg, ShuffledConfig):
         names += ["seed", "buffer_size", "n_lanes", "block_size"]
     fields = {name: getattr(cfg, name) for name in names}
-    fields["layer"] = list(fields["layer"]) if isinstance(fields["layer"], tuple) else fields["layer"]
-    if isinstance(fields["layer"], list) and len(fields["layer"]) > 16:
-        fields["layer"] = hashlib.sha256(repr(fields["layer"]).encode()).hexdigest()[:16]
+    if isinstance(cfg.layer, tuple):
+        layers = list(cfg.layer)
+        fields["layer"] = _digest(repr(layers)) if len(layers) > 16 else layers
     if isinstance(cfg, ShuffledConfig):
         fields["ignore_labels"] = f"{sum(1 << label for label in set(cfg.ignore_labels)):x}"
     return {
         "order": "shuffled" if isinstance(cfg, ShuffledConfig) else "ordered",
-        "data": hashlib.sha256(md.hash.encode()).hexdigest()[:16],
+        "data": _digest(md.hash),
         **fields,
     }
 
 
 def dump_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, position: Position) -> dict[str, Any]:
     """Make a state: under 1 KB, of JSON's types only."""
-    return {
-        "version": _VERSION,
-        **_fingerprint(md, cfg),
-        "epoch": position.epoch,
-        "batch": position.batch,
-        "digest": str(position.digest),
-        "rank": position.rank,
-        "world_size": position.world_size,
-        "scale": position.scale,
-    }
+    return {"version": _VERSION, **_fingerprint(md, cfg), **vars(position), "digest": str(position.digest)}
 
 
 def load_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, state: Any) -> Position:
-    """Check a state against data and config.
-
-    Args:
-        md: Metadata of the shards.
-        cfg: The config.
-        state: What `dump_state` made.
-
-    Returns:
-        The place that it names.
-
-    Raises:
-        StateError: It is no state, of a newer version, or of other data or another config; the message says what
-            differs.
-    """
+    """Check a state against data and config, and find the place that it names; the `StateError` says what differs."""
     if not isinstance(state, dict) or "version" not in state:
         raise StateError(f"state: expected a dict with a version, as state_dict() makes it, got {short(state)}.")
     version = state["version"]
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+    if not is_integer(version, 1):
         raise StateError(f"state: version: expected {_VERSION}, got {short(version)}; it is no state of saev_torch.")
     if version > _VERSION:
         raise StateError(f"state: version: expected at most {_VERSION}, got {version}; use a newer saev_torch.")
@@ -83,7 +64,7 @@ def load_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, state: Any) ->
         )
     counts = {key: state[key] for key in ("epoch", "batch", "rank", "world_size")}
     for key, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MAX_COUNT:
+        if not is_integer(value, 0, MAX_COUNT):
             raise StateError(f"state: {key}: expected an integer from 0 on, got {short(value)}; it is damaged.")
     try:
         digest = StreamDigest.parse(state["digest"])
