@@ -12,7 +12,7 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
 from saev_torch.reading.placing import OpenBatch
 from saev_torch.reading.slots import Lease, Slot, attach
-from saev_torch.resume.digest import batch_digest
+from saev_torch.resume.state import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]
 """Key, numpy dtype, byte offset and shape of a tensor in a slot."""
@@ -106,10 +106,8 @@ def _receive(name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest
 
 def _is_untouched(batch: ActivationBatch, slot: Slot) -> bool:
     """Whether the tensors are those that were made in the slot; a wrapper of the data set may have put in others."""
-    if list(batch) != [field[0] for field in batch._fields]:
-        return False
     # The same tensor may have been changed in place to show other memory, or the same in another way.
-    return all(
+    return list(batch) == [field[0] for field in batch._fields] and all(
         now is then
         and now.data_ptr() == slot.address + offset
         and tuple(now.shape) == shape
@@ -130,15 +128,14 @@ def _send(batch: ActivationBatch) -> tuple[Any, ...]:
 ForkingPickler.register(ActivationBatch, _send)
 
 
-def _collate(batches: Any, *, collate_fn_map: Any = None) -> ActivationBatch:
+def _collate(batches: list[ActivationBatch], *, collate_fn_map: Any = None) -> ActivationBatch:
     # `DataLoader(data_set)` means batch_size=1: a list of one batch, which is what the user wants.
     if len(batches) != 1:
         raise ValueError(
             f"DataLoader(batch_size): expected 1 (the default) or None, got {len(batches)}: the data set yields whole "
             "batches; set batch_size in its config instead."
         )
-    batch: ActivationBatch = batches[0]
-    return batch
+    return batches[0]
 
 
 default_collate_fn_map[ActivationBatch] = _collate

@@ -35,9 +35,8 @@ def _is_layer(value: Any) -> bool:
 
 
 def _is_labels(value: Any) -> bool:
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        return False
-    return all(is_integer(label, 0, 255) for label in value)
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return is_list and all(is_integer(label, 0, 255) for label in value)
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
@@ -126,15 +125,10 @@ class OrderedConfig(_Config):
 
     Attributes:
         shards, tokens, layer: What to read; see `IndexedConfig`.
-        batch_size: Samples in a batch.
-        batch_timeout_s: Seconds to wait for a batch before `StalledReadError`.
-        drop_last: Leave out the last batch where it is not full.
         buffer_size: Batches that may be read ahead by the whole job.
-        debug: Log what is opened and read.
-        log_every_s: Seconds between two lines of progress in the log, with `debug`.
+        batch_size, batch_timeout_s, drop_last, debug, log_every_s: As in `ShuffledConfig`.
 
-    Raises:
-        ConfigError: A field has a bad value (it is a `ValueError`).
+    Errors are those of `IndexedConfig`.
     """
 
     batch_size: int = 1024 * 16
@@ -170,8 +164,7 @@ class ShuffledConfig(_Config):
         scale_samples: Samples that `scale_norm` measures, drawn with a fixed seed; None measures all of them up to
             16 GiB of activations, and of more 262,144.
 
-    Raises:
-        ConfigError: A field has a bad value (it is a `ValueError`).
+    Errors are those of `IndexedConfig`.
     """
 
     layer: LayerSpec = -1
@@ -200,6 +193,10 @@ class ShuffledConfig(_Config):
                 "ShuffledConfig.ignore_labels: expected an empty list with tokens='special', "
                 f"got {self.ignore_labels!r}; special tokens have no label, use tokens='content' or 'all'."
             )
+
+
+BatchConfig: TypeAlias = OrderedConfig | ShuffledConfig
+"""The config of a data set of batches."""
 
 
 def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> OrderedConfig:

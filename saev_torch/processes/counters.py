@@ -14,24 +14,12 @@ import numpy as np
 from saev_torch.processes.page import SharedPage, is_spawning
 
 _N_ROWS = 256
-_ROW = np.dtype(
-    [
-        ("rank", np.int64),  # 1 more than the rank; 0: not in use
-        ("is_active", np.int64),
-        ("began", np.float64),  # on the clock that all processes of a machine share
-        ("n_samples", np.int64),
-        ("nbytes", np.int64),
-        ("fill", np.float64),
-        ("disk_s", np.float64),
-        ("plan_s", np.float64),
-        ("consumer_s", np.float64),
-    ]
-)
 _WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
+# 1 more than the rank, 0 where a row is not in use; it began on the clock that all processes of a machine share.
+_INTEGERS = ("rank", "is_active", "n_samples", "nbytes")
+_FLOATS = ("began", "fill", *_WAITS.values())
+_ROW = np.dtype([*((name, np.int64) for name in _INTEGERS), *((name, np.float64) for name in _FLOATS)])
 _SUMS = ("n_samples", "nbytes", *_WAITS.values())
-
-Row = Any
-"""A structured numpy scalar with the fields of the page's rows; writing to it writes to the page."""
 
 
 class Counters:
@@ -45,8 +33,8 @@ class Counters:
     def __reduce__(self) -> tuple[Any, ...]:
         return Counters, ((self._page,) if is_spawning() else ())
 
-    def begin(self, rank: int, reader: int) -> Row:
-        """Take the row of a reader for an iteration; what it counts goes on from the last one."""
+    def begin(self, rank: int, reader: int) -> Any:
+        """Take the row of a reader for an iteration, to be written to; what it counts goes on from the last one."""
         row = self._rows[reader % _N_ROWS]
         row["rank"], row["is_active"], row["fill"], row["began"] = rank + 1, 1, 0.0, time.monotonic()
         return row
@@ -114,7 +102,7 @@ class Waits:
 class Watch:
     """Counts what one reader did in an iteration, in its row; logs it under its name, at most every so many seconds."""
 
-    def __init__(self, row: Row, name: str, every_s: float) -> None:
+    def __init__(self, row: Any, name: str, every_s: float) -> None:
         self._row, self._name, self._every_s = row, name, every_s
         self._waits = Waits()
         self._n_samples = 0

@@ -19,17 +19,9 @@ from saev_torch.processes.page import SharedPage, is_spawning
 
 _N_ROWS = 32
 _WORDS = 16
-_ROW = np.dtype(
-    [
-        ("order", np.int64),  # 0: not in use; else ascending
-        ("consumer", np.int64),
-        ("session", np.int64),
-        ("n_workers", np.int64),
-        ("epoch", np.int64),
-        ("start", np.int64),
-        ("taken", np.uint64, (_WORDS,)),  # one bit for each worker
-    ]
-)
+# The order is ascending, 0 where a row is not in use; of what is taken there is one bit for each worker.
+_NUMBERS = ("order", "consumer", "session", "n_workers", "epoch", "start")
+_ROW = np.dtype([*((name, np.int64) for name in _NUMBERS), ("taken", np.uint64, (_WORDS,))])
 _PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64), ("has_advised", np.bool_)])
 _NO_SESSION = -1
 
@@ -130,8 +122,6 @@ class EpochCounter:
         """The latest iteration that has begun, else the next: epoch, first batch, and whether workers make batches."""
         with self._locked():
             latest = self._latest(consumer)
-            if latest is None:
-                return 0, 0, False
             return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
 
     def may_advise(self) -> bool:
@@ -143,11 +133,8 @@ class EpochCounter:
 
     def _following(self, consumer: int) -> tuple[int, int]:
         latest = self._latest(consumer)
-        if latest is None:
-            return 0, 0
-        if latest["session"] == _NO_SESSION:
-            return int(latest["epoch"]), int(latest["start"])
-        return int(latest["epoch"]) + 1, 0
+        is_settled = latest["session"] == _NO_SESSION
+        return (int(latest["epoch"]), int(latest["start"])) if is_settled else (int(latest["epoch"]) + 1, 0)
 
     def _latest(self, consumer: int) -> Any:
         used = self._rows[self._rows["order"] > 0]
@@ -155,7 +142,7 @@ class EpochCounter:
         if not len(mine):
             # Chosen before this process was started, for all that come.
             mine = used[used["session"] == _NO_SESSION]
-        return mine[np.argmax(mine["order"])] if len(mine) else None
+        return mine[np.argmax(mine["order"])] if len(mine) else {"session": _NO_SESSION, "epoch": 0, "start": 0}
 
     def _add(self, consumer: int, session: int, epoch: int, start: int, n_workers: int = 1) -> Any:
         rows = np.sort(self._rows, order="order")

@@ -37,7 +37,7 @@ def consumer_pid() -> int:
 
 def count_cores() -> int:
     """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def count_own_cores() -> int:

@@ -18,34 +18,7 @@ from saev_torch.errors import ConfigError, SaevTorchError, StateError
 from saev_torch.order.steps import Share
 from saev_torch.processes.epochs import EpochCounter
 from saev_torch.processes.world import World, check_world, consumer_pid, find_world
-from saev_torch.resume.digest import StreamDigest
-
-MAX_COUNT = (1 << 62) - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """A place in the sequence of batches.
-
-    `batch` counts the batches of the epoch, over all ranks, that came before; `digest` is that of the batches that
-    `rank` yielded; activations are multiplied with `scale`, None for nothing.
-    """
-
-    epoch: int
-    batch: int
-    digest: StreamDigest = dataclasses.field(default_factory=StreamDigest)
-    rank: int = 0
-    world_size: int = 1
-    scale: float | None = None
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Epoch and batch."""
-        return self.epoch, self.batch
-
-    def next_start(self) -> "Position":
-        """The start of the next epoch; this place, if it is the start of one."""
-        return dataclasses.replace(self, epoch=self.epoch + 1, batch=0) if self.batch else self
+from saev_torch.resume.state import MAX_COUNT, Position, StreamDigest
 
 
 class Iteration:
@@ -57,8 +30,7 @@ class Iteration:
 
     def __init__(self, start: Position, share: Share, is_part: bool = False, is_resumed: bool = False) -> None:
         self.start, self.share, self.is_part, self.is_resumed = start, share, is_part, is_resumed
-        self.n_taken = 0
-        self.digest = start.digest
+        self.n_taken, self.digest = 0, start.digest
 
     def count(self, digest: int | None) -> None:
         """Count a batch that is handed out, by its `batch_digest`; None if what is handed out is no batch any more."""
