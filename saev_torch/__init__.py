@@ -21,7 +21,7 @@ from saev_torch.iterable import OrderedActivations, ShuffledActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
 from saev_torch.order.selection import Index, IndexMap
-from saev_torch.resume.digest import StreamDigest
+from saev_torch.resume.state import StreamDigest
 from saev_torch.stats.statistics import Statistics, compute_statistics
 from saev_torch.tools.repack import repack
 from saev_torch.tools.verify import verify

@@ -11,7 +11,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
 from saev_torch.reading.slots import Lease, OpenBatch, Slot, attach
-from saev_torch.resume.digest import batch_digest
+from saev_torch.resume.state import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]
 """Key, numpy dtype, byte offset and shape of a tensor in a slot."""
@@ -75,16 +75,9 @@ def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
 def make_batch(
     opened: OpenBatch, selection: Selection, batch_size: int, label_key: str = "token_labels"
 ) -> ActivationBatch:
-    """Make the tensors of a batch whose activations have been read into its slot.
+    """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result.
 
-    Args:
-        opened: The batch; its slot is leased to the result.
-        selection: What its cells mean.
-        batch_size: Samples in a full batch.
-        label_key: Key of the labels.
-
-    Returns:
-        The batch.
+    A full batch has `batch_size` samples: the columns stand behind the activations of so many.
     """
     n, md = opened.size, selection.md
     examples, layers, tokens = selection.split(opened.cells)
@@ -112,10 +105,8 @@ def _receive(name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest
 
 def _is_untouched(batch: ActivationBatch, slot: Slot) -> bool:
     """Whether the tensors are those that were made in the slot; a wrapper of the data set may have put in others."""
-    if list(batch) != [field[0] for field in batch._fields]:
-        return False
     # The same tensor may have been changed in place to show other memory, or the same in another way.
-    return all(
+    return list(batch) == [field[0] for field in batch._fields] and all(
         now is then
         and now.data_ptr() == slot.address + offset
         and tuple(now.shape) == shape
@@ -136,15 +127,14 @@ def _send(batch: ActivationBatch) -> tuple[Any, ...]:
 ForkingPickler.register(ActivationBatch, _send)
 
 
-def _collate(batches: Any, *, collate_fn_map: Any = None) -> ActivationBatch:
+def _collate(batches: list[ActivationBatch], *, collate_fn_map: Any = None) -> ActivationBatch:
     # `DataLoader(data_set)` means batch_size=1: a list of one batch, which is what the user wants.
     if len(batches) != 1:
         raise ValueError(
             f"DataLoader(batch_size): expected 1 (the default) or None, got {len(batches)}: the data set yields whole "
             "batches; set batch_size in its config instead."
         )
-    batch: ActivationBatch = batches[0]
-    return batch
+    return batches[0]
 
 
 default_collate_fn_map[ActivationBatch] = _collate

@@ -4,8 +4,9 @@ Field names, defaults and meanings are those of the published `saev.data` API; f
 """
 
 import dataclasses
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -17,74 +18,92 @@ TokenKind: TypeAlias = Literal["special", "content", "all"]
 LayerSpec: TypeAlias = int | Literal["all"] | tuple[int, ...]
 """One layer, every layer as samples of their own ("all"), or several layers side by side in each sample."""
 
-_DEFAULT_SHARDS = Path("$SAEV_SCRATCH/saev/shards/abcdefg")
+
+def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether a value is an integer in these bounds; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _default_shards() -> Path:
-    return _DEFAULT_SHARDS
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _refuse(config: object, field: str, expected: str) -> ConfigError:
-    got = getattr(config, field)
-    return ConfigError(f"{type(config).__name__}.{field}: expected {expected}, got {got!r}; change that field.")
+def _is_layer(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return len(value) > 0 and all(map(is_integer, value)) and len(set(value)) == len(value)
+    return value == "all" or is_integer(value)
 
 
-def _check_int(config: object, field: str, minimum: int | None, maximum: int | None = None) -> None:
-    value = getattr(config, field)
-    bounds = "an integer" if minimum is None else f"an integer of at least {minimum}"
-    if maximum is not None:
-        bounds += f" and at most {maximum}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _refuse(config, field, bounds)
-    if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-        raise _refuse(config, field, bounds)
+def _is_labels(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return is_list and all(is_integer(label, 0, 255) for label in value)
 
 
-def _check_bool(config: object, *fields: str) -> None:
-    for field in fields:
-        if not isinstance(getattr(config, field), bool):
-            raise _refuse(config, field, "True or False")
+_Rule = tuple[str, Callable[[Any], bool]]
+"""What is expected of a field, and whether a value is that."""
 
 
-def _check_number(config: object, field: str, *, above: float | None = None, within: tuple[float, float] | None = None):  # type: ignore[no-untyped-def]
-    value = getattr(config, field)
-    expected = "a number" if above is None else f"a number above {above}"
-    if within is not None:
-        expected = f"a number from {within[0]} to {within[1]}"
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    if ok and above is not None:
-        ok = value > above
-    if ok and within is not None:
-        ok = within[0] <= value <= within[1]
-    if not ok:
-        raise _refuse(config, field, expected)
+def _count(most: int = 2**31 - 1) -> _Rule:
+    return f"an integer of at least 1 and at most {most}", lambda value: is_integer(value, 1, most)
 
 
-def _check_selection(config: Any) -> None:
-    """Validate and normalise `shards`, `tokens` and `layer`, which every config has."""
-    shards = config.shards
-    if not isinstance(shards, str | os.PathLike) or not os.fspath(shards):
-        raise _refuse(config, "shards", "a path")
-    expanded = os.path.expandvars(os.fspath(shards))
-    if not isinstance(expanded, str) or "\0" in expanded:
-        raise _refuse(config, "shards", "a path")
-    object.__setattr__(config, "shards", Path(expanded).expanduser())
-    if config.tokens not in ("special", "content", "all"):
-        raise _refuse(config, "tokens", "'special', 'content' or 'all'")
-    layer = config.layer
-    if isinstance(layer, list):
-        layer = tuple(layer)
-        object.__setattr__(config, "layer", layer)
-    if isinstance(layer, tuple):
-        plain = all(isinstance(x, int) and not isinstance(x, bool) for x in layer)
-        if not layer or not plain or len(set(layer)) != len(layer):
-            raise _refuse(config, "layer", "an integer, 'all', or a tuple of distinct integers")
-    elif layer != "all" and (isinstance(layer, bool) or not isinstance(layer, int)):
-        raise _refuse(config, "layer", "an integer, 'all', or a tuple of distinct integers")
+_FLAG: _Rule = "True or False", lambda value: isinstance(value, bool)
+_SECONDS: _Rule = "a number above 0.0", lambda value: _is_number(value) and value > 0
+# By the name of the field, which means the same in every config.
+_RULES: dict[str, _Rule] = {
+    "tokens": ("'special', 'content' or 'all'", lambda value: value in ("special", "content", "all")),
+    "layer": ("an integer, 'all', or a tuple of distinct integers", _is_layer),
+    "batch_size": _count(),
+    "buffer_size": _count(),
+    "n_threads": _count(1024),
+    "n_lanes": _count(4096),
+    "block_size": _count(),
+    "scale_samples": _count(),
+    "seed": ("an integer", is_integer),
+    "min_buffer_fill": ("a number from 0.0 to 1.0", lambda value: _is_number(value) and 0 <= value <= 1),
+    "batch_timeout_s": _SECONDS,
+    "log_every_s": _SECONDS,
+    "drop_last": _FLAG,
+    "scale_norm": _FLAG,
+    "debug": _FLAG,
+    "use_tmpdir": _FLAG,
+    "ignore_labels": ("a list of integers from 0 to 255", _is_labels),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexedConfig:
+class _Config:
+    """The fields that every config begins with; all fields are checked when it is made."""
+
+    shards: Path = Path("$SAEV_SCRATCH/saev/shards/abcdefg")
+    tokens: TokenKind = "content"
+    layer: LayerSpec = -2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", self._expand_shards())
+        if isinstance(self.layer, list):
+            object.__setattr__(self, "layer", tuple(self.layer))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _RULES and not (value is None and field.default is None):
+                expected, is_right = _RULES[field.name]
+                if not is_right(value):
+                    raise self._refuse(field.name, expected)
+
+    def _expand_shards(self) -> Path:
+        if isinstance(self.shards, str | os.PathLike) and os.fspath(self.shards):
+            expanded = os.path.expandvars(os.fspath(self.shards))
+            if isinstance(expanded, str) and "\0" not in expanded:
+                return Path(expanded).expanduser()
+        raise self._refuse("shards", "a path")
+
+    def _refuse(self, field: str, expected: str) -> ConfigError:
+        got = getattr(self, field)
+        return ConfigError(f"{type(self).__name__}.{field}: expected {expected}, got {got!r}; change that field.")
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedConfig(_Config):
     """Random access by sample number; see `IndexedDataset`.
 
     Attributes:
@@ -97,38 +116,21 @@ class IndexedConfig:
         ConfigError: A field has a bad value (it is a `ValueError`).
     """
 
-    shards: Path = dataclasses.field(default_factory=_default_shards)
-    tokens: TokenKind = "content"
-    layer: LayerSpec = -2
     debug: bool = False
-
-    def __post_init__(self) -> None:
-        _check_selection(self)
-        _check_bool(self, "debug")
 
 
 @dataclasses.dataclass(frozen=True)
-class OrderedConfig:
+class OrderedConfig(_Config):
     """Batches in file order; see `OrderedActivations`.
 
     Attributes:
-        shards: Directory with `metadata.json` and the shards. `$VARS` and `~` are expanded.
-        tokens: "special" ([CLS] only), "content", or "all".
-        layer: A recorded layer, "all", or a tuple of layers that each sample holds side by side.
-        batch_size: Samples in a batch.
-        batch_timeout_s: Seconds to wait for a batch before `StalledReadError`.
-        drop_last: Leave out the last batch where it is not full.
+        shards, tokens, layer: What to read; see `IndexedConfig`.
         buffer_size: Batches that may be read ahead by the whole job.
-        debug: Log what is opened and read.
-        log_every_s: Seconds between two lines of progress in the log, with `debug`.
+        batch_size, batch_timeout_s, drop_last, debug, log_every_s: As in `ShuffledConfig`.
 
-    Raises:
-        ConfigError: A field has a bad value (it is a `ValueError`).
+    Errors are those of `IndexedConfig`.
     """
 
-    shards: Path = dataclasses.field(default_factory=_default_shards)
-    tokens: TokenKind = "content"
-    layer: LayerSpec = -2
     batch_size: int = 1024 * 16
     batch_timeout_s: float = 30.0
     drop_last: bool = False
@@ -136,24 +138,14 @@ class OrderedConfig:
     debug: bool = False
     log_every_s: float = 30.0
 
-    def __post_init__(self) -> None:
-        _check_selection(self)
-        _check_int(self, "batch_size", 1, 2**31 - 1)
-        _check_int(self, "buffer_size", 1, 2**31 - 1)
-        _check_number(self, "batch_timeout_s", above=0.0)
-        _check_number(self, "log_every_s", above=0.0)
-        _check_bool(self, "drop_last", "debug")
-
 
 @dataclasses.dataclass(frozen=True)
-class ShuffledConfig:
+class ShuffledConfig(_Config):
     """Batches in a seeded random order; see `ShuffledActivations`.
 
     Attributes:
-        shards: Directory with `metadata.json` and the shards. `$VARS` and `~` are expanded.
-        tokens: "special" ([CLS] only), "content", or "all".
-        layer: A recorded layer, "all", or a tuple of layers that each sample holds side by side. The default, -1,
-            must be changed unless a layer -1 is recorded.
+        shards, tokens, layer: What to read; see `IndexedConfig`. The default layer, -1, must be changed unless a layer
+            -1 is recorded.
         batch_size: Samples in a batch.
         drop_last: Leave out the last batch where it is not full.
         scale_norm: Scale by one number so that the mean L2 norm of the selected samples is sqrt(d_model).
@@ -172,12 +164,9 @@ class ShuffledConfig:
         scale_samples: Samples that `scale_norm` measures, drawn with a fixed seed; None measures all of them up to
             16 GiB of activations, and of more 262,144.
 
-    Raises:
-        ConfigError: A field has a bad value (it is a `ValueError`).
+    Errors are those of `IndexedConfig`.
     """
 
-    shards: Path = dataclasses.field(default_factory=_default_shards)
-    tokens: TokenKind = "content"
     layer: LayerSpec = -1
     batch_size: int = 1024 * 16
     drop_last: bool = False
@@ -196,33 +185,18 @@ class ShuffledConfig:
     scale_samples: int | None = None
 
     def __post_init__(self) -> None:
-        _check_selection(self)
-        _check_int(self, "batch_size", 1, 2**31 - 1)
-        _check_int(self, "n_threads", 1, 1024)
-        _check_int(self, "buffer_size", 1, 2**31 - 1)
-        _check_int(self, "seed", None)
-        _check_int(self, "n_lanes", 1, 4096)
-        if self.block_size is not None:
-            _check_int(self, "block_size", 1, 2**31 - 1)
-        if self.scale_samples is not None:
-            _check_int(self, "scale_samples", 1, 2**31 - 1)
-        _check_number(self, "min_buffer_fill", within=(0.0, 1.0))
-        _check_number(self, "batch_timeout_s", above=0.0)
-        _check_number(self, "log_every_s", above=0.0)
-        _check_bool(self, "drop_last", "scale_norm", "debug", "use_tmpdir")
-        labels = self.ignore_labels
-        if isinstance(labels, str | bytes) or not isinstance(labels, Sequence):
-            raise _refuse(self, "ignore_labels", "a list of integers from 0 to 255")
-        for label in labels:
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label <= 255:
-                raise _refuse(self, "ignore_labels", "a list of integers from 0 to 255")
+        super().__post_init__()
         # A copy of our own: the caller's list may change after it was checked.
-        object.__setattr__(self, "ignore_labels", list(labels))
+        object.__setattr__(self, "ignore_labels", list(self.ignore_labels))
         if self.ignore_labels and self.tokens == "special":
             raise ConfigError(
                 "ShuffledConfig.ignore_labels: expected an empty list with tokens='special', "
                 f"got {self.ignore_labels!r}; special tokens have no label, use tokens='content' or 'all'."
             )
+
+
+BatchConfig: TypeAlias = OrderedConfig | ShuffledConfig
+"""The config of a data set of batches."""
 
 
 def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> OrderedConfig:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.batch import ActivationBatch
+from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError
 
 _locked: set[int] = set()
@@ -61,7 +62,7 @@ class DevicePrefetcher:
     def __init__(
         self, loader: Iterable[Mapping[str, torch.Tensor]], device: torch.device | str | int, n_ahead: int = 2
     ) -> None:
-        if isinstance(n_ahead, bool) or not isinstance(n_ahead, int) or n_ahead < 1:
+        if not is_integer(n_ahead, 1):
             raise ConfigError(f"DevicePrefetcher.n_ahead: expected an integer from 1 on, got {n_ahead!r}.")
         self.loader = loader
         self.device = torch.device(device)
@@ -105,25 +106,22 @@ class DevicePrefetcher:
                 source = _locked_batch(batch)
                 with torch.cuda.device(self.device), torch.cuda.stream(stream):
                     copy = ActivationBatch({k: v.to(self.device, non_blocking=True) for k, v in source.items()})
-                    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                    event.record(stream)
+                    event = stream.record_event()
                 sources.append((event, source))
                 del batch, source
                 ready.append((event, copy, state))
                 if len(ready) > self.n_ahead:
-                    yield self._hand_out(ready)
+                    yield self._hand_out(*ready.popleft())
                 while sources and sources[0][0].query():  # type: ignore[no-untyped-call]
                     sources.popleft()
             while ready:
-                yield self._hand_out(ready)
+                yield self._hand_out(*ready.popleft())
         finally:
             for event, _ in sources:
                 event.synchronize()
 
-    def _hand_out(
-        self, ready: "collections.deque[tuple[torch.cuda.Event, dict[str, torch.Tensor], Any]]"
-    ) -> dict[str, torch.Tensor]:
-        event, copy, self._state = ready.popleft()
+    def _hand_out(self, event: torch.cuda.Event, copy: dict[str, torch.Tensor], state: Any) -> dict[str, torch.Tensor]:
+        self._state = state
         current = torch.cuda.current_stream(self.device)
         current.wait_event(event)
         for tensor in copy.values():

@@ -1,6 +1,5 @@
 """Random access to samples, as a plain map-style `torch` data set."""
 
-import functools
 import logging
 import operator
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from saev_torch.processes.counters import log_to_stderr
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.reader import CallReader, Pace, Reader
+from saev_torch.reading.reader import CallReader, Pace
 from saev_torch.reading.ring import RingReader
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
@@ -81,10 +80,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         metadata: Metadata of the shards.
         index_map: Numbers of samples, and where they are.
 
-    Raises:
-        ShardsNotFoundError: The directory or one of its files is missing.
-        FormatError: A file does not follow the format, or has the wrong size.
-        ConfigError: The config asks for what these shards do not hold.
+    Errors are those of `OrderedActivations`.
     """
 
     def __init__(self, cfg: IndexedConfig) -> None:
@@ -99,8 +95,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             _log.debug("%s: %d samples", cfg.shards, len(self))
 
     def _begin(self) -> None:
-        self._labels, self._source = Labels(self._store), Source(self._store)
-        self._pace = Pace(1)
+        self._labels, self._source, self._pace = Labels(self._store), Source(self._store), Pace(1)
         self._pool: SlotPool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,7 +161,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             return
         # Threads help where a disk is waited for; else such short reads only make them wait for each other.
         tasks = (
-            Task(functools.partial(_read_part, extents, start, stop))
+            Task(operator.methodcaller("read", extents, start, stop))
             for extents in parts
             for start, stop in extents.cut(max(1, int(extents.nbytes.sum()) // _N_THREADS + 1))
         )
@@ -179,7 +174,3 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         if self._pool is None or self._pool.nbytes < nbytes:
             self._pool = SlotPool(nbytes, shared=get_worker_info() is not None and can_share())
         return self._pool.acquire(_N_SLOTS)
-
-
-def _read_part(extents: Extents, start: int, stop: int, reader: Reader) -> None:
-    reader.read(extents, start, stop)

@@ -1,8 +1,9 @@
 """The two iterable data sets: batches in file order, and in a seeded random order."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import OrderedConfig, ShuffledConfig
+from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Described
@@ -23,8 +24,7 @@ from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
-from saev_torch.resume.digest import StreamDigest
-from saev_torch.resume.state import dump_state, load_state
+from saev_torch.resume.state import StreamDigest, dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
 
 _log = logging.getLogger("saev_torch")
@@ -32,15 +32,12 @@ _ORDERED_THREADS = 4
 
 
 class Batched(Described):
-    """What a data set of batches says of itself, and a loader of it.
+    """What a data set of batches, of `n_samples` in all, and a loader of it have in common."""
 
-    Attributes:
-        cfg: The config.
-        n_samples: Samples in the selection.
-    """
-
-    cfg: OrderedConfig | ShuffledConfig
+    cfg: BatchConfig
     n_samples: int
+    cursor: Cursor
+    counters: Counters
 
     @property
     def batch_size(self) -> int:
@@ -57,47 +54,6 @@ class Batched(Described):
         """Batches in an epoch, over all ranks, before padding."""
         return self.n_samples // self.batch_size if self.drop_last else -(-self.n_samples // self.batch_size)
 
-
-class Activations(Batched, IterableDataset[ActivationBatch]):
-    """What the ordered and the shuffled data set share: everything but the plan.
-
-    Attributes:
-        cursor: Where the consumer stands.
-    """
-
-    def __init__(
-        self,
-        cfg: OrderedConfig | ShuffledConfig,
-        store: ShardStore,
-        ignore_labels: Sequence[int],
-        rank: int | None,
-        world_size: int | None,
-    ) -> None:
-        self.cfg = cfg
-        self.metadata = store.metadata
-        self._store = store
-        self._ignore_labels = ignore_labels
-        self._selection: Selection | None = None
-        self.n_samples = self._own_selection().n_samples
-        self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
-        self._counters = Counters()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The selection may hold a number for each example; a worker works it out again.
-        return {**self.__dict__, "_selection": None}
-
-    def _own_selection(self) -> Selection:
-        if self._selection is None:
-            store = self._store.clone()
-            try:
-                read_labels = Labels(store).of_examples
-                self._selection = Selection(
-                    store.metadata, self.cfg.tokens, self.cfg.layer, self._ignore_labels, read_labels
-                )
-            finally:
-                store.close()
-        return self._selection
-
     @property
     def scale(self) -> float | None:
         """What activations are multiplied with; None for nothing."""
@@ -105,16 +61,51 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     @property
     def digest(self) -> StreamDigest:
-        """Digest of the batches that were yielded in this process, and before the state that was loaded."""
+        """Digest of the batches that were yielded in this process, or taken from this loader, and of those before."""
         return self.cursor.digest
 
     def metrics(self) -> dict[str, float]:
         """What the readers of this rank, here or in workers, did since the last call; see `Counters.rates`."""
-        return self._counters.rates(self.cursor.world.rank)
+        return self.counters.rates(self.cursor.world.rank)
 
     def __len__(self) -> int:
         """Batches that this rank yields in an epoch."""
         return self.cursor.end() // self.cursor.world.world_size
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration continue where a state was taken, with any number of workers and ranks.
+
+        Args:
+            state: What `state_dict` of a data set or a loader returned.
+
+        Raises:
+            StateError: It is no state, of a newer version, or of other data or another config.
+        """
+        self.cursor.load(load_state(self.metadata, self.cfg, state))
+
+
+class Activations(Batched, IterableDataset[ActivationBatch]):
+    """What the ordered and the shuffled data set share: everything but the plan. Its cursor says where it stands."""
+
+    def __init__(self, cfg: BatchConfig, store: ShardStore, rank: int | None, world_size: int | None) -> None:
+        self.cfg, self.metadata, self._store = cfg, store.metadata, store
+        self._selection: Selection | None = None
+        self.n_samples = self._own_selection().n_samples
+        self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
+        self.counters = Counters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The selection may hold a number for each example; a worker works it out again.
+        return {**self.__dict__, "_selection": None}
+
+    def _own_selection(self) -> Selection:
+        if self._selection is None:
+            cfg = self.cfg
+            ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
+            with contextlib.closing(self._store.clone()) as store:
+                read_labels = Labels(store).of_examples
+                self._selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, read_labels)
+        return self._selection
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the ones after it count on from there.
@@ -143,17 +134,6 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         position = self.cursor.position() if n_batches is None else self.cursor.position_after(n_batches, epoch)
         return dump_state(self.metadata, self.cfg, position)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue where a state was taken, with any number of workers and ranks.
-
-        Args:
-            state: What `state_dict` returned.
-
-        Raises:
-            StateError: It is no state, of a newer version, or of other data or another config.
-        """
-        self.cursor.load(load_state(self.metadata, self.cfg, state))
-
     def locate(self, batch_idx: int, epoch: int | None = None) -> dict[str, torch.Tensor]:
         """Tell which samples a batch holds, without reading activations.
 
@@ -169,8 +149,9 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         """
         if not 0 <= batch_idx < self.n_batches:
             raise IndexError(f"batch {batch_idx} is out of range: there are {self.n_batches}, from 0.")
-        cells = self._own_selection().cells(self._plan(epoch).locate(batch_idx))
-        return {key: torch.from_numpy(column) for key, column in self._own_selection().columns(cells).items()}
+        selection = self._own_selection()
+        columns = selection.columns(selection.cells(self._plan(epoch).locate(batch_idx)))
+        return {key: torch.from_numpy(column) for key, column in columns.items()}
 
     def find(
         self, example_idx: int, token_idx: int, layer: int | None = None, epoch: int | None = None
@@ -221,7 +202,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         if cfg.debug:
             log_to_stderr()
             _log.debug("%s: begins at batch %d of %d", name, start.batch, share.stop)
-        return Watch(self._counters.begin(start.rank, share.first % share.stride), name, cfg.log_every_s)
+        return Watch(self.counters.begin(start.rank, share.first % share.stride), name, cfg.log_every_s)
 
     def _iterate(self, iteration: Iteration) -> Iterator[ActivationBatch]:
         start, share = iteration.start, iteration.share
@@ -273,7 +254,7 @@ class OrderedActivations(Activations):
     cfg: OrderedConfig
 
     def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
-        super().__init__(cfg, ShardStore(cfg.shards), (), rank, world_size)
+        super().__init__(cfg, ShardStore(cfg.shards), rank, world_size)
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
         return OrderedPlan(self.n_samples, self.batch_size)
@@ -297,7 +278,7 @@ class ShuffledActivations(Activations):
             )
         if cfg.use_tmpdir:
             store = ShardStore(local_copy(cfg.shards, store.shards))
-        super().__init__(cfg, store, cfg.ignore_labels, rank, world_size)
+        super().__init__(cfg, store, rank, world_size)
         if cfg.scale_norm:
             # Here, because all workers and epochs must have the same number.
             self.cursor.scale = compute_scale(cfg, self._store.clone(), self._own_selection())
@@ -312,6 +293,6 @@ class ShuffledActivations(Activations):
 
     def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
         n_lanes = plan.n_lanes if isinstance(plan, ShufflePlan) else 1
-        lanes_here = n_lanes // math.gcd(share.stride, n_lanes)
-        lanes_here = min(lanes_here, len(range(share.first, share.stop, share.stride)))
+        n_own = len(range(share.first, share.stop, share.stride))
+        lanes_here = min(n_own, n_lanes // math.gcd(share.stride, n_lanes))
         return {"n_threads": self.cfg.n_threads, "n_fills": math.ceil(self.cfg.min_buffer_fill * lanes_here)}

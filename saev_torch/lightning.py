@@ -9,14 +9,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from saev_torch.config import OrderedConfig, ShuffledConfig
+from saev_torch.config import BatchConfig, ShuffledConfig, is_integer
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
-from saev_torch.resume.cursor import Position
-from saev_torch.resume.digest import StreamDigest
-from saev_torch.resume.state import dump_state, load_state
+from saev_torch.resume.state import Position, StreamDigest, dump_state, load_state
 
 _KEY = "saev_torch"
 _N_TRAINED = "n_trained"
@@ -54,19 +52,18 @@ class _TrainLoader(ShuffledDataLoader):
     def __iter__(self) -> Any:
         # A generator, because only with the first batch the trainer's counts are those of the checkpoint.
         trainer: Any = self._module.trainer
-        is_training = trainer is not None and trainer.training
-        if is_training:
-            self.dataset.cursor.load(self._find_start(trainer))
-        batches = super().__iter__()
-        n_before = _n_trained(trainer) if is_training else 0
-        self._places = {n_before: batches.iteration.position} if is_training else {}
-        self._next_is_new = True
+        if trainer is None or not trainer.training:
+            self._places, self._next_is_new = {}, True
+            yield from super().__iter__()
+            return
+        self.cursor.load(self._find_start(trainer))
+        batches, n_before = super().__iter__(), _n_trained(trainer)
+        self._places, self._next_is_new = {n_before: batches.iteration.position}, True
         for n_fetched, batch in enumerate(batches, start=1):
-            if is_training:
-                # The place behind this batch counts once that is trained on; those before it are not asked for again.
-                n_trained = _n_trained(trainer)
-                self._places = {n: place for n, place in self._places.items() if n >= n_trained}
-                self._places[n_before + n_fetched] = batches.iteration.position
+            # The place behind this batch counts once that is trained on; those before it are not asked for again.
+            n_trained = _n_trained(trainer)
+            self._places = {n: place for n, place in self._places.items() if n >= n_trained}
+            self._places[n_before + n_fetched] = batches.iteration.position
             yield batch
 
     def _find_start(self, trainer: Any) -> Position:
@@ -76,7 +73,7 @@ class _TrainLoader(ShuffledDataLoader):
             # No state that belongs to these counts: nothing better is known than the counts.
             epochs: Any = trainer.fit_loop.epoch_progress.current
             n_batches = _batch_progress(trainer).current.processed
-            return self.dataset.cursor.position_after(n_batches, epochs.processed)
+            return self.cursor.position_after(n_batches, epochs.processed)
         return place.next_start() if self._next_is_new else place
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,12 +105,9 @@ class ActivationsDataModule(LightningDataModule):
         **loader_kwargs: Arguments of `torch.utils.data.DataLoader`, for instance `num_workers`.
     """
 
-    def __init__(
-        self, train_cfg: ShuffledConfig, val_cfg: OrderedConfig | ShuffledConfig | None = None, **loader_kwargs: Any
-    ) -> None:
+    def __init__(self, train_cfg: ShuffledConfig, val_cfg: BatchConfig | None = None, **loader_kwargs: Any) -> None:
         super().__init__()
-        self.train_cfg = train_cfg
-        self.val_cfg = val_cfg
+        self.train_cfg, self.val_cfg = train_cfg, val_cfg
         self._loader_kwargs = loader_kwargs
         self._train: _TrainLoader | None = None
         self._val: OrderedDataLoader | ShuffledDataLoader | None = None
@@ -132,10 +126,8 @@ class ActivationsDataModule(LightningDataModule):
 
     def _val_dataloader(self) -> OrderedDataLoader | ShuffledDataLoader:
         if self._val is None:
-            if isinstance(self.val_cfg, ShuffledConfig):
-                self._val = ShuffledDataLoader(self.val_cfg, **self._loader_kwargs)
-            else:
-                self._val = OrderedDataLoader(self.val_cfg or OrderedConfig(), **self._loader_kwargs)
+            make: Any = ShuffledDataLoader if isinstance(self.val_cfg, ShuffledConfig) else OrderedDataLoader
+            self._val = make(self.val_cfg, **self._loader_kwargs)
         return self._val
 
     @property
@@ -148,14 +140,7 @@ class ActivationsDataModule(LightningDataModule):
         return self.train_dataloader().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where a checkpoint was saved, in a trainer that has restored its counts from it.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            StateError: It is no state, of a newer version, or of other data or another config.
-        """
+        """Continue where a checkpoint was saved, in a trainer that restored its counts from it; see the data set."""
         self._state = state_dict
         if self._train is not None:
             self._train.load_state_dict(state_dict)
@@ -204,9 +189,6 @@ class ActivationsCheckpoint(Callback):
             self.dataset.load_state_dict(checkpoint[_KEY])
 
 
-_LOADERS = (OrderedDataLoader, ShuffledDataLoader)
-
-
 class LoaderMetrics(Callback):
     """Logs `loader.metrics()` and `batch_metrics` to every logger of the trainer, on rank 0.
 
@@ -221,7 +203,7 @@ class LoaderMetrics(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+        if not is_integer(every_n_steps, 1):
             raise ConfigError(f"every_n_steps: expected an integer of at least 1, got {every_n_steps!r}.")
         self._every_n_steps = every_n_steps
 
@@ -230,8 +212,8 @@ class LoaderMetrics(Callback):
     ) -> None:
         """Log, if it is time to."""
         step, loader = trainer.global_step, trainer.train_dataloader
-        if not trainer.is_global_zero or step % self._every_n_steps or not isinstance(loader, _LOADERS):
-            return
-        figures = loader.metrics() | batch_metrics(batch, loader.metadata)
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=step)
+        is_due = trainer.is_global_zero and step % self._every_n_steps == 0
+        if is_due and isinstance(loader, OrderedDataLoader | ShuffledDataLoader):
+            figures = loader.metrics() | batch_metrics(batch, loader.metadata)
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=step)

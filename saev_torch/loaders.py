@@ -12,7 +12,6 @@ from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import SaevTorchError
 from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
 from saev_torch.resume.cursor import Iteration
-from saev_torch.resume.digest import StreamDigest
 
 _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
@@ -28,21 +27,13 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         if refused:
             raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
         self.cfg, self.metadata, self.n_samples = dataset.cfg, dataset.metadata, dataset.n_samples
+        self.cursor, self.counters = dataset.cursor, dataset.counters
         if kwargs.get("num_workers"):
             # A worker reports a stalled read by itself; one that was stopped says nothing.
             kwargs.setdefault("timeout", min(dataset.cfg.batch_timeout_s + _START_S, _MAX_TIMEOUT_S))
         # The iterator, with its workers and threads, is the user's alone.
         self._batches: weakref.ref[CountedBatches] | None = None
         super().__init__(dataset, batch_size=None, **kwargs)
-
-    @property
-    def scale(self) -> float | None:
-        """What activations are multiplied with; None for nothing."""
-        return self.dataset.scale
-
-    def metrics(self) -> dict[str, float]:
-        """What this loader did since the last call, for a logger; see `Counters.rates`."""
-        return self.dataset.metrics()
 
     @property
     def sampler(self) -> Iterable[Any]:  # type: ignore[override]
@@ -54,13 +45,9 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         if attr not in ("batch_size", "drop_last", "sampler") or "_iterator" in self.__dict__:
             super().__setattr__(attr, val)
 
-    def __len__(self) -> int:
-        """Batches that this rank yields in an epoch."""
-        return len(self.dataset)
-
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; see the data set."""
-        self.dataset.set_epoch(epoch)
+        self.cursor.set_epoch(epoch)
         self._batches = None
 
     def follow_epoch(self, epoch: int) -> None:
@@ -73,7 +60,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         if batches.iteration.n_taken or batches.iteration.start.epoch >= epoch:
             return
         self.shutdown()
-        self.dataset.set_epoch(epoch)
+        self.cursor.set_epoch(epoch)
         batches.iterator, batches.iteration = self._begin()
         self._batches = weakref.ref(batches)
 
@@ -82,10 +69,10 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             # Persistent workers that have failed.
             self._iterator = None
         # The workers find out for themselves where they begin; here it must be known too.
-        iteration = self.dataset.cursor.begin_elsewhere()
+        iteration = self.cursor.begin_elsewhere()
         iterator = super().__iter__()
         # What is counted is what is taken, also where this process makes the batches.
-        self.dataset.cursor.follow(iteration)
+        self.cursor.follow(iteration)
         return iterator, iteration
 
     def __iter__(self) -> Any:
@@ -93,18 +80,9 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         self._batches = weakref.ref(batches)
         return batches
 
-    @property
-    def digest(self) -> StreamDigest:
-        """Digest of the batches that were taken from this loader, and before the state that was loaded."""
-        return self.dataset.digest
-
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: after the batches that were taken from it. After a whole epoch, at the next one."""
         return self.dataset.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue where a state of a loader or a data set was taken; see the data set."""
-        self.dataset.load_state_dict(state)
 
     def shutdown(self) -> None:
         """Stop the running iteration with its workers and threads. The loader can be used again."""
@@ -131,16 +109,10 @@ def _end(iterator: Any) -> None:
 
 
 class CountedBatches(Iterator[ActivationBatch]):
-    """Counts the batches that are taken from an iterator.
-
-    Attributes:
-        iterator: The iterator; None when it is over.
-        iteration: How far it has come; outlives it.
-    """
+    """Counts the batches that are taken from an iterator, None when it is over; its `iteration` outlives it."""
 
     def __init__(self, iterator: Any, iteration: Iteration) -> None:
-        self.iterator = iterator
-        self.iteration = iteration
+        self.iterator, self.iteration = iterator, iteration
         self._failure: Exception | None = None
 
     def __next__(self) -> Any:

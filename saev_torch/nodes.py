@@ -25,14 +25,7 @@ class ActivationsNode(BaseNode[ActivationBatch]):  # type: ignore[misc]
         self._batches: Iterator[ActivationBatch] = iter(())
 
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        """Begin the next epoch, or continue where a state was taken.
-
-        Args:
-            initial_state: What `get_state` returned.
-
-        Raises:
-            StateError: It is no state, of a newer version, or of other data or another config.
-        """
+        """Begin the next epoch, or continue where a state of `get_state` was taken; see the source."""
         super().reset(initial_state)
         if initial_state is not None:
             self.source.load_state_dict(initial_state)

@@ -77,8 +77,7 @@ class StatefulPipe(IterableDataset[Any]):
 
     def __len__(self) -> int:
         """Items in an epoch, where the last pipe knows."""
-        pipe: Any = self.pipe
-        return len(pipe)
+        return len(self.pipe)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; see the data set."""

@@ -25,7 +25,7 @@ from saev_torch import (
     StateError,
     StreamDigest,
 )
-from saev_torch.resume.digest import batch_digest
+from saev_torch.resume.state import batch_digest
 
 pytestmark = pytest.mark.filterwarnings(contracts.MANY_WORKERS)
 

@@ -14,32 +14,16 @@ import numpy as np
 from saev_torch.processes.page import SharedPage, is_spawning
 
 _N_ROWS = 256
-_ROW = np.dtype(
-    [
-        ("rank", np.int64),  # 1 more than the rank; 0: not in use
-        ("is_active", np.int64),
-        ("began", np.float64),  # on the clock that all processes of a machine share
-        ("n_samples", np.int64),
-        ("nbytes", np.int64),
-        ("fill", np.float64),
-        ("disk_s", np.float64),
-        ("plan_s", np.float64),
-        ("consumer_s", np.float64),
-    ]
-)
 _WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
-_SUMS = ("n_samples", "nbytes", "disk_s", "plan_s", "consumer_s")
-
-Row = Any
-"""A structured numpy scalar with the fields of the page's rows; writing to it writes to the page."""
+# 1 more than the rank, 0 where a row is not in use; it began on the clock that all processes of a machine share.
+_INTEGERS = ("rank", "is_active", "n_samples", "nbytes")
+_FLOATS = ("began", "fill", *_WAITS.values())
+_ROW = np.dtype([*((name, np.int64) for name in _INTEGERS), *((name, np.float64) for name in _FLOATS)])
+_SUMS = ("n_samples", "nbytes", *_WAITS.values())
 
 
 class Counters:
-    """Figures of a data set and its copies in workers; pickled or copied otherwise, it begins at 0.
-
-    Args:
-        page: Where they are; left out, a new page.
-    """
+    """Figures of a data set and its copies in workers; pickled or copied otherwise, it begins at 0."""
 
     def __init__(self, page: SharedPage | None = None) -> None:
         self._page = page or SharedPage(np.dtype([("rows", _ROW, (_N_ROWS,))]))
@@ -49,41 +33,30 @@ class Counters:
     def __reduce__(self) -> tuple[Any, ...]:
         return Counters, ((self._page,) if is_spawning() else ())
 
-    def begin(self, rank: int, reader: int) -> Row:
-        """Take the row of a reader for an iteration; what it counts goes on from the last one."""
+    def begin(self, rank: int, reader: int) -> Any:
+        """Take the row of a reader for an iteration, to be written to; what it counts goes on from the last one."""
         row = self._rows[reader % _N_ROWS]
         row["rank"], row["is_active"], row["fill"], row["began"] = rank + 1, 1, 0.0, time.monotonic()
         return row
 
     def sums(self, rank: int) -> dict[str, float]:
-        """Sums over the readers of a rank.
-
-        Returns:
-            `n_samples`, `nbytes`, `disk_s`, `plan_s`, `consumer_s`; the number of readers `n_active` that are at work,
-            their mean `fill`, and `began`, the earliest time at which they began.
-        """
+        """Sums over the readers of a rank, and of those at work: how many, their mean fill, when the first began."""
         mine = self._rows[self._rows["rank"] == rank + 1]
         active = mine[mine["is_active"] != 0]
         found = {name: float(mine[name].sum()) for name in _SUMS}
-        return {
-            **found,
-            "n_active": float(len(active)),
-            "fill": float(active["fill"].mean()) if len(active) else 0.0,
-            "began": float((active if len(active) else mine)["began"].min(initial=np.inf)),
-        }
+        found["n_active"] = float(len(active))
+        found["fill"] = float(active["fill"].sum()) / max(1, len(active))
+        found["began"] = float((active if len(active) else mine)["began"].min(initial=np.inf))
+        return found
 
     def rates(self, rank: int) -> dict[str, float]:
-        """Rates since the last call, or since the iteration began.
+        """Rates of the readers of a rank since the last call, or since the iteration began.
 
-        Args:
-            rank: Whose readers.
-
-        Returns:
-            `loader/samples_per_s` and `loader/bytes_per_s` (of activations), as the readers finish batches;
-            `loader/read_mb`, all megabytes so far, and `loader/read_mb_s`, as `saev` has them; `loader/buffer_fill`,
-            the share of the batches that may be open that are; `loader/wait_disk`, `loader/wait_plan` and
-            `loader/wait_consumer`, the share of the readers' time in which a batch was awaited from the disk or from
-            planning, or nothing was left to read until the consumer took one; `loader/n_readers`, those at work.
+        `loader/samples_per_s` and `loader/bytes_per_s` (of activations), as the readers finish batches;
+        `loader/read_mb`, all megabytes so far, and `loader/read_mb_s`, as `saev` has them; `loader/buffer_fill`, the
+        share of the batches that may be open that are; `loader/wait_disk`, `loader/wait_plan` and
+        `loader/wait_consumer`, the share of the readers' time in which a batch was awaited from the disk or from
+        planning, or nothing was left to read until the consumer took one; `loader/n_readers`, those at work.
         """
         now, sums = time.monotonic(), self.sums(rank)
         then, before = self._last or (min(now, sums["began"]), dict.fromkeys(sums, 0.0))
@@ -114,13 +87,10 @@ def log_to_stderr() -> None:
 
 @dataclasses.dataclass
 class Waits:
-    """What an engine waited for, in seconds since it began.
+    """What an engine waited for, in seconds since it began, and the bytes of activations that it handed out.
 
-    Attributes:
-        disk_s: The consumer waited, while reads were under way.
-        plan_s: The consumer waited, while it was being worked out what to read.
-        consumer_s: Nothing was left to read, until the consumer took a batch.
-        nbytes: Bytes of activations that were handed out.
+    The consumer waited while reads were under way (`disk_s`), or while it was being worked out what to read (`plan_s`);
+    or nothing was left to read until the consumer took a batch (`consumer_s`).
     """
 
     disk_s: float = 0.0
@@ -130,15 +100,9 @@ class Waits:
 
 
 class Watch:
-    """Counts what one reader did in an iteration, and logs it now and then.
+    """Counts what one reader did in an iteration, in its row; logs it under its name, at most every so many seconds."""
 
-    Args:
-        row: Where the reader counts.
-        name: Whose it is, for the log.
-        every_s: Seconds between two lines of the log, at least.
-    """
-
-    def __init__(self, row: Row, name: str, every_s: float) -> None:
+    def __init__(self, row: Any, name: str, every_s: float) -> None:
         self._row, self._name, self._every_s = row, name, every_s
         self._waits = Waits()
         self._n_samples = 0
@@ -167,5 +131,5 @@ class Watch:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """The iteration ended."""
+        """Note that the iteration ended."""
         self._row["is_active"] = 0

@@ -19,20 +19,11 @@ from saev_torch.processes.page import SharedPage, is_spawning
 
 _N_ROWS = 32
 _WORDS = 16
-_ROW = np.dtype(
-    [
-        ("order", np.int64),  # 0: not in use; else ascending
-        ("consumer", np.int64),
-        ("session", np.int64),
-        ("n_workers", np.int64),
-        ("epoch", np.int64),
-        ("start", np.int64),
-        ("taken", np.uint64, (_WORDS,)),  # one bit for each worker
-    ]
-)
+# The order is ascending, 0 where a row is not in use; of what is taken there is one bit for each worker.
+_NUMBERS = ("order", "consumer", "session", "n_workers", "epoch", "start")
+_ROW = np.dtype([*((name, np.int64) for name in _NUMBERS), ("taken", np.uint64, (_WORDS,))])
 _PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64), ("has_advised", np.bool_)])
 _NO_SESSION = -1
-
 
 _counters: "weakref.WeakSet[EpochCounter]" = weakref.WeakSet()
 
@@ -48,11 +39,8 @@ os.register_at_fork(before=_remember_births)
 class EpochCounter:
     """Counts the iterations of a data set, for each process that consumes it.
 
-    Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own.
-
-    Args:
-        page: Where it counts; left out, a new page.
-        birth: The latest place that was settled when this process was made.
+    Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own. `birth` is the
+    latest place that was settled when this process was made.
     """
 
     def __init__(self, page: SharedPage | None = None, birth: int = 0) -> None:
@@ -94,17 +82,10 @@ class EpochCounter:
     def begin(
         self, consumer: int, session: int | None, worker: int, n_workers: int = 1, at: tuple[int, int] | None = None
     ) -> tuple[int, int]:
-        """Begin an iteration, or join one that another worker of the session has begun.
+        """Begin an iteration, or join one that another worker of the session has begun: its epoch, and first batch.
 
-        Args:
-            consumer: Process that the batches are for.
-            session: What the workers of one iterator have in common; None without workers.
-            worker: Number of the worker.
-            n_workers: Number of workers.
-            at: Epoch and batch that this worker was told to continue at.
-
-        Returns:
-            Number of the epoch, and the batch to start at.
+        `consumer` is the process that the batches are for, `session` what the workers of one iterator have in common,
+        None without workers, and `at` the epoch and batch that this worker was told to continue at.
         """
         word, bit = divmod(worker % (64 * _WORDS), 64)
         mask = np.uint64(1 << bit)
@@ -138,15 +119,9 @@ class EpochCounter:
             return self._following(consumer)
 
     def current(self, consumer: int) -> tuple[int, int, bool]:
-        """The latest iteration that has begun, else the next one.
-
-        Returns:
-            Its epoch, the batch that it started at, and whether workers make its batches.
-        """
+        """The latest iteration that has begun, else the next: epoch, first batch, and whether workers make batches."""
         with self._locked():
             latest = self._latest(consumer)
-            if latest is None:
-                return 0, 0, False
             return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
 
     def may_advise(self) -> bool:
@@ -158,11 +133,8 @@ class EpochCounter:
 
     def _following(self, consumer: int) -> tuple[int, int]:
         latest = self._latest(consumer)
-        if latest is None:
-            return 0, 0
-        if latest["session"] == _NO_SESSION:
-            return int(latest["epoch"]), int(latest["start"])
-        return int(latest["epoch"]) + 1, 0
+        is_settled = latest["session"] == _NO_SESSION
+        return (int(latest["epoch"]), int(latest["start"])) if is_settled else (int(latest["epoch"]) + 1, 0)
 
     def _latest(self, consumer: int) -> Any:
         used = self._rows[self._rows["order"] > 0]
@@ -170,7 +142,7 @@ class EpochCounter:
         if not len(mine):
             # Chosen before this process was started, for all that come.
             mine = used[used["session"] == _NO_SESSION]
-        return mine[np.argmax(mine["order"])] if len(mine) else None
+        return mine[np.argmax(mine["order"])] if len(mine) else {"session": _NO_SESSION, "epoch": 0, "start": 0}
 
     def _add(self, consumer: int, session: int, epoch: int, start: int, n_workers: int = 1) -> Any:
         rows = np.sort(self._rows, order="order")

@@ -18,15 +18,8 @@ class SharedPage:
     """Memory for one structured value, which goes with the last process that has it.
 
     Forked, or pickled for a process that is being started, it is the same memory; pickled or copied otherwise it
-    becomes memory of its own with the same value.
-
-    Args:
-        dtype: Layout of the value, which is all zeros at first.
-        fd: Memory that exists already; the page closes it.
-
-    Attributes:
-        fd: File descriptor of the memory.
-        fields: The value; writing to its fields writes to the memory.
+    becomes memory of its own with the same value. The value is all zeros at first; writing to its `fields` writes to
+    the memory. A descriptor `fd` of memory that exists already is the page's to close.
     """
 
     def __init__(self, dtype: np.dtype[Any], fd: int | None = None) -> None:

@@ -1,24 +1,18 @@
 """Which part of the work is this process's: rank and worker, found in one place, when iterating."""
 
-import dataclasses
 import multiprocessing
 import os
+from typing import NamedTuple
 
 import torch.distributed
 from torch.utils.data import get_worker_info
 
+from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    """Ranks of a job.
-
-    Attributes:
-        rank: This rank, from 0.
-        world_size: Number of ranks.
-        pid: Process that found this out; it holds for that process and its workers.
-    """
+class World(NamedTuple):
+    """This rank, from 0, the number of ranks, and the process that found this out, for itself and its workers."""
 
     rank: int
     world_size: int
@@ -26,17 +20,12 @@ class World:
 
 
 def check_world(rank: int | None, world_size: int | None) -> None:
-    """Refuse explicit arguments that make no sense.
-
-    Raises:
-        ConfigError: Only one of them is given, or the rank is not in 0..world_size-1.
-    """
+    """Refuse explicit arguments that make no sense, with a `ConfigError`."""
     if rank is None and world_size is None:
         return
     if rank is None or world_size is None:
         raise ConfigError(f"rank, world_size: expected both or neither, got rank={rank!r}, world_size={world_size!r}.")
-    ints = all(isinstance(x, int) and not isinstance(x, bool) for x in (rank, world_size))
-    if not ints or world_size < 1 or not 0 <= rank < world_size:
+    if not (is_integer(world_size, 1) and is_integer(rank, 0, world_size - 1)):
         raise ConfigError(f"rank: expected 0 <= rank < world_size, got rank={rank!r}, world_size={world_size!r}.")
 
 
@@ -60,18 +49,10 @@ def count_own_cores() -> int:
 
 
 def find_world(rank: int | None, world_size: int | None, known: World | None = None) -> World:
-    """Find rank and world size: explicit arguments, else torch.distributed, else the launcher's variables.
+    """Find rank and world size: explicit arguments, else torch.distributed, else the launcher's variables, else 0 of 1.
 
-    Args:
-        rank: Explicit rank.
-        world_size: Explicit number of ranks.
-        known: What the parent process found when it started this worker; a spawned worker cannot find it itself.
-
-    Returns:
-        The world, (0, 1) where nothing tells.
-
-    Raises:
-        ConfigError: The launcher's variables make no sense.
+    `known` is what the parent process found when it started this worker: a spawned worker cannot find it itself.
+    Launcher's variables that make no sense are a `ConfigError`.
     """
     pid = consumer_pid()
     if rank is not None and world_size is not None:

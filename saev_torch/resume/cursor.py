@@ -13,70 +13,27 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError, SaevTorchError, StateError
 from saev_torch.order.steps import Share
 from saev_torch.processes.epochs import EpochCounter
 from saev_torch.processes.world import World, check_world, consumer_pid, find_world
-from saev_torch.resume.digest import StreamDigest
-
-_MAX_COUNT = 1 << 62
-
-
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """A place in the sequence of batches.
-
-    Attributes:
-        epoch: Number of the epoch.
-        batch: Batches of the sequence, over all ranks, that came before.
-        digest: Digest of the batches that `rank` yielded.
-        rank: Rank whose digest it is.
-        world_size: Number of ranks then.
-        scale: What activations are multiplied with; None for nothing.
-    """
-
-    epoch: int
-    batch: int
-    digest: StreamDigest = dataclasses.field(default_factory=StreamDigest)
-    rank: int = 0
-    world_size: int = 1
-    scale: float | None = None
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Epoch and batch."""
-        return self.epoch, self.batch
-
-    def next_start(self) -> "Position":
-        """The start of the next epoch; this place, if it is the start of one."""
-        return dataclasses.replace(self, epoch=self.epoch + 1, batch=0) if self.batch else self
+from saev_torch.resume.state import MAX_COUNT, Position, StreamDigest
 
 
 class Iteration:
-    """One iteration, as far as it has come; who hands its batches out counts them.
+    """One iteration of a share of batches, as far as it has come; who hands its batches out counts them.
 
-    Args:
-        start: Where it begins.
-        share: The batches that it hands out.
-        is_part: Whether other workers hand out the rest.
-        is_resumed: Whether it begins where a state was loaded.
-
-    Attributes:
-        n_taken: Batches that were handed out.
-        digest: Digest of these, and of what came before the iteration.
+    Other workers hand out the rest where it `is_part` of an iteration; `is_resumed` says that it begins where a state
+    was loaded. The digest is that of the `n_taken` batches that were handed out, and of what came before the iteration.
     """
 
     def __init__(self, start: Position, share: Share, is_part: bool = False, is_resumed: bool = False) -> None:
         self.start, self.share, self.is_part, self.is_resumed = start, share, is_part, is_resumed
-        self.n_taken = 0
-        self.digest = start.digest
+        self.n_taken, self.digest = 0, start.digest
 
     def count(self, digest: int | None) -> None:
-        """Count a batch that is handed out.
-
-        Args:
-            digest: Its `batch_digest`; None if what is handed out is no batch any more.
-        """
+        """Count a batch that is handed out, by its `batch_digest`; None if what is handed out is no batch any more."""
         if digest is not None:
             batch_idx = self.share.first + self.n_taken * self.share.stride
             self.digest = self.digest.including(self.start.epoch, batch_idx, digest)
@@ -110,16 +67,8 @@ class Cursor:
     """Where the consumer of a data set stands: whoever takes batches tells it, and whoever must know asks it.
 
     The epochs are counted for each process that consumes, and for it and its workers together. What a state said, and
-    how far the latest iteration has come, is known in this process only.
-
-    Args:
-        n_batches: Batches in an epoch, over all ranks, before padding.
-        drop_last: Whether ranks leave out what is left for some of them only, instead of repeating batches.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when asked.
-        world_size: Number of ranks; given with `rank`.
-
-    Raises:
-        ConfigError: Only one of rank and world size is given, or they make no sense.
+    how far the latest iteration has come, is known in this process only. An epoch has `n_batches` over all ranks,
+    before padding; with `drop_last` ranks leave out what is left for some of them only, instead of repeating batches.
     """
 
     def __init__(self, n_batches: int, drop_last: bool, rank: int | None = None, world_size: int | None = None) -> None:
@@ -173,11 +122,7 @@ class Cursor:
         return start + (left // world_size if self._drop_last else -(-left // world_size)) * world_size
 
     def position(self) -> Position:
-        """Where the next batch that the consumer takes stands.
-
-        Raises:
-            StateError: Workers make the batches, and nobody counted here how many were taken.
-        """
+        """Where the next batch that the consumer takes stands; a `StateError` if only workers could tell."""
         *place, in_workers = self._epochs.current(consumer_pid())
         latest, in_worker = self._latest, get_worker_info() is not None
         if in_workers and (latest is None or (latest.start.place != tuple(place) and not in_worker)):
@@ -191,14 +136,9 @@ class Cursor:
         return self._loaded or self._make(*self._epochs.next(consumer_pid()))
 
     def position_after(self, n_batches: int, epoch: int | None = None) -> Position:
-        """Where the batch stands that comes after those that this rank has taken; their digest is not known.
+        """Where the batch after those that this rank has taken stands; their digest is not known.
 
-        Args:
-            n_batches: Batches that were taken since the latest iteration began.
-            epoch: Number of an epoch; given, `n_batches` counts from its start.
-
-        Raises:
-            ConfigError: One of them is no integer from 0 on.
+        They are counted since the latest iteration began, or from the start of the epoch that is given.
         """
         current, start, _ = self._epochs.current(consumer_pid())
         if epoch is not None:
@@ -207,11 +147,7 @@ class Cursor:
         return self._settle(dataclasses.replace(self._make(current, batch), digest=StreamDigest()))
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; the ones after it count on from there.
-
-        Raises:
-            ConfigError: `epoch` is no integer from 0 on.
-        """
+        """Choose the epoch of the next iteration; the ones after it count on from there."""
         self._epochs.set(consumer_pid(), _check_count("epoch", epoch), 0)
         self._earlier = self.digest
         self._latest = self._loaded = None
@@ -262,11 +198,8 @@ class Cursor:
 
     def _start(self, epoch: int, batch: int, worker: int = 0, n_workers: int = 1) -> Iteration:
         start, loaded = self._make(epoch, batch), self._loaded
-        share = Share(
-            first=batch + start.rank + start.world_size * worker,
-            stride=start.world_size * n_workers,
-            stop=self.end(batch),
-        )
+        first = batch + start.rank + start.world_size * worker
+        share = Share(first, start.world_size * n_workers, self.end(batch))
         is_resumed = loaded is not None and loaded.place == start.place
         self._loaded = None
         self._latest = Iteration(start, share, get_worker_info() is not None, is_resumed)
@@ -280,7 +213,7 @@ class Cursor:
         return position.next_start() if self.end(position.batch) <= position.batch else position
 
 
-def _check_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MAX_COUNT:
+def _check_count(name: str, value: int) -> int:
+    if not is_integer(value, 0, MAX_COUNT):
         raise ConfigError(f"{name}: expected an integer from 0 on, got {value!r}; count from 0.")
     return value

@@ -1,71 +1,137 @@
-"""A state: a small dict, versioned, that says where an iteration stands and what it belongs to."""
+"""What is kept of an iteration: a place, a digest of what came before it, and the small dict that says both."""
 
+import dataclasses
 import hashlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from saev_torch.config import OrderedConfig, ShuffledConfig
+import torch
+
+from saev_torch.config import BatchConfig, ShuffledConfig, is_integer
 from saev_torch.errors import StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
-from saev_torch.resume.cursor import Position
-from saev_torch.resume.digest import StreamDigest
 
+MAX_COUNT = (1 << 62) - 1
 _VERSION = 1
-_MAX_COUNT = 1 << 62
+_MODULUS = 1 << 64
 
 
-def _fingerprint(md: Metadata, cfg: OrderedConfig | ShuffledConfig) -> dict[str, Any]:
+def batch_digest(batch: Mapping[str, torch.Tensor]) -> int:
+    """Digest which samples a batch holds, and in which rows, as an integer in [0, 2**64).
+
+    It is the first 8 bytes of SHA-256 over `example_idx`, `token_idx` and, where there is one, `layer`.
+    """
+    digest = hashlib.sha256()
+    for key in ("example_idx", "token_idx", "layer"):
+        if key in batch:
+            digest.update(batch[key].numpy(force=True).astype("<i8", copy=False).tobytes())
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamDigest:
+    """Sum of the digests of batches, each mixed with its place (epoch, number of the batch).
+
+    Two runs that saw the same batches at the same places have the same digest. The digests of ranks, or of the parts of
+    a run before and after a resume, add up to the digest of the whole.
+
+    Attributes:
+        value: The sum, an integer in [0, 2**64).
+        n_batches: Number of batches in it.
+    """
+
+    value: int = 0
+    n_batches: int = 0
+
+    def including(self, epoch: int, batch_idx: int, digest: int) -> "StreamDigest":
+        """Include one batch.
+
+        Args:
+            epoch: Its epoch.
+            batch_idx: Its number in the sequence of all ranks.
+            digest: Its `batch_digest`.
+        """
+        place = b"".join(x.to_bytes(8, "little") for x in (epoch, batch_idx, digest))
+        mixed = int.from_bytes(hashlib.sha256(place).digest()[:8], "little")
+        return StreamDigest((self.value + mixed) % _MODULUS, self.n_batches + 1)
+
+    def __add__(self, other: "StreamDigest") -> "StreamDigest":
+        return StreamDigest((self.value + other.value) % _MODULUS, self.n_batches + other.n_batches)
+
+    def __str__(self) -> str:
+        return f"{self.value:016x}-{self.n_batches}"
+
+    @classmethod
+    def parse(cls, text: str) -> "StreamDigest":
+        """Read what `str` wrote.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        value, sep, n_batches = text.partition("-")
+        if not sep or len(value) != 16 or not n_batches.isascii() or not n_batches.isdigit() or len(n_batches) > 18:
+            raise ValueError(text)
+        return cls(int(value, 16), int(n_batches))
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """A place in the sequence of batches.
+
+    `batch` counts the batches of the epoch, over all ranks, that came before; `digest` is that of the batches that
+    `rank` yielded; activations are multiplied with `scale`, None for nothing.
+    """
+
+    epoch: int
+    batch: int
+    digest: StreamDigest = dataclasses.field(default_factory=StreamDigest)
+    rank: int = 0
+    world_size: int = 1
+    scale: float | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and batch."""
+        return self.epoch, self.batch
+
+    def next_start(self) -> "Position":
+        """The start of the next epoch; this place, if it is the start of one."""
+        return dataclasses.replace(self, epoch=self.epoch + 1, batch=0) if self.batch else self
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fingerprint(md: Metadata, cfg: BatchConfig) -> dict[str, Any]:
     """What decides the order of samples."""
     names = ["tokens", "layer", "batch_size"]
     if isinstance(cfg, ShuffledConfig):
         names += ["seed", "buffer_size", "n_lanes", "block_size"]
-    fields = {name: getattr(cfg, name) for name in names}
-    fields["layer"] = list(fields["layer"]) if isinstance(fields["layer"], tuple) else fields["layer"]
-    if isinstance(fields["layer"], list) and len(fields["layer"]) > 16:
-        fields["layer"] = hashlib.sha256(repr(fields["layer"]).encode()).hexdigest()[:16]
+    fields: dict[str, Any] = {"order": "ordered", "data": _digest(md.hash)}
+    fields |= {name: getattr(cfg, name) for name in names}
+    if isinstance(cfg.layer, tuple):
+        layers = list(cfg.layer)
+        fields["layer"] = _digest(repr(layers)) if len(layers) > 16 else layers
     if isinstance(cfg, ShuffledConfig):
+        fields["order"] = "shuffled"
         fields["ignore_labels"] = f"{sum(1 << label for label in set(cfg.ignore_labels)):x}"
-    return {
-        "order": "shuffled" if isinstance(cfg, ShuffledConfig) else "ordered",
-        "data": hashlib.sha256(md.hash.encode()).hexdigest()[:16],
-        **fields,
-    }
+    return fields
 
 
-def dump_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, position: Position) -> dict[str, Any]:
+def dump_state(md: Metadata, cfg: BatchConfig, position: Position) -> dict[str, Any]:
     """Make a state: under 1 KB, of JSON's types only."""
-    return {
-        "version": _VERSION,
-        **_fingerprint(md, cfg),
-        "epoch": position.epoch,
-        "batch": position.batch,
-        "digest": str(position.digest),
-        "rank": position.rank,
-        "world_size": position.world_size,
-        "scale": position.scale,
-    }
+    return {"version": _VERSION, **_fingerprint(md, cfg), **vars(position), "digest": str(position.digest)}
 
 
-def load_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, state: Any) -> Position:
-    """Check a state against data and config.
-
-    Args:
-        md: Metadata of the shards.
-        cfg: The config.
-        state: What `dump_state` made.
-
-    Returns:
-        The place that it names.
-
-    Raises:
-        StateError: It is no state, of a newer version, or of other data or another config; the message says what
-            differs.
-    """
+def load_state(md: Metadata, cfg: BatchConfig, state: Any) -> Position:
+    """Check a state against data and config, and find the place that it names; the `StateError` says what differs."""
     if not isinstance(state, dict) or "version" not in state:
         raise StateError(f"state: expected a dict with a version, as state_dict() makes it, got {short(state)}.")
     version = state["version"]
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+    if not is_integer(version, 1):
         raise StateError(f"state: version: expected {_VERSION}, got {short(version)}; it is no state of saev_torch.")
     if version > _VERSION:
         raise StateError(f"state: version: expected at most {_VERSION}, got {version}; use a newer saev_torch.")
@@ -83,7 +149,7 @@ def load_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, state: Any) ->
         )
     counts = {key: state[key] for key in ("epoch", "batch", "rank", "world_size")}
     for key, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _MAX_COUNT:
+        if not is_integer(value, 0, MAX_COUNT):
             raise StateError(f"state: {key}: expected an integer from 0 on, got {short(value)}; it is damaged.")
     try:
         digest = StreamDigest.parse(state["digest"])
@@ -92,7 +158,7 @@ def load_state(md: Metadata, cfg: OrderedConfig | ShuffledConfig, state: Any) ->
     return Position(digest=digest, scale=_load_scale(cfg, state.get("scale")), **counts)
 
 
-def _load_scale(cfg: OrderedConfig | ShuffledConfig, scale: Any) -> float | None:
+def _load_scale(cfg: BatchConfig, scale: Any) -> float | None:
     wanted = isinstance(cfg, ShuffledConfig) and cfg.scale_norm
     if scale is not None and not (isinstance(scale, float) and 0 < scale < math.inf):
         raise StateError(f"state: scale: expected a number above 0, got {short(scale)}; it is damaged.")
