@@ -15,7 +15,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +94,27 @@ class Reader(abc.ABC):
         self.spot.where = None
         if self.pace is not None:
             self.pace.note(int(extents.nbytes[start:stop].sum()), stop - start, time.monotonic() - began)
+
+    def read_ranges(self, memory: NDArray[np.uint8], shard: int, ranges: Iterable[tuple[int, int]]) -> Iterator[int]:
+        """Read ranges of a shard, each an offset and a size, to the beginning of memory; yields the size of each.
+
+        As `read`, but for one at a time: what looks at each before the next one finds it in the cache of the core.
+        """
+        vector = np.array([memory.ctypes.data, 0])
+        address = vector.ctypes.data
+        with self.store.opened(shard) as fd:
+            for offset, nbytes in ranges:
+                began, vector[1] = time.monotonic(), nbytes
+                self.spot.where, self.spot.since = functools.partial(tuple[int, int], (shard, offset)), began
+                n = _preadv(fd, address, 1, offset)
+                if n != nbytes:
+                    code = ctypes.get_errno()
+                    extents = Extents.in_a_row(memory, *(np.array([x]) for x in (shard, offset, nbytes)))
+                    self._finish_one(extents, 0, n, code)
+                self.spot.where = None
+                if self.pace is not None:
+                    self.pace.note(nbytes, 1, time.monotonic() - began)
+                yield nbytes
 
     @abc.abstractmethod
     def _read(self, extents: Extents, start: int, stop: int) -> None: ...

@@ -21,14 +21,13 @@ from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, stat_regular
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
-from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import Pace, Reader
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.writing.progress import Progress
 
 _PIECE_NBYTES = 1 << 20  # Read and checked while it is still in the cache of the core.
-_N_AT_ONCE = 4
+_N_AT_ONCE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,6 @@ class _Verification:
         self.info = ShardInfo()
         self.n_blocks = 0
         self._lock = threading.Lock()
-        self._threads = threading.local()
 
     def run(self, progress: bool | None, n_threads: int) -> VerifyReport:
         files = list(self._find_files()) if self._load_tables() else []
@@ -192,60 +190,61 @@ class _Verification:
 
     def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
         source = Source(ShardStore(self.shards_dir, (self.md, self.info)))
-        pieces = itertools.chain.from_iterable(map(self._cut, files))
-        at_once = iter(lambda: list(itertools.islice(pieces, _N_AT_ONCE)), [])
         with contextlib.closing(source.store), Progress(nbytes, "verifying", "B", progress) as bar:
-            tasks = (Task(functools.partial(self._read_and_check, some, bar)) for some in at_once)
+            several = itertools.chain.from_iterable(map(self._cut, files))
+            tasks = (Task(functools.partial(self._read_and_check, pieces, bar)) for pieces in several)
             run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
 
-    def _cut(self, file: _File) -> Iterator[_Piece]:
+    def _cut(self, file: _File) -> Iterator[list[_Piece]]:
         width = self.md.content_tokens_per_example if file.idx == LABELS_IDX else self.md.example_nbytes
-        step = max(1, _PIECE_NBYTES // width)
+        step, stop = max(1, _PIECE_NBYTES // width), file.n_examples * width
+        pieces = []
         for at in range(0, file.n_examples, step):
             n = min(step, file.n_examples - at)
-            yield _Piece(file, file.first + at, n, at * width, n * width)
-        for at in range(file.n_examples * width, file.nbytes, _PIECE_NBYTES):
-            yield _Piece(file, 0, 0, at, min(_PIECE_NBYTES, file.nbytes - at))
+            pieces.append(_Piece(file, file.first + at, n, at * width, n * width))
+        padding = range(stop, file.nbytes, _PIECE_NBYTES)
+        pieces += [_Piece(file, 0, 0, at, min(_PIECE_NBYTES, file.nbytes - at)) for at in padding]
+        for start in range(0, len(pieces), _N_AT_ONCE):
+            yield pieces[start : start + _N_AT_ONCE]
 
     def _read_and_check(self, pieces: list[_Piece], bar: Progress, reader: Reader) -> None:
-        """Read pieces at once, and check them while they are in the caches of the core."""
-        shards, offsets, sizes = np.array([(piece.file.idx, piece.offset, piece.nbytes) for piece in pieces]).T.copy()
-        ends = np.cumsum(sizes).tolist()
-        memory = getattr(self._threads, "memory", None)
-        if memory is None or len(memory) < ends[-1]:
-            memory = self._threads.memory = np.empty(max(ends[-1], _N_AT_ONCE * _PIECE_NBYTES), dtype=np.uint8)
-        reader.read(Extents.in_a_row(memory, shards, offsets, sizes), 0, len(pieces))
-        for piece, end in zip(pieces, ends, strict=True):
-            found = list(self._check(piece, memory[end - piece.nbytes : end].data))
+        """Read pieces of a file to the same memory, and check each while it is in the cache of the core."""
+        memory = np.empty(max(piece.nbytes for piece in pieces), dtype=np.uint8)
+        ranges = ((piece.offset, piece.nbytes) for piece in pieces)
+        for piece, nbytes in zip(pieces, reader.read_ranges(memory, pieces[0].file.idx, ranges), strict=True):
+            found = self._check(piece, memory[:nbytes].data)
             with self._lock:
                 self.faults += found
                 self.n_blocks += piece.n_examples * len(piece.file.layers) if self.checksums is not None else 0
                 bar.update(piece.nbytes)
 
-    def _check(self, piece: _Piece, view: memoryview) -> Iterator[Fault]:
+    def _check(self, piece: _Piece, view: memoryview) -> list[Fault]:
         """Compare the checksum of each block, one layer of one example or its labels, and look at its values."""
+        name, layers, n_layers = piece.file.name, piece.file.layers, len(piece.file.layers)
         if not piece.n_examples:
-            if self.checksums is not None and np.frombuffer(view, np.uint8).any():
-                what = "expected zeros behind the last example, got others"
-                yield Fault(piece.file.name, what, offset=piece.offset)
-            return
-        layers = piece.file.layers
-        width = piece.nbytes // (piece.n_examples * len(layers))
-        sums, checksum = None, find_algorithm("crc32")
+            is_bad = self.checksums is not None and bool(np.frombuffer(view, np.uint8).any())
+            what = "expected zeros behind the last example, got others"
+            return [Fault(name, what, offset=piece.offset)] if is_bad else []
+        width = piece.nbytes // (piece.n_examples * n_layers)
+        blocks = [view[at : at + width] for at in range(0, piece.nbytes, width)]
+        bad: list[tuple[int, str]] = []
         if self.checksums is not None:
-            checksum = find_algorithm(self.checksums.algorithm)
             sums = self.checksums.labels if piece.file.idx == LABELS_IDX else self.checksums.acts
-        examples = range(piece.first, piece.first + piece.n_examples)
-        for i, (example, layer) in enumerate(itertools.product(examples, layers)):
-            block, at = view[i * width : (i + 1) * width], (example, layer, piece.offset + i * width)
-            if sums is not None:
-                expected, got = int(sums.flat[piece.first * len(layers) + i]), checksum(block)
-                if expected != got:
-                    yield Fault(piece.file.name, _compare(expected, got), *at)
-            if self.finite and layer is not None:
+            expected = [] if sums is None else sums[piece.first : piece.first + piece.n_examples].ravel().tolist()
+            got = list(map(find_algorithm(self.checksums.algorithm), blocks))
+            if expected != got:
+                bad += [
+                    (i, _compare(*pair)) for i, pair in enumerate(zip(expected, got, strict=True)) if len({*pair}) > 1
+                ]
+        if self.finite and piece.file.idx != LABELS_IDX:
+            for i, block in enumerate(blocks):
                 n_bad = int(np.count_nonzero(~np.isfinite(np.frombuffer(block, self.md.value_type.storage))))
                 if n_bad:
-                    yield Fault(piece.file.name, f"expected finite values, got {n_bad} that are not", *at)
+                    bad.append((i, f"expected finite values, got {n_bad} that are not"))
+        return [
+            Fault(name, what, piece.first + i // n_layers, layers[i % n_layers], piece.offset + i * width)
+            for i, what in bad
+        ]
 
 
 def _compare(expected: int, got: int) -> str:
