@@ -110,6 +110,27 @@ def test_only_the_demo_needs_its_extra(module: str) -> None:
     assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own
 
 
+# `record` has twenty options, and its docstring says what each is.
+LONG = {"record"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_are_small(module: str) -> None:
+    source = _path(module).read_text()
+    assert source.count("\n") <= 350
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name not in LONG:
+            n_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert n_lines <= (250 if isinstance(node, ast.ClassDef) else 60), f"{node.name} has {n_lines} lines"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("format.")])
+def test_only_the_format_knows_how_many_bytes_a_value_has(module: str) -> None:
+    for node in ast.walk(ast.parse(_path(module).read_text())):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.FloorDiv):
+            assert getattr(node.right, "value", None) != 4, f"line {node.lineno}"
+
+
 @pytest.mark.parametrize("init", [path.parent.name for path in PACKAGE.glob("*/__init__.py")])
 def test_packages_only_say_what_they_are_for(init: str) -> None:
     tree = ast.parse((PACKAGE / init / "__init__.py").read_text())

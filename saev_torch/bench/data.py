@@ -11,13 +11,14 @@ import numpy as np
 
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
+from saev_torch.format.dtypes import DTYPES
 from saev_torch.format.metadata import Metadata
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.inspect import count_labels
 from saev_torch.writing.writer import ShardWriter
 
 _D_MODEL, _N_CONTENT = 768, 196
-EXAMPLE_NBYTES = _D_MODEL * 4 * _N_CONTENT
+EXAMPLE_NBYTES = _D_MODEL * DTYPES["float32"].nbytes * _N_CONTENT
 """Size of one layer of an example that is made."""
 
 _MADE_LABELS = 3

@@ -18,6 +18,7 @@ from torch.utils.benchmark import Timer
 from saev_torch.bench.machine import opened_shards
 from saev_torch.bench.measuring import Measured
 from saev_torch.errors import ReadError
+from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.selection import resolve_layers
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import Extents
@@ -147,7 +148,7 @@ def _rate(
 
 def gather_rate(d_model: int, n_rows: int, window_nbytes: int, seconds: float) -> Measured:
     """Gather random float32 rows of a window, `n_rows` at a time, into a reused output with one thread."""
-    n_window = max(1, window_nbytes // (d_model * 4))
+    n_window = max(1, window_nbytes // (d_model * DTYPES["float32"].nbytes))
     window, out = torch.ones(n_window, d_model), torch.ones(n_rows, d_model)
     generator = torch.Generator().manual_seed(0)
     indices = [torch.randint(n_window, (n_rows,), generator=generator) for _ in range(_N_INDEX_SETS)]

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.format.dtypes import DTYPES
+
 ScaleKernels = tuple[Callable[..., None], Callable[..., None]]
 _Int64s = NDArray[np.int64]
 _Float32s = NDArray[np.float32]
@@ -68,11 +70,13 @@ def find_scale_kernels() -> ScaleKernels | None:
 
     pointer = numba.extending.intrinsic(make_pointer)
 
+    value_nbytes = DTYPES["float32"].nbytes
+
     def scale_places(vectors: _Int64s, trash: int, by: np.float32) -> None:
         for i in range(len(vectors)):
             if vectors[i, 0] == trash:
                 continue
-            values = numba.carray(pointer(vectors[i, 0]), vectors[i, 1] // 4)
+            values = numba.carray(pointer(vectors[i, 0]), vectors[i, 1] // value_nbytes)
             for j in range(len(values)):
                 values[j] *= by
 
