@@ -21,8 +21,7 @@ from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, stat_regular
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
-from saev_torch.reading.reader import Pace, Reader
-from saev_torch.reading.source import Source
+from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.writing.progress import Progress
 
@@ -189,11 +188,11 @@ class _Verification:
                     yield _File(LABELS_IDX, LABELS_NAME, (None,), 0, self.md.n_examples, nbytes)
 
     def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
-        source = Source(ShardStore(self.shards_dir, (self.md, self.info)))
-        with contextlib.closing(source.store), Progress(nbytes, "verifying", "B", progress) as bar:
+        store = ShardStore(self.shards_dir, (self.md, self.info))
+        with contextlib.closing(store), Progress(nbytes, "verifying", "B", progress) as bar:
             several = itertools.chain.from_iterable(map(self._cut, files))
             tasks = (Task(functools.partial(self._read_and_check, pieces, bar)) for pieces in several)
-            run_tasks("saev_torch verify", n_threads, Pace(count_cores()), source.open_reader, tasks)
+            run_tasks("saev_torch verify", n_threads, Pace(count_cores()), functools.partial(CallReader, store), tasks)
 
     def _cut(self, file: _File) -> Iterator[list[_Piece]]:
         width = self.md.content_tokens_per_example if file.idx == LABELS_IDX else self.md.example_nbytes
