@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import factory
@@ -326,3 +327,24 @@ def test_histogram_quantiles_are_within_a_bin() -> None:
 def test_cache_dir_ignores_a_relative_path(monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert statistics._cache_dir() == Path.home() / ".cache" / "saev_torch"
+
+
+def test_an_error_keeps_nothing_of_its_caller(make_shards) -> None:
+    """What the caller holds, a model perhaps, is gone with it, not when the garbage collector comes."""
+    seen: list[weakref.ref[np.ndarray]] = []
+
+    def fail(cfg: OrderedConfig) -> None:
+        large = np.zeros(1)
+        seen.append(weakref.ref(large))
+        try:
+            compute_statistics(cfg, cache=False, progress=lambda done, total: 1 / 0)
+        except ZeroDivisionError:
+            seen.append(seen[0])
+
+    gc.disable()
+    try:
+        fail(OrderedConfig(shards=make_shards(Spec(n_examples=60)), layer=3))
+        assert len(seen) == 2
+        assert seen[0]() is None
+    finally:
+        gc.enable()

@@ -122,6 +122,14 @@ def test_a_table_that_never_answers(shards_dir):
     assert "got a FIFO" in fault.what
 
 
+def test_the_size_of_a_file_without_examples_is_no_fault(make_shards):
+    """It follows an exact multiple, and nobody reads it; what is wrong elsewhere is still found."""
+    shards = make_shards(Spec(n_examples=8))
+    assert verify(shards, finite=True).ok
+    os.truncate(shards / "acts000002.bin", 100)
+    assert verify(shards, finite=True).ok
+
+
 def test_a_directory_of_saev(make_shards):
     """No sidecar: sizes only, and values on request."""
     report = verify(make_shards())

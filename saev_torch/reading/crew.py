@@ -37,7 +37,11 @@ def guarded(target: Callable[[], None], on_error: Callable[[BaseException], None
         if isinstance(caught, MemoryError):
             err = ReadError(f"buffer_size: no memory is left ({caught}); lower it, or the number of workers.")
             err.__cause__ = caught
-        on_error(err)
+        try:
+            on_error(err)
+        finally:
+            # The traceback keeps this frame, which must not keep the error.
+            del err
 
 
 def start_threads(threads: list[threading.Thread]) -> None:
@@ -159,4 +163,9 @@ def run_tasks(
         for thread in crew.threads:
             thread.join()
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            # The traceback keeps this frame, which must not keep the error, nor what the tasks were for.
+            errors.clear()
+            del crew, tasks

@@ -102,19 +102,19 @@ class Reader(abc.ABC):
         """
         vector = np.array([memory.ctypes.data, 0])
         address = vector.ctypes.data
-        with self.store.opened(shard) as fd:
-            for offset, nbytes in ranges:
-                began, vector[1] = time.monotonic(), nbytes
-                self.spot.where, self.spot.since = functools.partial(tuple[int, int], (shard, offset)), began
+        for offset, nbytes in ranges:
+            began, vector[1] = time.monotonic(), nbytes
+            self.spot.where, self.spot.since = functools.partial(tuple[int, int], (shard, offset)), began
+            with self.store.opened(shard) as fd:
                 n = _preadv(fd, address, 1, offset)
-                if n != nbytes:
-                    code = ctypes.get_errno()
-                    extents = Extents.in_a_row(memory, *(np.array([x]) for x in (shard, offset, nbytes)))
-                    self._finish_one(extents, 0, n, code)
-                self.spot.where = None
-                if self.pace is not None:
-                    self.pace.note(nbytes, 1, time.monotonic() - began)
-                yield nbytes
+            if n != nbytes:
+                code = ctypes.get_errno()
+                extents = Extents.in_a_row(memory, *(np.array([x]) for x in (shard, offset, nbytes)))
+                self._finish_one(extents, 0, n, code)
+            self.spot.where = None
+            if self.pace is not None:
+                self.pace.note(nbytes, 1, time.monotonic() - began)
+            yield nbytes
 
     @abc.abstractmethod
     def _read(self, extents: Extents, start: int, stop: int) -> None: ...

@@ -56,6 +56,8 @@ class ShardStore:
         self.shards_dir = Path(shards_dir)
         self.metadata, self.shards = tables or (Metadata.load(self.shards_dir), ShardInfo.load(self.shards_dir))
         self.identities = None if tables else self.shards.check_files(self.shards_dir, self.metadata)
+        # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
+        self.advice = os.POSIX_FADV_RANDOM
         self.has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
         self._forget()
 
@@ -98,20 +100,26 @@ class ShardStore:
         key = shard_idx, direct
         with self._lock:
             held = self._open.get(key)
+            if held is not None:
+                self._keep(key, held)
         if held is None:
             # Not under the lock: opening may hang, and then `close` must not.
-            held = _Descriptor(self._open_again(shard_idx, direct))
-        with self._lock:
-            held = self._open.setdefault(key, held)
-            self._kept[key] = held
-            self._kept.move_to_end(key)
-            while len(self._kept) > self._limit:
-                self._kept.popitem(last=False)
+            opened = _Descriptor(self._open_again(shard_idx, direct))
+            with self._lock:
+                held = self._open.setdefault(key, opened)
+                self._keep(key, held)
+            del opened
         try:
             yield held.fd
         finally:
             # Who keeps an error does not keep the file open.
             del held
+
+    def _keep(self, key: tuple[int, bool], held: _Descriptor) -> None:
+        self._kept[key] = held
+        self._kept.move_to_end(key)
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
 
     def drop(self, shard_idx: int) -> None:
         """Forget the descriptor of a shard, so that it is opened anew: a network file system may have lost it."""
@@ -165,8 +173,7 @@ class ShardStore:
         try:
             self._check(shard_idx, os.fstat(fd))
             if shard_idx != LABELS_IDX:
-                # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                os.posix_fadvise(fd, 0, 0, self.advice)
                 if direct:
                     with contextlib.suppress(OSError):
                         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
@@ -176,7 +183,7 @@ class ShardStore:
         return fd
 
     def _check(self, shard_idx: int, stat: os.stat_result) -> None:
-        if shard_idx != LABELS_IDX:
+        if shard_idx != LABELS_IDX and self.shards[shard_idx].n_examples:
             check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, stat.st_size)
         known = (-1, -1) if self.identities is None else tuple(self.identities[shard_idx].tolist())
         # One of the two alone proves nothing: `touch` changes the time, and some file systems number anew.
