@@ -18,6 +18,7 @@ from saev_torch import (
     ShuffledDataLoader,
 )
 
+pytestmark = pytest.mark.usefixtures("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -82,7 +83,6 @@ class Simulation(Runtime):
 @pytest.fixture(params=["simulated", pytest.param("real", marks=needs_cuda)])
 def runtime(request, monkeypatch):
     if request.param == "real":
-        request.getfixturevalue("cuda")
         return Runtime()
     cuda = simulated_cuda.SimulatedCuda()
     cuda.install(monkeypatch)
@@ -96,7 +96,6 @@ def slow_config(make_shards):
     return ShuffledConfig(shards=shards, layer=0, batch_size=256, buffer_size=8)
 
 
-@pytest.mark.usefixtures("cuda")
 @needs_cuda
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_what_arrives_is_what_was_read(config, n_workers):
@@ -256,7 +255,6 @@ def check(runtime, got, config):
     assert n_wrong == 0, f"{n_wrong} of {len(wanted)} batches are wrong"
 
 
-@pytest.mark.usefixtures("cuda")
 @needs_cuda
 def test_pinned_collation_gives_page_locked_batches(config):
     loader = DataLoader(ShuffledActivations(config), batch_size=None, num_workers=2, pin_memory=True)
