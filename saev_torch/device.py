@@ -24,6 +24,9 @@ _Lock: TypeAlias = "weakref.finalize[..., Any]"
 _locked: set[int] = set()
 """Addresses of memory that is page-locked."""
 
+_orphans: list[Any] = []
+"""What a forked child keeps of its parent's iterators: dropping a CUDA event there would abort the process."""
+
 
 def _succeeded(code: Any) -> bool:
     """Whether a call of CUDA's did, by what it returned; if not, the error ends here."""
@@ -124,16 +127,17 @@ class DevicePrefetcher:
                 state = self.loader.state_dict() if has_state else None  # type: ignore[attr-defined]
                 with torch.cuda.device(self.device), torch.cuda.stream(stream):
                     copy = _locked_batch(batch, locks).to(self.device, non_blocking=True)
-                    event = stream.record_event()
-                del batch
-                ready.append((event, copy, state))
+                    ready.append((stream.record_event(), copy, state))
+                del batch, copy
                 if len(ready) > self.n_ahead:
                     yield self._hand_out(*ready.popleft())
             while ready:
                 yield self._hand_out(*ready.popleft())
         finally:
-            # A forked child ends its copy of this iterator, too.
-            if os.getpid() == pid:
+            # A forked child ends its copy of this iterator, too, and cannot call CUDA.
+            if os.getpid() != pid:
+                _orphans.append(ready)
+            else:
                 torch.cuda.synchronize(self.device)
                 release_copied()
                 # From memory that stayed locked, a user's own `tensor.to(device, non_blocking=True)` would return at

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import multiprocessing
+import sys
 
 import pytest
 import simulated_cuda
@@ -80,13 +81,16 @@ class Simulation(Runtime):
         self.step = cuda.launch
 
 
-@pytest.fixture(params=["simulated", pytest.param("real", marks=needs_cuda)])
-def runtime(request, monkeypatch):
-    if request.param == "real":
-        return Runtime()
+@pytest.fixture
+def simulated(monkeypatch):
     cuda = simulated_cuda.SimulatedCuda()
     cuda.install(monkeypatch)
     return Simulation(cuda)
+
+
+@pytest.fixture(params=["simulated", pytest.param("real", marks=needs_cuda)])
+def runtime(request):
+    return Runtime() if request.param == "real" else request.getfixturevalue("simulated")
 
 
 @pytest.fixture
@@ -175,26 +179,39 @@ def test_an_asynchronous_copy_of_a_locked_batch(runtime, slow_config, n_workers)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_processes_may_be_forked_while_memory_is_locked(runtime, config, capfd):
-    """A child drops its copies of what the parent has locked, and ends its iterators; it has no CUDA to ask."""
+def test_processes_may_be_forked_while_memory_is_locked(runtime, config, capfd, monkeypatch):
+    """A child drops its copies of what the parent has locked, and has no CUDA to ask."""
+    # pytest's own hook would keep to itself what happens in a child.
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     loader = make_loader(config, 2)
     assert all(DevicePrefetcher(loader, "cuda"))
-    iterator = iter(DevicePrefetcher(loader, "cuda"))
-    for _ in range(4):
-        next(iterator)
-    own = iter(DevicePrefetcher(ShuffledActivations(config), "cuda"))
-    next(own)
+    iterator, own = iterate_both(loader, config)
     assert len(list(make_loader(config, 2))) == len(loader)
+    # Nor has it unlocked anything of its parent's: what is left arrives.
+    assert len(list(iterator)) == len(list(own)) == len(loader) - 12
+    err = capfd.readouterr().err
+    assert "Exception ignored" not in err
+    assert "CUDA" not in err
+
+
+def test_a_forked_child_may_end_its_copies_of_iterators(simulated, config, capfd):
+    loader = make_loader(config, 2)  # kept: torch's iterator over it would end the workers where it is dropped
+    iterator, own = iterate_both(loader, config)
     child = multiprocessing.get_context("fork").Process(target=end, args=([iterator, own], ShuffledActivations(config)))
     child.start()
     child.join()
     assert child.exitcode == 0
-    # Nor has it unlocked anything of its parent's: what is left arrives.
-    assert len(list(iterator)) == len(loader) - 4
-    assert len(list(own)) == len(loader) - 1
-    err = capfd.readouterr().err
-    assert "Exception ignored" not in err
-    assert "CUDA" not in err
+    assert len(list(iterator)) == len(list(own)) == len(loader) - 12
+    assert "CUDA" not in capfd.readouterr().err
+
+
+def iterate_both(loader, config):
+    iterators = iter(DevicePrefetcher(loader, "cuda")), iter(DevicePrefetcher(ShuffledActivations(config), "cuda"))
+    for iterator in iterators:
+        # Enough for memory to be locked that no batch uses just now.
+        for _ in range(12):
+            next(iterator)
+    return iterators
 
 
 def end(iterators, data_set):
