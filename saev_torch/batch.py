@@ -1,5 +1,6 @@
 """A batch of activations: a dict of tensors that may live in reusable memory."""
 
+import os
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
@@ -15,6 +16,9 @@ from saev_torch.resume.state import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]
 """Key, numpy dtype, byte offset and shape of a tensor in a slot."""
+
+_copies: set[tuple[torch.cuda.Event, int, tuple[torch.Tensor, ...]]] = set()
+"""Copies to a GPU that may not have finished: an event behind each, the process that made it, and what is copied."""
 
 
 class ActivationBatch(dict[str, torch.Tensor]):
@@ -46,8 +50,14 @@ class ActivationBatch(dict[str, torch.Tensor]):
         return self._digest
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
-        """Copy the tensors to a device; see `torch.Tensor.to`."""
-        return type(self)({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
+        """Copy the tensors to a device; see `torch.Tensor.to`.
+
+        With `non_blocking`, the batch may be dropped at once: its memory is not reused before the copy has finished.
+        """
+        moved = type(self)({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
+        if non_blocking:
+            _keep_until_copied(self, moved)
+        return moved
 
     def pin_memory(self) -> Self:
         """Copy the tensors to page-locked memory; see `torch.Tensor.pin_memory`."""
@@ -62,7 +72,27 @@ class ActivationBatch(dict[str, torch.Tensor]):
         return type(self), (dict(self),)
 
 
+def _keep_until_copied(batch: ActivationBatch, moved: ActivationBatch) -> None:
+    release_copied()
+    # From other memory CUDA returns once it has read all.
+    kept = tuple(tensor for key, tensor in batch.items() if moved[key].is_cuda and tensor.is_pinned())
+    if kept:
+        device = next(tensor.device for tensor in moved.values() if tensor.is_cuda)
+        _copies.add((torch.cuda.current_stream(device).record_event(), os.getpid(), kept))
+
+
+def release_copied() -> None:
+    """Let go of the memory of copies to a GPU that have finished; done whenever a batch is made or copied."""
+    for copy in tuple(_copies):
+        event, pid, _ = copy
+        # A forked child has these too, and cannot ask CUDA.
+        if pid == os.getpid() and event.query():  # type: ignore[no-untyped-call]
+            _copies.discard(copy)
+
+
 def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
+    if _copies:
+        release_copied()
     memory = lease.array()
     batch = ActivationBatch()
     batch.memory = lease.owner

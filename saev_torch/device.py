@@ -1,54 +1,76 @@
 """Batches on the device before the training step asks for them.
 
-A batch is copied from the memory that it was read into: its slot is page-locked in place, once, and reused, so no byte
-crosses the host's memory again. The slot is kept until the copy on the side stream has finished.
+A batch is copied from the memory that it was read into: its slot is page-locked in place, once an epoch, and reused, so
+no byte crosses the host's memory again. The slot is kept until the copy on the side stream has finished.
 """
 
 import collections
+import contextlib
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from saev_torch.batch import ActivationBatch
+from saev_torch.batch import ActivationBatch, release_copied
 from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError
+
+_Lock: TypeAlias = "weakref.finalize[..., Any]"
 
 _locked: set[int] = set()
 """Addresses of memory that is page-locked."""
 
-
-def _unlock(address: int) -> None:
-    _locked.discard(address)
-    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+_orphans: list[Any] = []
+"""What a forked child keeps of its parent's iterators: dropping a CUDA event there would abort the process."""
 
 
-def _page_lock(memory: NDArray[np.uint8]) -> bool:
-    """Page-lock memory for as long as it lives; whether it is."""
+def _succeeded(code: Any) -> bool:
+    """Whether a call of CUDA's did, by what it returned; if not, the error ends here."""
+    if int(code) == 0:
+        return True
+    # CUDA remembers a refusal, and torch would blame the next kernel for it: one of no account takes it.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
+    return False
+
+
+def _unlock(address: int, pid: int) -> None:
+    # A forked child drops its copies of arrays too; it locked nothing itself, and cannot call CUDA.
+    if os.getpid() == pid:
+        _locked.discard(address)
+        _succeeded(torch.cuda.cudart().cudaHostUnregister(address))  # type: ignore[no-untyped-call]
+
+
+def _page_lock(memory: NDArray[np.uint8], locks: list[_Lock]) -> bool:
+    """Page-lock memory until it is gone, or until its lock, which goes to `locks`, is called; whether it is locked."""
     address = int(memory.ctypes.data)
     if address in _locked:
         return True
-    if int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)) != 0:  # type: ignore[no-untyped-call]
+    if not _succeeded(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)):  # type: ignore[no-untyped-call]
         return False
     _locked.add(address)
     # Runs before the memory is unmapped, because it belongs to the array that owns the mapping.
-    weakref.finalize(memory, _unlock, address).atexit = False
+    lock = weakref.finalize(memory, _unlock, address, os.getpid())
+    lock.atexit = False
+    locks.append(lock)
     return True
 
 
-def _locked_batch(batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    if isinstance(batch, ActivationBatch) and batch.memory is not None and _page_lock(batch.memory):
+def _locked_batch(batch: Mapping[str, torch.Tensor], locks: list[_Lock]) -> ActivationBatch:
+    if isinstance(batch, ActivationBatch) and batch.memory is not None and _page_lock(batch.memory, locks):
         return batch
-    return type(batch)({k: v if v.is_pinned() else v.pin_memory() for k, v in batch.items()})  # type: ignore[call-arg]
+    return ActivationBatch({k: v if v.is_pinned() else v.pin_memory() for k, v in batch.items()})
 
 
 class DevicePrefetcher:
     """Iterates over a loader, with the next batches copied to a device while the step runs.
 
-    Works for any loader of dicts of tensors. On the CPU it passes every batch through as it is.
+    Works for any loader of dicts of tensors. On the CPU it passes every batch through as it is. While it
+    iterates, what the loader yields is page-locked: to copy that yourself, use `batch.to`, which keeps its memory.
 
     Args:
         loader: What to iterate over. Do not set `pin_memory` there: that would be one more copy.
@@ -97,28 +119,31 @@ class DevicePrefetcher:
     def _iterate_cuda(self) -> Iterator[Mapping[str, torch.Tensor]]:
         has_state = hasattr(self.loader, "state_dict")
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        # Page-locked batches whose copy may not have finished: their memory must not be handed out again.
-        sources: collections.deque[tuple[torch.cuda.Event, Mapping[str, torch.Tensor]]] = collections.deque()
         ready: collections.deque[tuple[torch.cuda.Event, dict[str, torch.Tensor], Any]] = collections.deque()
+        locks: list[_Lock] = []
+        pid = os.getpid()
         try:
             for batch in self.loader:
                 state = self.loader.state_dict() if has_state else None  # type: ignore[attr-defined]
-                source = _locked_batch(batch)
                 with torch.cuda.device(self.device), torch.cuda.stream(stream):
-                    copy = ActivationBatch({k: v.to(self.device, non_blocking=True) for k, v in source.items()})
-                    event = stream.record_event()
-                sources.append((event, source))
-                del batch, source
-                ready.append((event, copy, state))
+                    copy = _locked_batch(batch, locks).to(self.device, non_blocking=True)
+                    ready.append((stream.record_event(), copy, state))
+                del batch, copy
                 if len(ready) > self.n_ahead:
                     yield self._hand_out(*ready.popleft())
-                while sources and sources[0][0].query():  # type: ignore[no-untyped-call]
-                    sources.popleft()
             while ready:
                 yield self._hand_out(*ready.popleft())
         finally:
-            for event, _ in sources:
-                event.synchronize()
+            # A forked child ends its copy of this iterator, too, and cannot call CUDA.
+            if os.getpid() != pid:
+                _orphans.append(ready)
+            else:
+                torch.cuda.synchronize(self.device)
+                release_copied()
+                # From memory that stayed locked, a user's own `tensor.to(device, non_blocking=True)` would return at
+                # once, and read what the next batch has put there: nobody else waits for it.
+                for lock in locks:
+                    lock()
 
     def _hand_out(self, event: torch.cuda.Event, copy: dict[str, torch.Tensor], state: Any) -> dict[str, torch.Tensor]:
         self._state = state

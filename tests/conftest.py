@@ -13,6 +13,7 @@ from typing import Any
 
 import factory
 import pytest
+import torch
 
 # How long after a test what it used may take to go away: worker processes end a moment after their loader.
 GRACE_S = 3.0
@@ -53,6 +54,14 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give each test, and its subprocesses, a cache folder of its own; return it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def cuda() -> None:
+    """What CUDA opens once and keeps for the life of the process, before `no_leaks` looks."""
+    if torch.cuda.is_available():
+        torch.zeros(1).pin_memory().to("cuda", non_blocking=True).add_(1)
+        torch.cuda.synchronize()
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +158,9 @@ def _shared_mappings() -> dict[Hashable, str]:
         _, mode, _, device, inode, *name = line.split(maxsplit=5)
         target = name[0].strip() if name else ""
         # Anonymous shared memory is a deleted /dev/zero; by inode, as one object may be mapped in pieces.
-        is_ours = target.startswith(("/memfd:", "/dev/zero", "/dev/shm/")) and mode.endswith("s")
+        # torch keeps page-locked memory for later, which CUDA maps as a deleted /dev/zero, too.
+        prefixes = ("/memfd:", "/dev/shm/") if torch.cuda.is_initialized() else ("/memfd:", "/dev/zero", "/dev/shm/")
+        is_ours = target.startswith(prefixes) and mode.endswith("s")
         if is_ours and not any(pool in target for pool in _POOLS):
             found[device, inode] = target
     return found

@@ -89,6 +89,7 @@ def test_to(batch):
     same(batch.to(torch.device("cpu"), non_blocking=True), batch)
 
 
+@pytest.mark.usefixtures("cuda")
 def test_pin_memory(batch):
     if not torch.accelerator.is_available():
         # Without an accelerator there is nothing to pin for; torch says so, and the data set is not in the way.

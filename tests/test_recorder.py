@@ -340,6 +340,7 @@ def test_find_blocks():
     assert find_blocks(Vision()) == [f"blocks.{i}" for i in range(4)]
 
 
+@pytest.mark.usefixtures("cuda")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_as_on_the_host(tmp_path):
     model, loader = rank_records.make_model(), DataLoader(rank_records.make_data(), batch_size=4, pin_memory=True)
