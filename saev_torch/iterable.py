@@ -15,14 +15,14 @@ from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Described
-from saev_torch.order.selection import Selection
+from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
 from saev_torch.resume.state import StreamDigest, dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
@@ -90,6 +90,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
     def __init__(self, cfg: BatchConfig, store: ShardStore, rank: int | None, world_size: int | None) -> None:
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
+        # A worker that counts again must find the same.
+        self._kept_digest: str | None = None
         self.n_samples = self._own_selection().n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
         self.counters = Counters()
@@ -103,8 +105,12 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             cfg = self.cfg
             ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
             with contextlib.closing(self._store.clone()) as store:
-                read_labels = Labels(store).of_examples
-                self._selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, read_labels)
+                labels = Labels(store)
+                selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, labels.of_examples)
+                if self._kept_digest not in (None, selection.kept_digest):
+                    raise labels_changed(store.path(LABELS_IDX))
+                labels.expect(selection)
+                self._selection, self._kept_digest = selection, selection.kept_digest
         return self._selection
 
     def set_epoch(self, epoch: int) -> None:
@@ -185,7 +191,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         return {"n_threads": _ORDERED_THREADS, "n_fills": 0}
 
     def _open_engine(self, plan: OrderedPlan | ShufflePlan, iteration: Iteration) -> Engine:
-        labels, start = Labels(self._store.clone()), iteration.start
+        labels, start = Labels(self._store.clone(), self._own_selection()), iteration.start
         selection = self._own_selection().reading_with(labels.of_examples)
         options = EngineOptions(
             buffer_size=self.cfg.buffer_size,
