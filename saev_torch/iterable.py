@@ -24,7 +24,7 @@ from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
-from saev_torch.resume.state import StreamDigest, dump_state, load_state
+from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
 
 _log = logging.getLogger("saev_torch")
@@ -36,6 +36,7 @@ class Batched(Described):
 
     cfg: BatchConfig
     n_samples: int
+    recording: Recording
     cursor: Cursor
     counters: Counters
 
@@ -81,7 +82,7 @@ class Batched(Described):
         Raises:
             StateError: It is no state, of a newer version, or of other data or another config.
         """
-        self.cursor.load(load_state(self.metadata, self.cfg, state))
+        self.cursor.load(load_state(self.metadata, self.recording, self.cfg, state))
 
 
 class Activations(Batched, IterableDataset[ActivationBatch]):
@@ -92,7 +93,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self._selection: Selection | None = None
         # A worker that counts again must find the same.
         self._kept_digest: str | None = None
-        self.n_samples = self._own_selection().n_samples
+        self.recording = Recording.of(store, self._own_selection())
+        self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
         self.counters = Counters()
 
@@ -138,7 +140,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             ConfigError: `n_batches` or `epoch` is no integer from 0 on.
         """
         position = self.cursor.position() if n_batches is None else self.cursor.position_after(n_batches, epoch)
-        return dump_state(self.metadata, self.cfg, position)
+        return dump_state(self.metadata, self.recording, self.cfg, position)
 
     def locate(self, batch_idx: int, epoch: int | None = None) -> dict[str, torch.Tensor]:
         """Tell which samples a batch holds, without reading activations.

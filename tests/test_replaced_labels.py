@@ -1,4 +1,4 @@
-"""labels.bin is replaced or rewritten while a data set selects by it: batches are right, or an error of ours says so."""
+"""labels.bin is replaced or rewritten while a data set selects by it: right batches, or an error of ours."""
 
 import contextlib
 import os
