@@ -121,6 +121,11 @@ class Selection:
             first_sample = np.append(0, np.cumsum(counts)) * self.n_grid_layers
             self._kept = _Kept(_keep(ignore_labels), first_sample, read_labels)
             self.n_samples = int(first_sample[-1])
+            if not self.n_samples:
+                raise ConfigError(
+                    f"ignore_labels: expected that samples are left, got {sorted(set(ignore_labels))}, which are the "
+                    "labels of all tokens; ignore fewer."
+                )
 
     def reading_with(self, read_labels: LabelRows) -> "Selection":
         """The same selection, which reads labels with another function."""
