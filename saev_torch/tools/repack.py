@@ -39,8 +39,6 @@ def repack(
 
     The source is read-only. Where it has checksums they are compared on the way, so damage is not carried over. The
     new metadata differs from the old in the fields that had to change; examples are numbered anew, in the order given.
-    Where they are not all of the source's, in its order, the field `data` says which they are: behind the pickle, where
-    that is what it holds, so that others go on reading it.
 
     Args:
         shards_dir: The source, of any protocol.
@@ -61,19 +59,16 @@ def repack(
     store = ShardStore(Path(shards_dir))
     old = store.metadata
     layers = tuple(old.layers if layers is None else layers)
-    unknown = [layer for layer in layers if layer not in old.layers]
-    if unknown or not layers:
+    if not layers or not set(layers) <= set(old.layers):
         raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(layers)}.")
-    chosen: Sequence[int] = range(old.n_examples) if examples is None else examples
-    if not len(chosen) or not 0 <= min(chosen) <= max(chosen) < old.n_examples:
+    numbers = np.array(range(old.n_examples) if examples is None else examples, dtype=np.int64)
+    if not len(numbers) or not 0 <= numbers.min() <= numbers.max() < old.n_examples:
         raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got another or none.")
-    numbers = np.array(chosen, dtype=np.int64)
-    is_all = np.array_equal(numbers, np.arange(old.n_examples))
     new = dataclasses.replace(
         old,
-        data=old.data if is_all else _add_origin(old, numbers),
+        data=_describe(old, numbers),
         layers=layers,
-        n_examples=len(chosen),
+        n_examples=len(numbers),
         max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
         protocol=PROTOCOL,
     )
@@ -93,8 +88,13 @@ def repack(
     return writer.shards_dir
 
 
-def _add_origin(old: Metadata, examples: npt.NDArray[np.int64]) -> str:
-    """The field `data`, and which examples of which directory were taken: the hash covers it, so the name tells."""
+def _describe(old: Metadata, examples: npt.NDArray[np.int64]) -> str:
+    """The field `data`, and which examples of which directory were taken: the hash covers it, so the name tells.
+
+    It stands behind the pickle that others go on reading. Nothing is added where all are taken, in their order.
+    """
+    if np.array_equal(examples, np.arange(old.n_examples)):
+        return old.data
     steps = np.unique(np.diff(examples))
     if len(steps) > 1 or steps[:1] <= 0:
         which = f"{len(examples)} of SHA-256 {hashlib.sha256(examples.astype('<i8').tobytes()).hexdigest()[:16]}"
