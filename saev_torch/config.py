@@ -157,7 +157,7 @@ class ShuffledConfig(_Config):
         seed: Seed of the order.
         debug: Log what is opened and read.
         log_every_s: Seconds between two lines of progress in the log, with `debug`.
-        use_tmpdir: Read from a copy under `$TMPDIR`, made once per machine.
+        use_tmpdir: Read from a copy under `$TMPDIR`, made once per machine; without `$TMPDIR` warn, and read in place.
         n_lanes: Independent parts of the shuffle. A reading process serves whole lanes, so the number of reading
             processes (ranks times workers) should divide it.
         block_size: Consecutive samples that one lane reads at once; None chooses for good mixing.

@@ -13,18 +13,18 @@ from torch.utils.data import IterableDataset
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.format.localcopy import local_copy
+from saev_torch.format.localcopy import LocalCopy, local_copy
 from saev_torch.format.metadata import Described
-from saev_torch.order.selection import Selection
+from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
-from saev_torch.resume.state import StreamDigest, dump_state, load_state
+from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
 
 _log = logging.getLogger("saev_torch")
@@ -36,6 +36,7 @@ class Batched(Described):
 
     cfg: BatchConfig
     n_samples: int
+    recording: Recording
     cursor: Cursor
     counters: Counters
 
@@ -81,30 +82,46 @@ class Batched(Described):
         Raises:
             StateError: It is no state, of a newer version, or of other data or another config.
         """
-        self.cursor.load(load_state(self.metadata, self.cfg, state))
+        self.cursor.load(load_state(self.metadata, self.recording, self.cfg, state))
 
 
 class Activations(Batched, IterableDataset[ActivationBatch]):
     """What the ordered and the shuffled data set share: everything but the plan. Its cursor says where it stands."""
 
-    def __init__(self, cfg: BatchConfig, store: ShardStore, rank: int | None, world_size: int | None) -> None:
+    def __init__(
+        self,
+        cfg: BatchConfig,
+        store: ShardStore,
+        rank: int | None,
+        world_size: int | None,
+        copy: LocalCopy | None = None,
+    ) -> None:
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
-        self.n_samples = self._own_selection().n_samples
+        # Files under `$TMPDIR` stay there as long as this is held.
+        self._copy = copy
+        # A worker that counts again must find the same.
+        self._kept_digest: str | None = None
+        self.recording = Recording.of(store, self._own_selection())
+        self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
         self.counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The selection may hold a number for each example; a worker works it out again.
-        return {**self.__dict__, "_selection": None}
+        # The selection may hold a number for each example; a worker works it out again. Its parent holds the copy.
+        return {**self.__dict__, "_selection": None, "_copy": None}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
             cfg = self.cfg
             ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
             with contextlib.closing(self._store.clone()) as store:
-                read_labels = Labels(store).of_examples
-                self._selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, read_labels)
+                labels = Labels(store)
+                selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, labels.of_examples)
+                if self._kept_digest not in (None, selection.kept_digest):
+                    raise labels_changed(store.path(LABELS_IDX))
+                labels.expect(selection)
+                self._selection, self._kept_digest = selection, selection.kept_digest
         return self._selection
 
     def set_epoch(self, epoch: int) -> None:
@@ -132,7 +149,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             ConfigError: `n_batches` or `epoch` is no integer from 0 on.
         """
         position = self.cursor.position() if n_batches is None else self.cursor.position_after(n_batches, epoch)
-        return dump_state(self.metadata, self.cfg, position)
+        return dump_state(self.metadata, self.recording, self.cfg, position)
 
     def locate(self, batch_idx: int, epoch: int | None = None) -> dict[str, torch.Tensor]:
         """Tell which samples a batch holds, without reading activations.
@@ -185,7 +202,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         return {"n_threads": _ORDERED_THREADS, "n_fills": 0}
 
     def _open_engine(self, plan: OrderedPlan | ShufflePlan, iteration: Iteration) -> Engine:
-        labels, start = Labels(self._store.clone()), iteration.start
+        labels, start = Labels(self._store.clone(), self._own_selection()), iteration.start
         selection = self._own_selection().reading_with(labels.of_examples)
         options = EngineOptions(
             buffer_size=self.cfg.buffer_size,
@@ -269,7 +286,7 @@ class ShuffledActivations(Activations):
     cfg: ShuffledConfig
 
     def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
-        store = ShardStore(cfg.shards)
+        store, copy = ShardStore(cfg.shards), None
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:
             raise ConfigError(
@@ -277,8 +294,9 @@ class ShuffledActivations(Activations):
                 "which must be changed; choose a layer."
             )
         if cfg.use_tmpdir:
-            store = ShardStore(local_copy(cfg.shards, store.shards))
-        super().__init__(cfg, store, rank, world_size)
+            copy = local_copy(cfg.shards, store.shards)
+            store = ShardStore(copy.path)
+        super().__init__(cfg, store, rank, world_size, copy)
         if cfg.scale_norm:
             # Here, because all workers and epochs must have the same number.
             self.cursor.scale = compute_scale(cfg, self._store.clone(), self._own_selection())

@@ -82,13 +82,14 @@ class _TrainLoader(ShuffledDataLoader):
         place = None if trainer is None else self._places.get(_n_trained(trainer))
         if trainer is None or place is None:
             return super().state_dict()
-        state = dump_state(self.metadata, self.cfg, place)
+        state = dump_state(self.metadata, self.recording, self.cfg, place)
         return {**state, _N_TRAINED: _n_trained(trainer), _IS_OVER: _is_over(trainer)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; it holds if the trainer then turns out to have trained on as many batches."""
         super().load_state_dict(state)
-        self._places = {state.get(_N_TRAINED, -1): load_state(self.metadata, self.cfg, state)}
+        place = load_state(self.metadata, self.recording, self.cfg, state)
+        self._places = {state.get(_N_TRAINED, -1): place}
         self._next_is_new = state.get(_IS_OVER, False)
 
 

@@ -27,7 +27,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         if refused:
             raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
         self.cfg, self.metadata, self.n_samples = dataset.cfg, dataset.metadata, dataset.n_samples
-        self.cursor, self.counters = dataset.cursor, dataset.counters
+        self.recording, self.cursor, self.counters = dataset.recording, dataset.cursor, dataset.counters
         if kwargs.get("num_workers"):
             # A worker reports a stalled read by itself; one that was stopped says nothing.
             kwargs.setdefault("timeout", min(dataset.cfg.batch_timeout_s + _START_S, _MAX_TIMEOUT_S))

@@ -1,6 +1,8 @@
 """inspect, verify and repack, through the real command line."""
 
+import base64
 import dataclasses
+import pickle
 import re
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from factory import Spec, oracle, oracle_labels
 
-from saev_torch.errors import ConfigError, FormatError
+from saev_torch.errors import ConfigError, FormatError, WriteError
 from saev_torch.format.metadata import Metadata
 from saev_torch.tools.repack import repack
 from saev_torch.tools.verify import verify
@@ -103,8 +105,9 @@ def test_repack(shards_dir, tmp_path):
         "repack", shards_dir, root, "--layers=7", "--examples", "1:9:2", "--max-tokens-per-shard", "21"
     )
     assert (code, err) == (0, "")
+    data = base64.b64encode(f"opaque\nrepacked from {SPEC.hash()}: examples 1:8:2".encode()).decode()
     md = dataclasses.replace(
-        Metadata(**SPEC.metadata()), layers=(7,), n_examples=4, max_tokens_per_shard=21
+        Metadata(**SPEC.metadata()), layers=(7,), n_examples=4, max_tokens_per_shard=21, data=data
     )  # fmt: skip
     expected = write(tmp_path / "expected", md, oracle(SPEC)[1:9:2, 1:], oracle_labels(SPEC)[1:9:2])
     assert out == f"{root / expected.name}\n"
@@ -136,6 +139,26 @@ def test_what_repack_writes(make_shards, tmp_path, options):
     )
     assert content(found) == content(expected)
     assert verify(found).ok
+
+
+def test_other_examples_are_another_directory(make_shards, tmp_path):
+    """Be they as many, of the same source, or the same ones of another source."""
+    data = base64.b64encode(pickle.dumps({"root": "/data", "n": 7})).decode()
+    source, larger = make_shards(SPEC, data=data), make_shards(SPEC, data=data, n_examples=12)
+    chosen = [range(4), range(4, 8), range(3, -1, -1), range(0, 8, 2), [0, 1, 2, 9], [0, 2, 1, 9], range(10, -1, -1)]
+    taken = [repack(source, tmp_path, examples=examples) for examples in chosen]
+    taken.append(repack(larger, tmp_path, examples=chosen[0]))
+    assert len({path.name for path in [*taken, source, larger]}) == len(taken) + 2
+    for path in taken:
+        md = Metadata.load(path)
+        # What reads the original's description goes on reading it: a pickle ends where it says so.
+        assert pickle.loads(base64.b64decode(md.data, validate=True)) == {"root": "/data", "n": 7}
+        assert md.data != data
+        assert verify(path).ok
+    # The same again is the same directory, which is there.
+    with pytest.raises(WriteError, match=taken[1].name):
+        repack(source, tmp_path, examples=[4, 5, 6, 7])
+    assert Metadata.load(repack(source, tmp_path, layers=[7])).data == data
 
 
 def test_small_pieces(shards_dir, tmp_path, monkeypatch):

@@ -21,7 +21,14 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from saev_torch import OrderedConfig, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
+from saev_torch import (
+    ConfigError,
+    OrderedConfig,
+    ShuffledActivations,
+    ShuffledConfig,
+    ShuffledDataLoader,
+    compute_statistics,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,11 +116,16 @@ def test_drop_last_leaves_out_the_last_batch_only(made, kind):
     assert_same(list(make_data_set(dataclasses.replace(cfg, drop_last=True))), list(make_data_set(cfg))[:-1])
 
 
-def test_nothing_selected(made):
-    cfg = small(made, ignore_labels=list(range(256)))
-    for n_workers in (0, 2):
-        loader = ShuffledDataLoader(cfg, num_workers=n_workers)
-        assert (len(loader), loader.n_samples, list(loader)) == (0, 0, [])
+@pytest.mark.parametrize("ignored", [range(256), range(7)])
+@pytest.mark.parametrize("layer", [3, "all"])
+def test_nothing_selected(made, ignored, layer):
+    """Nobody wants to train for no steps, nor to know the moments of nothing."""
+    cfg = small(made, ignore_labels=list(ignored), layer=layer)
+    for make in (ShuffledActivations, ShuffledDataLoader, compute_statistics):
+        with pytest.raises(ConfigError, match=r"ignore_labels: expected that samples are left, got \[0, 1, .* fewer"):
+            make(cfg)
+    cfg = dataclasses.replace(cfg, tokens="all")
+    assert {int(i) for batch in make_data_set(cfg) for i in batch["token_idx"]} == {-1}
 
 
 # The same sequence, however it is read

@@ -18,8 +18,8 @@ import pytest
 
 # What the leader of the session may take on top of the fault's own time: on a busy machine processes start slowly.
 PATIENCE = 3.0 * float(os.environ.get("SAEV_TORCH_PATIENCE", "1"))
-# Files of torch's queues; locks of copies stay, which are empty; so do finished copies.
-MAY_STAY = re.compile(r"saev_torch-\d+/\w+(\.lock|/[\w.]+)")
+# Files of torch's queues; locks of copies stay; so do finished copies, and the notes of what they were made from.
+MAY_STAY = re.compile(r"saev_torch-\d+/\w+(\.lock|\.use|/[\w.]+)")
 
 
 @pytest.fixture(scope="session")

@@ -4,21 +4,25 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import contracts
 import factory
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from saev_torch import (
+    Metadata,
     OrderedActivations,
     OrderedConfig,
     OrderedDataLoader,
+    ShardWriter,
     ShuffledActivations,
     ShuffledConfig,
     ShuffledDataLoader,
@@ -30,6 +34,8 @@ from saev_torch.resume.state import batch_digest
 pytestmark = pytest.mark.filterwarnings(contracts.MANY_WORKERS)
 
 Config = ShuffledConfig | OrderedConfig
+
+RECORDING = {"n_samples", "table", "checksums", "kept"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -480,6 +486,65 @@ def test_a_state_of_other_data_is_refused(small: Run, large: Run) -> None:
         ShuffledActivations(small.cfg).load_state_dict(state)
 
 
+def _record(root: Path, factor: float) -> Path:
+    spec = factory.Spec(n_examples=25, examples_per_shard=10)
+    with ShardWriter(root, Metadata(**spec.metadata())) as writer:
+        writer.write_batch(factory.oracle(spec) * np.float32(factor), 0, factory.oracle_labels(spec))
+    return writer.shards_dir
+
+
+def test_a_state_of_another_recording_is_refused(tmp_path: Path) -> None:
+    """The metadata are the same, the values are not; a copy is no other recording."""
+    cfg = ShuffledConfig(shards=_record(tmp_path / "a", 1), layer=7, batch_size=12, buffer_size=4)
+    state = ShuffledActivations(cfg).state_dict()
+    other = dataclasses.replace(cfg, shards=_record(tmp_path / "b", 2))
+    assert other.shards.name == cfg.shards.name
+    for source in (ShuffledActivations(other), ShuffledDataLoader(other)):
+        with pytest.raises(StateError, match=r"checksums: expected '[0-9a-f]{16}', got '[0-9a-f]{16}'"):
+            source.load_state_dict(state)
+    copy = shutil.copytree(cfg.shards, tmp_path / "c" / cfg.shards.name)
+    ShuffledActivations(dataclasses.replace(cfg, shards=copy)).load_state_dict(state)
+    # Who copies only what other readers need leaves the sidecar behind: then nothing is known, and nothing is refused.
+    (copy / "checksums.json").unlink()
+    known = ShuffledActivations(dataclasses.replace(cfg, shards=copy))
+    known.load_state_dict(state)
+    ShuffledActivations(other).load_state_dict(known.state_dict())
+
+
+def test_a_state_of_files_in_another_order_is_refused(tmp_path: Path) -> None:
+    cfg = ShuffledConfig(shards=factory.make_shards(tmp_path, n_examples=8), layer=7, batch_size=12, buffer_size=4)
+    state = ShuffledActivations(cfg).state_dict()
+    table = json.loads((cfg.shards / "shards.json").read_text())
+    table[:2] = table[1::-1]
+    (cfg.shards / "shards.json").write_text(json.dumps(table))
+    with pytest.raises(StateError, match=r"table: expected '[0-9a-f]{16}', got '[0-9a-f]{16}'"):
+        ShuffledActivations(cfg).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("flipped", "key"), [(True, "kept"), (False, "n_samples")])
+def test_a_state_of_other_labels_is_refused(tmp_path: Path, flipped: bool, key: str) -> None:
+    """Where they decide what is selected; else they only come with the batches."""
+    shards = factory.make_shards(tmp_path, n_examples=25)
+    all_kept = ShuffledConfig(shards=shards, layer=7, batch_size=12, buffer_size=4)
+    cfg = dataclasses.replace(all_kept, ignore_labels=[0, 1])
+    states = [ShuffledActivations(one).state_dict() for one in (cfg, all_kept)]
+    labels = factory.oracle_labels(factory.Spec(n_examples=25))
+    (np.flip(labels, axis=1) if flipped else labels // 2).tofile(shards / "labels.bin")
+    with pytest.raises(StateError, match=f"{key}: expected .*, got "):
+        ShuffledActivations(cfg).load_state_dict(states[0])
+    ShuffledActivations(all_kept).load_state_dict(states[1])
+
+
+def test_a_state_of_before_loads(small: Run) -> None:
+    """It does not say which recording it belongs to; one that says so must say all."""
+    loader = make_loader(small.cfg)
+    take(loader, 5)
+    state = loader.state_dict()
+    before = {key: value for key, value in state.items() if key not in RECORDING}
+    assert len(before) == len(state) - len(RECORDING)
+    contracts.assert_same(list(make_loader(small.cfg, state=before)), small.rest(0, 5))
+
+
 def test_a_state_of_the_other_order_is_refused(small: Run) -> None:
     ordered = OrderedActivations(OrderedConfig(shards=small.cfg.shards, layer=7, batch_size=12))
     with pytest.raises(StateError, match="order: expected 'shuffled', got 'ordered'"):
@@ -500,6 +565,12 @@ def test_a_state_of_the_other_order_is_refused(small: Run) -> None:
         ({"batch": 1.5}, "batch: expected an integer from 0 on, got 1.5"),
         ({"batch": True}, "batch: expected an integer from 0 on, got True"),
         ({"rank": None}, "rank: expected an integer from 0 on, got None"),
+        ({"batch": 10**12}, "batch: expected at most 14, .* got 1000000000000"),
+        ({"batch": 15}, "batch: expected at most 14, .* got 15"),
+        ({"world_size": 0}, "world_size: expected an integer from 1 on, got 0"),
+        ({"rank": 1}, "rank: expected less than world_size, 1, got 1"),
+        ({"rank": 5, "world_size": 3}, "rank: expected less than world_size, 3, got 5"),
+        ({"n_samples": 7}, "n_samples: expected 150, got 7"),
         ({"digest": "xyz"}, "digest: expected 16 hex digits and a count, got 'xyz'"),
         ({"digest": 7}, "digest: expected 16 hex digits and a count, got 7"),
         ({"digest": None}, "digest: expected"),

@@ -12,7 +12,9 @@ zlib's CRC-32 takes its place, at 4 to 7 GB/s a core where it was measured.
 """
 
 import dataclasses
+import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from saev_torch.errors import ConfigError, FormatError
-from saev_torch.format.files import read_json, short, write_atomic
+from saev_torch.errors import ConfigError, FormatError, SaevTorchError
+from saev_torch.format.files import open_regular, read_json, short, write_atomic
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import SHARDS_NAME
 
@@ -34,6 +36,7 @@ except ImportError:
 CHECKSUMS_NAME = "checksums.json"
 ALGORITHM = "crc32" if xxh3_64_intdigest is None else "xxh3"
 _VERSION = 1
+_END_NBYTES = 64
 _KEYS = {"version", "algorithm", "acts", "labels", "files", "crc32"}
 
 
@@ -122,6 +125,23 @@ class Checksums:
                 "it is of another data set"
             ) from err
         return cls(acts, labels, files, obj["algorithm"])
+
+
+def checksums_digest(shards_dir: Path) -> str | None:
+    """Digest checksums.json, in 16 hex digits, without reading all of it; None where there is none that can be read."""
+    try:
+        fd = open_regular(shards_dir, CHECKSUMS_NAME)
+    except SaevTorchError:
+        return None
+    try:
+        nbytes = os.fstat(fd).st_size
+        # The checksum of the rest comes last.
+        end = os.pread(fd, _END_NBYTES, max(0, nbytes - _END_NBYTES))
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return hashlib.sha256(b"%d\0%b" % (nbytes, end)).hexdigest()[:16]
 
 
 def _own_crc(obj: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ grid has one layer; with `layer="all"` it has all of them.
 
 import copy
 import dataclasses
+import hashlib
 import operator
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.config import LayerSpec, TokenKind
-from saev_torch.errors import ConfigError
+from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.runs import expand_runs
 
@@ -44,6 +45,26 @@ def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
     return tuple(found)
 
 
+def count_kept(md: Metadata, ignore_labels: Sequence[int], read: LabelRows) -> tuple[_Int64s, str]:
+    """Count the content tokens that are left of each example, `[n_examples]`, and digest which: 16 hex digits."""
+    keep, digest = _keep(ignore_labels), hashlib.sha256()
+    counts = np.empty(md.n_examples, dtype=np.int64)
+    # 4 MB of labels at a time, so that memory does not follow the data.
+    step = max(1, (4 << 20) // md.content_tokens_per_example)
+    for start in range(0, md.n_examples, step):
+        examples = np.arange(start, min(md.n_examples, start + step), dtype=np.int64)
+        is_kept = keep[read(examples)]
+        counts[examples] = is_kept.sum(axis=1)
+        digest.update(np.packbits(is_kept).tobytes())
+    return counts, digest.hexdigest()[:16]
+
+
+def _keep(ignore_labels: Sequence[int]) -> NDArray[np.bool_]:
+    keep = np.ones(256, dtype=np.bool_)
+    keep[list(ignore_labels)] = False
+    return keep
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kept:
     """What `ignore_labels` leaves: labels, `[256] bool`, and how many samples are before each example, and in all."""
@@ -62,6 +83,7 @@ class Selection:
         n_parts: Rows on disk that make one sample: the number of layers side by side, else 1.
         sample_nbytes: Bytes of one sample's activations.
         has_parts: Whether layers are side by side in a sample, be it only one: then its parts are an axis of it.
+        kept_digest: Digest of which content tokens are left of each example; None where no labels are ignored.
     """
 
     def __init__(
@@ -89,25 +111,21 @@ class Selection:
         n_tokens = {"special": 1, "content": md.content_tokens_per_example, "all": md.tokens_per_example}
         self._n_tokens = n_tokens[tokens]
         self.n_samples = md.n_examples * self.n_grid_layers * self._n_tokens
+        self.kept_digest: str | None = None
         self._kept: _Kept | None = None
         if ignore_labels:
             if read_labels is None:
                 raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
-            self._kept = self._count_kept(ignore_labels, read_labels)
-            self.n_samples = int(self._kept.first_sample[-1])
-
-    def _count_kept(self, ignore_labels: Sequence[int], read: LabelRows) -> _Kept:
-        keep = np.ones(256, dtype=np.bool_)
-        keep[list(ignore_labels)] = False
-        n = self.md.n_examples
-        first = np.zeros(n + 1, dtype=np.int64)
-        # 4 MB of labels at a time, so that memory does not follow the data.
-        step = max(1, (4 << 20) // self.md.content_tokens_per_example)
-        for start in range(0, n, step):
-            examples = np.arange(start, min(n, start + step), dtype=np.int64)
-            first[examples + 1] = keep[read(examples)].sum(axis=1)
-        first[1:] += self.n_special if self.tokens == "all" else 0
-        return _Kept(keep, np.cumsum(first) * self.n_grid_layers, read)
+            counts, self.kept_digest = count_kept(md, ignore_labels, read_labels)
+            counts += self.n_special if tokens == "all" else 0
+            first_sample = np.append(0, np.cumsum(counts)) * self.n_grid_layers
+            self._kept = _Kept(_keep(ignore_labels), first_sample, read_labels)
+            self.n_samples = int(first_sample[-1])
+            if not self.n_samples:
+                raise ConfigError(
+                    f"ignore_labels: expected that samples are left, got {sorted(set(ignore_labels))}, which are the "
+                    "labels of all tokens; ignore fewer."
+                )
 
     def reading_with(self, read_labels: LabelRows) -> "Selection":
         """The same selection, which reads labels with another function."""
@@ -170,6 +188,9 @@ class Selection:
         mask = np.zeros((len(examples), self.md.tokens_per_example), dtype=np.bool_)
         mask[:, self.n_special :] = kept.keep[kept.read(examples)]
         mask[:, : self.n_special] = self.tokens == "all"
+        counted = kept.first_sample[examples + 1] - kept.first_sample[examples]
+        if not np.array_equal(mask.sum(axis=1) * self.n_grid_layers, counted):
+            raise labels_changed()
         return mask
 
     def samples(self, cells: _Int64s) -> _Int64s:
@@ -233,6 +254,14 @@ class Selection:
         if not self.layer_is_all:
             layers = layers + self.layer_idxs[0]
         return shards, (in_shard * len(self.md.layers) + layers) * self.md.tokens_per_example + tokens
+
+
+def labels_changed(path: object = "labels.bin") -> FormatError:
+    """The error where labels select other samples than those that were counted."""
+    return FormatError(
+        f"{path}: expected the labels that ignore_labels selected by, got others: it was written while it was in use; "
+        "start again, so that samples are counted anew."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

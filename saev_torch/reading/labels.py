@@ -1,14 +1,16 @@
 """Labels of content tokens, by example, by runs of bytes, and by cells."""
 
+import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ConfigError
-from saev_torch.format.shards import LABELS_NAME
+from saev_torch.format.shards import LABELS_NAME, identify
 from saev_torch.order.runs import expand_runs
-from saev_torch.order.selection import Selection
+from saev_torch.order.selection import Selection, count_kept, labels_changed
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Spot
 from saev_torch.reading.store import LABELS_IDX, ShardStore
@@ -21,17 +23,27 @@ _MAX_KEPT_NBYTES = 32 << 20
 
 
 class Labels:
-    """The labels.bin of a store. Threads may share it.
+    """The labels.bin of a store, by which a selection was made, if one is given. Threads may share it.
 
-    Each method raises `ReadError` where reading failed, or the file became shorter.
+    Each method raises `ReadError` where reading failed, or the file became shorter, and `FormatError` where the file
+    was written since, so that it selects something else.
     """
 
-    def __init__(self, store: ShardStore) -> None:
+    def __init__(self, store: ShardStore, selection: Selection | None = None) -> None:
         self.store = store
         self._width = store.metadata.content_tokens_per_example
         self._nbytes = store.metadata.n_examples * self._width
         self._lock = threading.Lock()
         self._kept: _Labels | None = None
+        self._ignored: Sequence[int] = ()
+        self._digest: str | None = None
+        self._identity = None if store.identities is None else tuple(store.identities[LABELS_IDX].tolist())
+        if selection is not None:
+            self.expect(selection)
+
+    def expect(self, selection: Selection) -> None:
+        """Refuse labels, from now on, that select something else."""
+        self._ignored, self._digest = selection.ignore_labels, selection.kept_digest
 
     def of_examples(self, examples: _Int64s) -> _Labels:
         """Read the labels of examples, `[m, content_tokens_per_example] uint8`; fastest where examples ascend.
@@ -76,7 +88,21 @@ class Labels:
         labels = np.empty(int(lengths.sum()), dtype=np.uint8)
         extents = Extents.in_a_row(labels, np.full(len(starts), LABELS_IDX), starts, lengths)
         CallReader(self.store, spot=spot).read(extents, 0, len(starts))
+        if self._digest is not None:
+            self._check_identity()
         return labels
+
+    def _check_identity(self) -> None:
+        """Count again where the file was written, or is another one, since it was last looked at."""
+        with self.store.opened(LABELS_IDX) as fd:
+            identity = identify(os.fstat(fd))
+        if identity == self._identity:
+            return
+        # Not with this one's own method: it keeps what was read, and comes here again.
+        fresh = Labels(self.store)
+        if count_kept(self.store.metadata, self._ignored, fresh.of_examples)[1] != self._digest:
+            raise labels_changed(self.store.shards_dir / LABELS_NAME)
+        self._identity = identity
 
 
 def _find_runs(numbers: _Int64s) -> tuple[_Int64s, _Int64s]:

@@ -58,7 +58,9 @@ class ShardStore:
         self.identities = None if tables else self.shards.check_files(self.shards_dir, self.metadata)
         # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
         self.advice = os.POSIX_FADV_RANDOM
-        self.has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
+        # What comes after the check is left to the next one who checks.
+        has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
+        self.has_labels = has_labels if self.identities is None else bool((self.identities[LABELS_IDX] != -1).any())
         self._forget()
 
     def _forget(self) -> None:

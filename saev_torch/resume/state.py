@@ -7,11 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from saev_torch.config import BatchConfig, ShuffledConfig, is_integer
 from saev_torch.errors import StateError
+from saev_torch.format.checksums import checksums_digest
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
+from saev_torch.order.selection import Selection
+from saev_torch.reading.store import ShardStore
 
 MAX_COUNT = (1 << 62) - 1
 _VERSION = 1
@@ -101,6 +105,33 @@ class Position:
         return dataclasses.replace(self, epoch=self.epoch + 1, batch=0) if self.batch else self
 
 
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """What tells data apart that have the same metadata.
+
+    Attributes:
+        n_samples: Samples in the selection.
+        table: Digest of which files hold which examples.
+        checksums: Digest of the checksums of all values; None where there are none.
+        kept: Digest of which tokens `ignore_labels` leaves; None where it leaves all.
+    """
+
+    n_samples: int
+    table: str
+    checksums: str | None
+    kept: str | None
+
+    @classmethod
+    def of(cls, store: ShardStore, selection: Selection) -> "Recording":
+        """Describe what is selected of a store."""
+        table = repr([(shard.name, shard.n_examples) for shard in store.shards if shard.n_examples])
+        checksums = checksums_digest(store.shards_dir)
+        return cls(selection.n_samples, _digest(table), checksums, selection.kept_digest)
+
+
+_RECORDING = tuple(field.name for field in dataclasses.fields(Recording))
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -121,12 +152,13 @@ def _fingerprint(md: Metadata, cfg: BatchConfig) -> dict[str, Any]:
     return fields
 
 
-def dump_state(md: Metadata, cfg: BatchConfig, position: Position) -> dict[str, Any]:
+def dump_state(md: Metadata, recording: Recording, cfg: BatchConfig, position: Position) -> dict[str, Any]:
     """Make a state: under 1 KB, of JSON's types only."""
-    return {"version": _VERSION, **_fingerprint(md, cfg), **vars(position), "digest": str(position.digest)}
+    fingerprint = _fingerprint(md, cfg) | vars(recording)
+    return {"version": _VERSION, **fingerprint, **vars(position), "digest": str(position.digest)}
 
 
-def load_state(md: Metadata, cfg: BatchConfig, state: Any) -> Position:
+def load_state(md: Metadata, recording: Recording, cfg: BatchConfig, state: Any) -> Position:
     """Check a state against data and config, and find the place that it names; the `StateError` says what differs."""
     if not isinstance(state, dict) or "version" not in state:
         raise StateError(f"state: expected a dict with a version, as state_dict() makes it, got {short(state)}.")
@@ -136,11 +168,16 @@ def load_state(md: Metadata, cfg: BatchConfig, state: Any) -> Position:
     if version > _VERSION:
         raise StateError(f"state: version: expected at most {_VERSION}, got {version}; use a newer saev_torch.")
     expected = _fingerprint(md, cfg)
+    # States of before do not say which recording they belong to.
+    if any(key in state for key in _RECORDING):
+        expected |= vars(recording)
     missing = [key for key in (*expected, "epoch", "batch", "digest", "rank", "world_size") if key not in state]
     if missing:
         raise StateError(f"state: expected the keys {missing}, got none of them; it is incomplete.")
+    # A copy may lack the checksums.
+    known = [key for key in expected if key != "checksums" or None not in (expected[key], state[key])]
     # True == 1 in Python.
-    different = [key for key in expected if type(state[key]) is not type(expected[key]) or state[key] != expected[key]]
+    different = [key for key in known if type(state[key]) is not type(expected[key]) or state[key] != expected[key]]
     if different:
         lines = ", ".join(f"{key}: expected {short(expected[key])}, got {short(state[key])}" for key in different)
         raise StateError(
@@ -151,11 +188,24 @@ def load_state(md: Metadata, cfg: BatchConfig, state: Any) -> Position:
     for key, value in counts.items():
         if not is_integer(value, 0, MAX_COUNT):
             raise StateError(f"state: {key}: expected an integer from 0 on, got {short(value)}; it is damaged.")
+    _check_place(recording, cfg, counts["batch"], counts["rank"], counts["world_size"])
     try:
         digest = StreamDigest.parse(state["digest"])
     except (ValueError, AttributeError, TypeError) as err:
         raise StateError(f"state: digest: expected 16 hex digits and a count, got {short(state['digest'])}.") from err
     return Position(digest=digest, scale=_load_scale(cfg, state.get("scale")), **counts)
+
+
+def _check_place(recording: Recording, cfg: BatchConfig, batch: int, rank: int, world_size: int) -> None:
+    if world_size < 1:
+        raise StateError(f"state: world_size: expected an integer from 1 on, got {world_size}; it is damaged.")
+    if rank >= world_size:
+        raise StateError(f"state: rank: expected less than world_size, {world_size}, got {rank}; it is damaged.")
+    # A worker stands where its next batch would be, which is behind those of all others.
+    info = get_worker_info()
+    most = -(-recording.n_samples // cfg.batch_size) + world_size * (1 if info is None else info.num_workers)
+    if batch > most:
+        raise StateError(f"state: batch: expected at most {most}, the end of an epoch, got {batch}; it is damaged.")
 
 
 def _load_scale(cfg: BatchConfig, scale: Any) -> float | None:

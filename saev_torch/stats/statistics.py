@@ -163,7 +163,9 @@ def compute_statistics(
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
     ignore_labels = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
     with contextlib.closing(ShardStore(cfg.shards)) as store:
-        selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, Labels(store).of_examples)
+        labels = Labels(store)
+        selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, labels.of_examples)
+        labels.expect(selection)
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
 
 
@@ -179,7 +181,9 @@ def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) 
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
     with contextlib.closing(store):
         # The epoch that follows finds in the page cache what was read for this.
-        return _compute(store, selection.reading_with(Labels(store).of_examples), n_sampled, is_only=False).scale
+        return _compute(
+            store, selection.reading_with(Labels(store, selection).of_examples), n_sampled, is_only=False
+        ).scale
 
 
 def _compute(

@@ -1,8 +1,10 @@
 """`python -m saev_torch repack DIR ROOT`: fewer layers, another shard size, a subset of the examples."""
 
 import argparse
+import base64
 import contextlib
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,20 +59,20 @@ def repack(
     store = ShardStore(Path(shards_dir))
     old = store.metadata
     layers = tuple(old.layers if layers is None else layers)
-    unknown = [layer for layer in layers if layer not in old.layers]
-    if unknown or not layers:
+    if not layers or not set(layers) <= set(old.layers):
         raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(layers)}.")
-    chosen: Sequence[int] = range(old.n_examples) if examples is None else examples
-    if not len(chosen) or not 0 <= min(chosen) <= max(chosen) < old.n_examples:
+    numbers = np.array(range(old.n_examples) if examples is None else examples, dtype=np.int64)
+    if not len(numbers) or not 0 <= numbers.min() <= numbers.max() < old.n_examples:
         raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got another or none.")
     new = dataclasses.replace(
         old,
+        data=_describe(old, numbers),
         layers=layers,
-        n_examples=len(chosen),
+        n_examples=len(numbers),
         max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
         protocol=PROTOCOL,
     )
-    if new == old and list(chosen) == list(range(old.n_examples)):
+    if new == old:
         raise ConfigError("layers, examples, max_tokens_per_shard: expected a change, got what the source has.")
     source = _Examples(store, [old.layers.index(layer) for layer in layers])
     n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
@@ -79,11 +81,31 @@ def repack(
         ShardWriter(Path(shards_root), new) as writer,
         Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
     ):
-        for start in range(0, len(chosen), n_fit):
-            acts, labels = source.read(np.array(chosen[start : start + n_fit], dtype=np.int64))
+        for start in range(0, len(numbers), n_fit):
+            acts, labels = source.read(numbers[start : start + n_fit])
             writer.write_batch(acts, start, labels)
             bar.update(acts.nbytes)
     return writer.shards_dir
+
+
+def _describe(old: Metadata, examples: npt.NDArray[np.int64]) -> str:
+    """The field `data`, and which examples of which directory were taken: the hash covers it, so the name tells.
+
+    It stands behind the pickle that others go on reading. Nothing is added where all are taken, in their order.
+    """
+    if np.array_equal(examples, np.arange(old.n_examples)):
+        return old.data
+    steps = np.unique(np.diff(examples))
+    if len(steps) > 1 or steps[:1] <= 0:
+        which = f"{len(examples)} of SHA-256 {hashlib.sha256(examples.astype('<i8').tobytes()).hexdigest()[:16]}"
+    else:
+        which = f"{examples[0]}:{examples[-1] + 1}" + (f":{steps[0]}" if steps[:1] > 1 else "")
+    origin = f"\nrepacked from {old.hash}: examples {which}"
+    try:
+        return base64.b64encode(base64.b64decode(old.data, validate=True) + origin.encode()).decode()
+    except ValueError:
+        # Older protocols describe their data in words.
+        return old.data + origin
 
 
 class _Examples:
