@@ -224,12 +224,13 @@ class _Parts:
     def write(self, name: str, rows: npt.NDArray[Any], offset: int) -> None:
         """Write rows at an offset of a file, in bytes; the file is made where there is none."""
         with writing(self._shards_dir / name):
-            self._changed.add(name)
             fd = self._open(name)
             view = rows.data.cast("B")
             while view:
                 n_bytes = os.pwrite(fd, view[:_MAX_PWRITE_BYTES], offset)
                 view, offset = view[n_bytes:], offset + n_bytes
+            # Not before: a signal handler may ask for a checkpoint in the middle, which would take it.
+            self._changed.add(name)
 
     def take_changed(self) -> set[str]:
         """Return the files that were written since this was last asked."""

@@ -1,6 +1,8 @@
 """Writing shard directories: data first under hidden names, metadata.json last, so that what loads is complete."""
 
 import contextlib
+import os
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +40,8 @@ class ShardWriter:
     With `resume=True` the same program, run again after it was killed, continues: what a journal says is on disk is not
     written again, nor is it an error to give it again; `missing()` says what need not even be computed. A finished
     directory is left as it is. Data is forced to disk every 256 MB or 10 s, in the background.
+
+    Threads may share a writer: their batches are checked side by side, and written one after the other.
 
     Several processes may write one directory, each its own `example_range`; the last one to finish publishes. What is
     on disk in the end does not depend on how many there were.
@@ -81,7 +85,7 @@ class ShardWriter:
         # What was given in this `with` block, and with it what was on disk before.
         self._given, self._done = Ranges(), Ranges()
         self._has_labels: bool | None = None
-        self._is_open = False
+        self._is_open, self._pid = False, 0
 
     @property
     def published(self) -> bool:
@@ -101,7 +105,9 @@ class ShardWriter:
         self._given = Ranges()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="ShardWriter")
         self._checkpoints = _Checkpoints(self._unfinished, self._threads)
-        self._is_open = True
+        # Held while files and what is known of them change. A signal handler may ask for a checkpoint meanwhile.
+        self._lock = threading.RLock()
+        self._is_open, self._pid = True, os.getpid()
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
@@ -110,7 +116,14 @@ class ShardWriter:
         Raises:
             WriteError: Examples are missing, or the system refused; nothing is published.
         """
-        self._is_open = False
+        if os.getpid() != self._pid:
+            # A forked child leaves the block: all there is belongs to its parent.
+            return
+        with self._lock:
+            self._is_open = False
+            self._close(exc_type)
+
+    def _close(self, exc_type: type[BaseException] | None) -> None:
         try:
             if exc_type is None and not self.published:
                 missing = self.missing()
@@ -132,7 +145,10 @@ class ShardWriter:
     def missing(self) -> list[tuple[int, int]]:
         """Return the examples that are still to be written, as ranges `(start, stop)`, the second excluded."""
         start, stop = self.example_range
-        return list(self._done.gaps(stop, start))
+        # A child may have been forked while a thread held the lock.
+        is_shared = self._is_open and os.getpid() == self._pid
+        with self._lock if is_shared else contextlib.nullcontext():
+            return list(self._done.gaps(stop, start))
 
     def write_batch(
         self,
@@ -153,6 +169,15 @@ class ShardWriter:
         self._require_open()
         acts = check_activations(self.md, activations)
         start = check_start(start_idx, len(acts), self.example_range)
+        labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
+        if self._check_finite:
+            check_finite(acts, self.md, start)
+        with self._lock:
+            # Another thread may have closed it meanwhile.
+            self._require_open()
+            self._add(acts, start, labels)
+
+    def _add(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> None:
         stop = start + len(acts)
         overlap = self._given.overlap(start, stop)
         if overlap is not None:
@@ -160,14 +185,11 @@ class ShardWriter:
                 f"start_idx: expected each example once, got {start}..{stop}, of which "
                 f"{overlap[0]}..{overlap[1]} (end excluded) were written before"
             )
-        labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
         if len(acts) == 0:
             return
         if self._has_labels is (labels is None):
             got = "without" if labels is None else "with"
             raise WriteError(f"patch_labels: expected them for all batches or for none, got a batch {got} them")
-        if self._check_finite:
-            check_finite(acts, self.md, start)
         self._checkpoints.raise_failed()
         entries = []
         for low, high in self._done.gaps(stop, start):
@@ -186,11 +208,18 @@ class ShardWriter:
             WriteError: The writer is not open, or the system refused.
         """
         self._require_open()
-        self._checkpoints.force()
+        with self._lock:
+            self._require_open()
+            self._checkpoints.force()
 
     def _require_open(self) -> None:
         if not self._is_open:
             raise WriteError(f"{self.shards_dir}: expected an open writer; use `with ShardWriter(...) as writer:`")
+        if os.getpid() != self._pid:
+            raise WriteError(
+                f"{self.shards_dir}: expected the process that opened the writer, got a child of it; open one there, "
+                "with its own example_range"
+            )
 
     def _write(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> Entry:
         # The checksums are computed while the kernel copies: both let go of Python's lock.
