@@ -45,9 +45,29 @@ class ActivationBatch(dict[str, torch.Tensor]):
             self._digest = batch_digest(self)
         return self._digest
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
-        """Copy the tensors to a device; see `torch.Tensor.to`."""
-        return type(self)({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | torch.Tensor | None = None,
+        dtype: torch.dtype | bool | None = None,
+        non_blocking: bool = False,
+    ) -> Self:
+        """Copy the tensors to a device, cast the activations, or both, with the arguments of `torch.nn.Module.to`.
+
+        What is no floating point number, such as the number of an example, is never cast.
+        """
+        if isinstance(dtype, bool):
+            return self.to(device, None, dtype)
+        if isinstance(device, torch.Tensor):
+            return self.to(device.device, device.dtype, non_blocking)
+        if isinstance(device, torch.dtype):
+            return self.to(None, device, non_blocking)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"ActivationBatch.to: expected a floating point dtype, got {dtype}; cast tensors by name.")
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking)
+
+        return type(self)({key: convert(tensor) for key, tensor in self.items()})
 
     def pin_memory(self) -> Self:
         """Copy the tensors to page-locked memory; see `torch.Tensor.pin_memory`."""
