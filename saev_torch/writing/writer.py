@@ -17,7 +17,14 @@ from saev_torch.format.checksums import ALGORITHM, block_checksums
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
-from saev_torch.writing.incoming import check_activations, check_example_range, check_finite, check_labels, check_start
+from saev_torch.writing.incoming import (
+    check_activations,
+    check_example_range,
+    check_finite,
+    check_labels,
+    check_start,
+    is_same,
+)
 from saev_torch.writing.journal import Entry, Ranges
 from saev_torch.writing.unfinished import Unfinished
 
@@ -38,8 +45,9 @@ class ShardWriter:
                 writer.write_batch(activations, start_idx)
 
     With `resume=True` the same program, run again after it was killed, continues: what a journal says is on disk is not
-    written again, nor is it an error to give it again; `missing()` says what need not even be computed. A finished
-    directory is left as it is. Data is forced to disk every 256 MB or 10 s, in the background.
+    written again, nor is it an error to give it again; `missing()` says what need not even be computed. The first batch
+    that is given again is compared with what is there, as other data may have the same metadata. A finished directory
+    is left as it is. Data is forced to disk every 256 MB or 10 s, in the background.
 
     Threads may share a writer: their batches are checked side by side, and written one after the other.
 
@@ -102,7 +110,7 @@ class ShardWriter:
         if self._is_open:
             raise WriteError(f"{self.shards_dir}: expected one `with` block for a writer, got another inside it")
         self._done, self._has_labels = self._unfinished.open()
-        self._given = Ranges()
+        self._given, self._is_compared = Ranges(), False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="ShardWriter")
         self._checkpoints = _Checkpoints(self._unfinished, self._threads)
         # Held while files and what is known of them change. A signal handler may ask for a checkpoint meanwhile.
@@ -164,7 +172,8 @@ class ShardWriter:
             patch_labels: [batch, content_tokens_per_example] integers in 0..255; for all batches or for none.
 
         Raises:
-            WriteError: Wrong shape, dtype or range, an example that was written before, or the system refused.
+            WriteError: Wrong shape, dtype or range, an example that was written before, other values than those on disk
+                that they should continue, or the system refused.
         """
         self._require_open()
         acts = check_activations(self.md, activations)
@@ -191,6 +200,8 @@ class ShardWriter:
             got = "without" if labels is None else "with"
             raise WriteError(f"patch_labels: expected them for all batches or for none, got a batch {got} them")
         self._checkpoints.raise_failed()
+        if not self._is_compared:
+            self._compare(acts, start, labels)
         entries = []
         for low, high in self._done.gaps(stop, start):
             rows = slice(low - start, high - start)
@@ -200,6 +211,24 @@ class ShardWriter:
         self._done.add(start, stop)
         self._has_labels = labels is not None
         self._checkpoints.add(entries, sum(shard_nbytes(self.md, entry.stop - entry.start) for entry in entries))
+
+    def _compare(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> None:
+        """Refuse to continue what was written of other data, by the first examples that are given again."""
+        read, md = self._unfinished.parts.read, self.md
+        for i in range(*(self._done.overlap(start, start + len(acts)) or (0, 0))):
+            given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
+            raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
+            wrong = None if is_same(given, np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)) else "values"
+            if labels is not None and wrong is None:
+                n_labels = md.content_tokens_per_example
+                wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
+            if wrong is not None:
+                raise WriteError(
+                    f"{self.shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
+                    "those are of other data or another model under the same names; give another ckpt, data or "
+                    "dataset, or delete the directory"
+                )
+            self._is_compared = True
 
     def checkpoint(self) -> None:
         """Force to disk what was written, so that a resumed writer need not write it again; may take seconds.
