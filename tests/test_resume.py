@@ -199,7 +199,7 @@ def test_other_values_are_not_a_continuation(tmp_path, expected, first):
     """The first that are given again are compared, wherever they are, and nothing is written of a batch of others."""
     with interrupted(tmp_path, resume=True) as writer:
         writer.write_batch(oracle(MD)[:40], 0, oracle_labels(MD)[:40])
-    others = np.roll(oracle(MD), 1, axis=0)
+    others = np.ascontiguousarray(oracle(MD)[::-1])
     with ShardWriter(tmp_path, MD, resume=True) as writer:
         writer.write_batch(oracle(MD)[100:], 100, oracle_labels(MD)[100:])
         with pytest.raises(WriteError, match=rf"values on disk to be given again, got others for example {first}"):
