@@ -49,12 +49,30 @@ class ActivationBatch(dict[str, torch.Tensor]):
             self._digest = batch_digest(self)
         return self._digest
 
-    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Self:
-        """Copy the tensors to a device; see `torch.Tensor.to`.
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | torch.Tensor | None = None,
+        dtype: torch.dtype | bool | None = None,
+        non_blocking: bool = False,
+    ) -> Self:
+        """Copy the tensors to a device, cast the activations, or both, with the arguments of `torch.nn.Module.to`.
 
-        With `non_blocking`, the batch may be dropped at once: its memory is not reused before the copy has finished.
+        What is no floating point number, such as the number of an example, is never cast. With `non_blocking`, the
+        batch may be dropped at once: its memory is not reused before the copy has finished.
         """
-        moved = type(self)({k: v.to(device, non_blocking=non_blocking) for k, v in self.items()})
+        if isinstance(dtype, bool):
+            return self.to(device, None, dtype)
+        if isinstance(device, torch.Tensor):
+            return self.to(device.device, device.dtype, non_blocking)
+        if isinstance(device, torch.dtype):
+            return self.to(None, device, non_blocking)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"ActivationBatch.to: expected a floating point dtype, got {dtype}; cast tensors by name.")
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking)
+
+        moved = type(self)({key: convert(tensor) for key, tensor in self.items()})
         if non_blocking:
             _keep_until_copied(self, moved)
         return moved

@@ -12,6 +12,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import IndexedConfig
+from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Described
 from saev_torch.order.selection import IndexMap, Selection
 from saev_torch.order.steps import slot_nbytes
@@ -52,7 +53,7 @@ class _Samples(Sequence[_Sample]):
             return [self[j] for j in range(*i.indices(len(self)))]
         sample = _Sample(act=self.batch["act"][i])
         for key, column in self.batch.items():
-            if key != "act" and not (key == "token_label" and self.batch["token_idx"][i] < 0):
+            if key != "act":
                 sample[key] = int(column[i])
         return sample
 
@@ -60,6 +61,14 @@ class _Samples(Sequence[_Sample]):
 def _collate_samples(samples: Any, *, collate_fn_map: Any = None) -> Any:
     if isinstance(samples, _Samples):
         return samples.batch
+    # torch takes the keys of the first sample: the others would lose theirs.
+    keys = [set(sample) for sample in samples]
+    partial = set().union(*keys) - keys[0].intersection(*keys)
+    if partial:
+        raise ConfigError(
+            f"IndexedDataset: expected samples with the same keys, got {sorted(partial)} only in some; join data sets "
+            "of one kind, or give a collate_fn that says what to do"
+        )
     return torch.utils.data.default_collate([dict(sample) for sample in samples])
 
 
@@ -69,8 +78,9 @@ default_collate_fn_map[_Sample] = _collate_samples
 class IndexedDataset(Described, Dataset[dict[str, Any]]):
     """Random access to samples by number, in the order of the bytes on disk.
 
-    `ds[i]` is a dict of `act` (`[d_model] float32`), `example_idx`, `token_idx`, and where they exist `token_label` and
-    `layer`. `DataLoader(ds, batch_size=16384, shuffle=True)` reads a whole batch at once through `__getitems__`.
+    `ds[i]` is a dict of `act` (`[d_model] float32`), `example_idx`, `token_idx`, and where a batch has such a
+    column `token_label` (-1 for a special token) and `layer`. `DataLoader(ds, batch_size=16384, shuffle=True)` reads a
+    whole batch at once through `__getitems__`.
 
     Args:
         cfg: What to read.

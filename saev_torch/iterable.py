@@ -19,6 +19,7 @@ from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
+from saev_torch.processes.world import require_shared_once
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
@@ -128,8 +129,9 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         """Choose the epoch of the next iteration; the ones after it count on from there.
 
         Raises:
-            ConfigError: `epoch` is no integer from 0 on.
+            ConfigError: `epoch` is no integer from 0 on, or Accelerate shares the batches among ranks once more.
         """
+        require_shared_once(self.cursor.world)
         self.cursor.set_epoch(epoch)
 
     def state_dict(self, n_batches: int | None = None, epoch: int | None = None) -> dict[str, Any]:
@@ -191,6 +193,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         return self._plan(epoch).find(self._own_selection().find(example_idx, token_idx, layer))
 
     def __iter__(self) -> Iterator[ActivationBatch]:
+        require_shared_once(self.cursor.world)
         # Not a generator itself: which epoch this is must be settled now, not at the first batch.
         return self._iterate(self.cursor.begin())
 

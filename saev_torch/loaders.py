@@ -22,6 +22,9 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
 
     dataset: OrderedActivations | ShuffledActivations
 
+    # So Accelerate leaves it alone, which would share its batches among the ranks again, and saves its state.
+    _is_accelerate_prepared = use_stateful_dataloader = True
+
     def __init__(self, dataset: OrderedActivations | ShuffledActivations, **kwargs: Any) -> None:
         refused = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset"} & kwargs.keys()
         if refused:

@@ -89,6 +89,28 @@ def test_to(batch):
     same(batch.to(torch.device("cpu"), non_blocking=True), batch)
 
 
+def test_to_a_dtype(batch):
+    """Only activations are cast: bfloat16 would make 964 of example 965."""
+    batch["example_idx"] += 965
+    arguments = [((torch.bfloat16,), {}), (("cpu", torch.bfloat16), {}), (("cpu",), {"dtype": torch.bfloat16})]
+    arguments += [((), {"dtype": torch.bfloat16, "non_blocking": True}), (("cpu", torch.bfloat16, True), {})]
+    arguments += [((torch.bfloat16, True), {}), ((torch.zeros(1, dtype=torch.bfloat16),), {})]
+    for args, kwargs in arguments:
+        cast = batch.to(*args, **kwargs)
+        assert type(cast) is ActivationBatch
+        assert torch.equal(cast["act"], batch["act"].bfloat16())
+        same(ActivationBatch({**cast, "act": batch["act"]}), batch)
+    moved = batch.to("meta", torch.float16, non_blocking=True)
+    assert [str(tensor.device) for tensor in moved.values()] == ["meta"] * 4
+    assert [tensor.dtype for tensor in moved.values()] == [torch.float16] + [torch.int64] * 3
+    for dtype in (torch.int32, torch.complex64):
+        with pytest.raises(TypeError, match=f"expected a floating point dtype, got {dtype}"):
+            batch.to(dtype)
+    same(batch.to("cpu", True), batch)  # non_blocking, as it always was
+    same(batch.to(device="cpu"), batch)
+    same(batch.to(torch.float32, True), batch)
+
+
 @pytest.mark.usefixtures("cuda")
 def test_pin_memory(batch):
     if not torch.accelerator.is_available():

@@ -52,8 +52,6 @@ SINGULAR = {"token_labels": "token_label"}
 
 def check_sample(sample, wanted, i):
     keys = {SINGULAR.get(key, key): column[i] for key, column in wanted.columns.items()}
-    if keys.get("token_label") == -1:
-        del keys["token_label"]  # a special token has none
     assert sample.keys() == keys.keys()
     assert sample["act"].dtype == torch.float32
     assert sample["act"].numpy().tobytes() == keys.pop("act").tobytes()
@@ -143,14 +141,26 @@ def test_indexed_in_the_wrappers_of_torch(indexed):
     check_sample(subset[1], wanted, 3)
     both = ConcatDataset([data_set, data_set])
     check_sample(both[len(data_set) + 1], wanted, 1)
-    # Sample by sample, and so collated by torch itself; those with a label only.
-    batch = next(iter(DataLoader(Subset(both, [1, 2, 2521]), batch_size=3)))
-    assert batch["act"].numpy().tobytes() == wanted.columns["act"][[1, 2, 1]].tobytes()
-    assert batch["layer"].tolist() == [3, 3, 3]
+    # Sample by sample, and so collated by torch itself: the same columns wherever [CLS] comes.
+    for numbers in ([1, 2, 2521], [0, 1, 2520], [1, 0, 2], [0, 2520]):
+        batch = next(iter(DataLoader(Subset(both, numbers), batch_size=3)))
+        columns = wanted.take(np.array(numbers) % 2520).columns
+        assert batch.keys() == {SINGULAR.get(key, key) for key in columns}
+        for key, column in columns.items():
+            assert batch[SINGULAR.get(key, key)].tolist() == column.tolist()
     sampler = BatchSampler(SequentialSampler(data_set), 5, drop_last=False)
     check_collated(next(iter(DataLoader(data_set, batch_sampler=sampler))), wanted.take(np.arange(5)))
     acts = next(iter(DataLoader(data_set, batch_size=4, collate_fn=lambda samples: [x["act"] for x in samples])))
     assert torch.stack(acts).numpy().tobytes() == wanted.columns["act"][:4].tobytes()
+
+
+def test_indexed_with_and_without_labels(make_shards):
+    """A column that only some samples of a batch have is not left out without a word."""
+    labelled, plain = (IndexedDataset(IndexedConfig(shards=make_shards(Spec(labels=x)))) for x in (True, False))
+    for numbers in ([0, 66], [66, 0]):
+        loader = DataLoader(Subset(ConcatDataset([labelled, plain]), numbers), batch_size=2)
+        with pytest.raises(ConfigError, match=r"samples with the same keys, got \['token_label'\] only in some"):
+            next(iter(loader))
 
 
 @pytest.mark.parametrize("i", [-1, 2520, 10**12, -(10**12)])

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -233,6 +234,63 @@ def test_resume_computes_only_what_is_missing(tmp_path):
     # loop died.
     assert 3 + 1 + 3 <= n_calls <= 3 + 1 + 4
     assert content(shards_dir) == expected
+
+
+def record_again(root, change=None, labels=None, fails_at=None, batch_size=4):
+    """Record the data of rank_records.py, or what `change` makes of them, under the same names."""
+    data = rank_records.make_data().tensors[0]
+    data = data if change is None else change(data)
+    kind = TensorDataset if fails_at is None else Dying
+    return record(
+        rank_records.make_model(), DataLoader(kind(data), batch_size=batch_size), layers=[0, -1], shards_root=root,
+        cls_token=True, resume=True, max_tokens_per_shard=50,
+        labels=None if labels is None else lambda batch: torch.full((len(batch[0]), 4), labels), **NAMES,
+    )  # fmt: skip
+
+
+OTHERS = {"another order": lambda x: x.flip(0), "another seed": lambda x: x.roll(1), "one example": lambda x: x + (
+    torch.arange(len(x)) == 2)[:, None, None] * torch.randn(5, 16)}  # fmt: skip
+
+
+@pytest.mark.parametrize("fails_at", [None, 13], ids=["finished", "killed"])
+@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS.keys())
+def test_other_data_under_the_same_names(tmp_path, change, fails_at):
+    """What is on disk is neither handed out as the recording of other data, nor continued with them."""
+    expected = content(record_again(tmp_path / "undisturbed"))
+    with contextlib.nullcontext() if fails_at is None else pytest.raises(KeyError):
+        record_again(tmp_path, fails_at=fails_at)
+    (shards_dir,) = tmp_path.glob("????????")
+    before = content(shards_dir)
+    message = rf"{shards_dir}: expected the values on disk to be given again, got others for example \d.*another ckpt"
+    with pytest.raises(WriteError, match=message):
+        record_again(tmp_path, change)
+    assert content(shards_dir) == before
+    # The same data go on, in other batches, and where the machine rounds otherwise.
+    assert record_again(tmp_path, batch_size=3) == shards_dir
+    assert record_again(tmp_path, lambda x: x * (1 + 1e-4), batch_size=22) == shards_dir
+    if fails_at is None:
+        assert content(shards_dir) == expected
+
+
+def test_other_labels_under_the_same_names(tmp_path):
+    shards_dir = record_again(tmp_path, labels=3)
+    with pytest.raises(WriteError, match=r"expected the labels on disk .* got others for example 0"):
+        record_again(tmp_path, labels=4)
+    with pytest.raises(WriteError, match="for all batches or for none, got a batch without them"):
+        record_again(tmp_path)
+    assert record_again(tmp_path, labels=3) == shards_dir
+    record_again(tmp_path / "plain")
+    with pytest.raises(WriteError, match="for all batches or for none, got a batch with them"):
+        record_again(tmp_path / "plain", labels=3)
+
+
+def test_not_a_number_on_disk_is_the_same_again(tmp_path):
+    def spoil(x):
+        return torch.where(torch.arange(len(x))[:, None, None] == 1, torch.nan, x)
+
+    assert record_again(tmp_path, spoil) == record_again(tmp_path, spoil)
+    with pytest.raises(WriteError, match="got others for example 1"):
+        record_again(tmp_path)
 
 
 @pytest.mark.parametrize("n_ranks", [2, 4])

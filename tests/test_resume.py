@@ -149,8 +149,8 @@ def test_what_is_there_is_not_written_again(tmp_path, monkeypatch, expected):
         ((start, stop),) = writer.missing()
         # All but what the last checkpoint was busy with.
         assert (30 <= start <= 60, stop) == (True, 120)
-        # Wrong values for what is there: were they written, the result would differ.
-        writer.write_batch(np.zeros_like(oracle(MD)[:start]), 0, oracle_labels(MD)[:start])
+        # What is there, rounded otherwise: were it written, the result would differ.
+        writer.write_batch(oracle(MD)[:start] * np.float32(1.001), 0, oracle_labels(MD)[:start])
         assert written == []
         with pytest.raises(WriteError, match="each example once"):
             writer.write_batch(oracle(MD)[:2], 0, oracle_labels(MD)[:2])
@@ -189,9 +189,26 @@ def test_finished_is_left_as_it_is(tmp_path, expected):
     before = {path.name: path.stat().st_mtime_ns for path in shards_dir.iterdir()}
     with ShardWriter(tmp_path, MD, resume=True) as writer:
         assert writer.missing() == []
-        writer.write_batch(np.zeros_like(oracle(MD)), 0, oracle_labels(MD))
+        writer.write_batch(oracle(MD) * np.float32(1.001), 0, oracle_labels(MD))
     assert writer.published
     assert {path.name: path.stat().st_mtime_ns for path in shards_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("first", [0, 20, 33])
+def test_other_values_are_not_a_continuation(tmp_path, expected, first):
+    """The first that are given again are compared, wherever they are, and nothing is written of a batch of others."""
+    with interrupted(tmp_path, resume=True) as writer:
+        writer.write_batch(oracle(MD)[:40], 0, oracle_labels(MD)[:40])
+    others = np.ascontiguousarray(oracle(MD)[::-1])
+    with ShardWriter(tmp_path, MD, resume=True) as writer:
+        writer.write_batch(oracle(MD)[100:], 100, oracle_labels(MD)[100:])
+        with pytest.raises(WriteError, match=rf"values on disk to be given again, got others for example {first}"):
+            writer.write_batch(others[first:60], first, oracle_labels(MD)[first:60])
+        with pytest.raises(WriteError, match=rf"labels on disk to be given again, got others for example {first}"):
+            writer.write_batch(oracle(MD)[first:60], first, oracle_labels(MD)[first:60] + 1)
+        writer.write_batch(oracle(MD)[first:100], first, oracle_labels(MD)[first:100])
+    assert writer.published
+    assert content(tmp_path / MD.hash) == expected
 
 
 @pytest.mark.parametrize("cut", [1, 9, 40])

@@ -3,6 +3,9 @@ import hashlib
 import itertools
 import os
 import resource
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import factory
@@ -171,6 +174,106 @@ def test_few_descriptors(tmp_path):
             writer.write_batch(oracle(md)[start : start + 1], start, oracle_labels(md)[start : start + 1])
             assert len(os.listdir("/proc/self/fd")) <= n_before + 2
     ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+
+
+@pytest.fixture
+def _busy_threads():
+    """Threads take turns after each few instructions, so that they meet."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("_busy_threads")
+def test_several_threads(tmp_path, monkeypatch):
+    """Batches of all shards from eight threads at once, with checkpoints and questions between them."""
+    monkeypatch.setattr("saev_torch.writing.writer._SYNC_NBYTES", 2000)
+    md = metadata(n_examples=200, examples_per_shard=3)
+    acts, labels = oracle(md), oracle_labels(md)
+    expected = content(factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3)))
+
+    def write(start):
+        writer.write_batch(acts[start : start + 1], start, labels[start : start + 1])
+        assert all(0 <= low < high <= 200 for low, high in writer.missing())
+        if start % 50 == 0:
+            writer.checkpoint()
+
+    for i in range(5):
+        with ThreadPoolExecutor(8) as pool, ShardWriter(tmp_path / str(i), md) as writer:
+            list(pool.map(write, [start for first in range(10) for start in range(first, 200, 10)]))
+        assert content(writer.shards_dir) == expected
+
+
+@pytest.mark.usefixtures("_busy_threads")
+def test_one_example_from_several_threads(tmp_path):
+    """Of those who give the same example, one writes it, and the others are told."""
+    md = metadata()
+
+    def write(value):
+        acts = np.full((11, md.n_layers, md.tokens_per_example, md.d_model), value, np.float32)
+        try:
+            writer.write_batch(acts, 0)
+        except WriteError as err:
+            assert "expected each example once" in str(err)  # noqa: PT017
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool, ShardWriter(tmp_path, md) as writer:
+        wrote = list(pool.map(write, range(8)))
+    assert wrote.count(True) == 1
+    raw = b"".join((writer.shards_dir / shard_name(i)).read_bytes() for i in range(3))
+    n_values = 11 * md.n_layers * md.tokens_per_example * md.d_model
+    assert set(np.frombuffer(raw, "<f4", n_values)) == {float(wrote.index(True))}
+
+
+def test_checkpoint_in_a_signal_handler(tmp_path, monkeypatch):
+    """It comes in the middle of a write: what is written afterwards is forced to disk, too, before it is spoken of."""
+    md = metadata()
+    pwrite, fsync, log = os.pwrite, os.fsync, []
+
+    def interrupted(fd, view, offset):
+        if not log:
+            log.append("handler")
+            signal.raise_signal(signal.SIGUSR1)
+        log.append(("pwrite", os.readlink(f"/proc/self/fd/{fd}")))
+        return pwrite(fd, view, offset)
+
+    def logged_fsync(fd):
+        log.append(("fsync", os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    with ShardWriter(tmp_path, md) as writer:
+        before = signal.signal(signal.SIGUSR1, lambda *_: writer.checkpoint())
+        try:
+            monkeypatch.setattr(os, "pwrite", interrupted)
+            monkeypatch.setattr(os, "fsync", logged_fsync)
+            writer.write_batch(oracle(md), 0)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    last = {path: i for i, (call, path) in enumerate(log[1:]) if call == "pwrite"}
+    assert len(last) == 3
+    assert all(("fsync", path) in log[i + 2 :] for path, i in last.items())
+
+
+def test_forked_child_does_not_write(tmp_path, make_shards):
+    """A child has the block of its parent, but not its threads: it is told, and leaving takes nothing away."""
+    md = metadata()
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(oracle(md)[:5], 0, oracle_labels(md)[:5])
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with pytest.raises(WriteError, match="expected the process that opened the writer"):
+                    writer.write_batch(oracle(md)[5:], 5, oracle_labels(md)[5:])
+                writer.__exit__(SystemExit, SystemExit(), None)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        writer.write_batch(oracle(md)[5:], 5, oracle_labels(md)[5:])
+    assert content(writer.shards_dir) == content(make_shards())
 
 
 def good_batch(md: Metadata) -> tuple[torch.Tensor, int, torch.Tensor]:

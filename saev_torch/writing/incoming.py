@@ -14,6 +14,7 @@ from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 
 _N_LOOKED_AT = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
+_ROUNDING = 0.05  # Relative error of an example. One model in bfloat16 on two GPUs stays well below, other data above.
 
 
 def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -66,6 +67,15 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
     if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
         raise WriteError(f"patch_labels: expected integers in 0..255, got {labels.min()}..{labels.max()}")
     return np.ascontiguousarray(labels, dtype=np.uint8)
+
+
+def is_same(given: npt.NDArray[np.float32], stored: npt.NDArray[np.float32]) -> bool:
+    """Whether activations of an example are those that are stored, but for rounding, as on another machine."""
+    if given.tobytes() == stored.tobytes():
+        return True
+    # What is not finite on both sides is the same, too.
+    one, other = (np.nan_to_num(acts.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0) for acts in (given, stored))
+    return bool(np.linalg.norm(one - other) <= _ROUNDING * np.linalg.norm(other))
 
 
 def check_start(start_idx: int, batch: int, bounds: tuple[int, int]) -> int:

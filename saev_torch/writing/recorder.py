@@ -70,7 +70,8 @@ def record(
         batch_dim: Which dimension of a block's output is the batch, 0 or 1.
         forward: Called with model and batch instead of the model itself.
         labels: Gives [batch, content_tokens_per_example] integers for a batch, see `pixel_to_token_labels`.
-        resume: Continue a recording that was killed; batches that are on disk are not computed again.
+        resume: Continue a recording that was killed; batches that are on disk are not computed again, but for the first
+            one, which shows whether they are of the same data and model.
         check_finite: Refuse NaN and infinity.
         progress: Show progress on stderr; None for the first rank only, and without a terminal only if it takes long.
 
@@ -79,7 +80,7 @@ def record(
 
     Raises:
         ConfigError: The layers, the loader or the tokens do not fit the model.
-        WriteError: The shards are there already, or could not be written.
+        WriteError: The shards are there already, are of other data, or could not be written.
     """
     world, loader = find_world(None, None), Batches(dataloader)
     mine = range(len(loader) * world.rank // world.world_size, len(loader) * (world.rank + 1) // world.world_size)
@@ -110,6 +111,8 @@ def record(
         writer = ShardWriter(Path(shards_root), md, resume, example_range=example_range, check_finite=check_finite)
         with writer:
             todo = loader.touching(mine, writer.missing())
+            # The first is computed already, and the writer looks whether what it has on disk is of these data.
+            todo = todo if todo[:1] == [mine[0]] else [mine[0], *todo]
             done = stop - start - sum(high - low for low, high in map(loader.span, todo))
             bar = Progress(stop - start, "recording", "examples", shown, done)
             with _Stream(writer, source.device) as stream, bar:

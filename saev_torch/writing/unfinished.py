@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from saev_torch.errors import WriteError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums
-from saev_torch.format.files import sync_dir, write_atomic, writing
+from saev_torch.format.files import open_regular, sync_dir, write_atomic, writing
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, Shard, ShardInfo, labels_nbytes, shard_name, shard_nbytes
 from saev_torch.writing.journal import CLAIM_NAME, Entry, Journal, Ranges, claimed, journal_ranges, read_journals
@@ -62,14 +62,14 @@ class Unfinished:
                 # A writer was killed at its very last step.
                 with claimed(self._shards_dir, self._metadata_json):
                     self._remove_claim()
-            return everything, None
+            return everything, self._has_labels()
         self._require_vacant()
         with claimed(self._shards_dir, self._metadata_json) as is_new:
             try:
                 # Once more: another writer may have come, and even finished, in between.
                 if self._is_finished():
                     self._remove_claim()
-                    return everything, None
+                    return everything, self._has_labels()
                 self._require_vacant(is_new)
                 self._require_nobody()
                 # To readers metadata.json says that all is written; users of saev call Metadata.dump first.
@@ -95,6 +95,9 @@ class Unfinished:
         # shards.json is written after all data, and metadata.json after that.
         shards, metadata = self._shards_dir / SHARDS_NAME, self._shards_dir / METADATA_NAME
         return shards.is_file() and metadata.is_file() and metadata.read_bytes() == self._metadata_json
+
+    def _has_labels(self) -> bool:
+        return (self._shards_dir / LABELS_NAME).is_file()
 
     def _require_vacant(self, is_new: bool = False) -> None:
         names = set(os.listdir(self._shards_dir)) - ({CLAIM_NAME} if is_new else set())
@@ -224,12 +227,27 @@ class _Parts:
     def write(self, name: str, rows: npt.NDArray[Any], offset: int) -> None:
         """Write rows at an offset of a file, in bytes; the file is made where there is none."""
         with writing(self._shards_dir / name):
-            self._changed.add(name)
             fd = self._open(name)
             view = rows.data.cast("B")
             while view:
                 n_bytes = os.pwrite(fd, view[:_MAX_PWRITE_BYTES], offset)
                 view, offset = view[n_bytes:], offset + n_bytes
+            # Not before: a signal handler may ask for a checkpoint in the middle, which would take it.
+            self._changed.add(name)
+
+    def read(self, name: str, nbytes: int, offset: int) -> bytes:
+        """Read what was written to a file, under whichever name it has by now."""
+        part = _part_name(name)
+        fd = open_regular(self._shards_dir, part if (self._shards_dir / part).exists() else name)
+        with writing(self._shards_dir / name), os.fdopen(fd, "rb") as file:
+            file.seek(offset)
+            found = file.read(nbytes)
+        if len(found) < nbytes:
+            raise WriteError(
+                f"{self._shards_dir / name}: expected {nbytes} bytes at {offset}, got {len(found)}: it was changed; "
+                "delete the directory and write it again"
+            )
+        return found
 
     def take_changed(self) -> set[str]:
         """Return the files that were written since this was last asked."""

@@ -1,6 +1,8 @@
 """Writing shard directories: data first under hidden names, metadata.json last, so that what loads is complete."""
 
 import contextlib
+import os
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,14 @@ from saev_torch.format.checksums import ALGORITHM, block_checksums
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
-from saev_torch.writing.incoming import check_activations, check_example_range, check_finite, check_labels, check_start
+from saev_torch.writing.incoming import (
+    check_activations,
+    check_example_range,
+    check_finite,
+    check_labels,
+    check_start,
+    is_same,
+)
 from saev_torch.writing.journal import Entry, Ranges
 from saev_torch.writing.unfinished import Unfinished
 
@@ -36,8 +45,11 @@ class ShardWriter:
                 writer.write_batch(activations, start_idx)
 
     With `resume=True` the same program, run again after it was killed, continues: what a journal says is on disk is not
-    written again, nor is it an error to give it again; `missing()` says what need not even be computed. A finished
-    directory is left as it is. Data is forced to disk every 256 MB or 10 s, in the background.
+    written again, nor is it an error to give it again; `missing()` says what need not even be computed. The first batch
+    that is given again is compared with what is there, as other data may have the same metadata. A finished directory
+    is left as it is. Data is forced to disk every 256 MB or 10 s, in the background.
+
+    Threads may share a writer: their batches are checked side by side, and written one after the other.
 
     Several processes may write one directory, each its own `example_range`; the last one to finish publishes. What is
     on disk in the end does not depend on how many there were.
@@ -81,7 +93,7 @@ class ShardWriter:
         # What was given in this `with` block, and with it what was on disk before.
         self._given, self._done = Ranges(), Ranges()
         self._has_labels: bool | None = None
-        self._is_open = False
+        self._is_open, self._pid = False, 0
 
     @property
     def published(self) -> bool:
@@ -98,10 +110,12 @@ class ShardWriter:
         if self._is_open:
             raise WriteError(f"{self.shards_dir}: expected one `with` block for a writer, got another inside it")
         self._done, self._has_labels = self._unfinished.open()
-        self._given = Ranges()
+        self._given, self._is_compared = Ranges(), False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="ShardWriter")
         self._checkpoints = _Checkpoints(self._unfinished, self._threads)
-        self._is_open = True
+        # Held while files and what is known of them change. A signal handler may ask for a checkpoint meanwhile.
+        self._lock = threading.RLock()
+        self._is_open, self._pid = True, os.getpid()
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
@@ -110,7 +124,14 @@ class ShardWriter:
         Raises:
             WriteError: Examples are missing, or the system refused; nothing is published.
         """
-        self._is_open = False
+        if os.getpid() != self._pid:
+            # A forked child leaves the block: all there is belongs to its parent.
+            return
+        with self._lock:
+            self._is_open = False
+            self._close(exc_type)
+
+    def _close(self, exc_type: type[BaseException] | None) -> None:
         try:
             if exc_type is None and not self.published:
                 missing = self.missing()
@@ -132,7 +153,10 @@ class ShardWriter:
     def missing(self) -> list[tuple[int, int]]:
         """Return the examples that are still to be written, as ranges `(start, stop)`, the second excluded."""
         start, stop = self.example_range
-        return list(self._done.gaps(stop, start))
+        # A child may have been forked while a thread held the lock.
+        is_shared = self._is_open and os.getpid() == self._pid
+        with self._lock if is_shared else contextlib.nullcontext():
+            return list(self._done.gaps(stop, start))
 
     def write_batch(
         self,
@@ -148,11 +172,21 @@ class ShardWriter:
             patch_labels: [batch, content_tokens_per_example] integers in 0..255; for all batches or for none.
 
         Raises:
-            WriteError: Wrong shape, dtype or range, an example that was written before, or the system refused.
+            WriteError: Wrong shape, dtype or range, an example that was written before, other values than those on disk
+                that they should continue, or the system refused.
         """
         self._require_open()
         acts = check_activations(self.md, activations)
         start = check_start(start_idx, len(acts), self.example_range)
+        labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
+        if self._check_finite:
+            check_finite(acts, self.md, start)
+        with self._lock:
+            # Another thread may have closed it meanwhile.
+            self._require_open()
+            self._add(acts, start, labels)
+
+    def _add(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> None:
         stop = start + len(acts)
         overlap = self._given.overlap(start, stop)
         if overlap is not None:
@@ -160,15 +194,14 @@ class ShardWriter:
                 f"start_idx: expected each example once, got {start}..{stop}, of which "
                 f"{overlap[0]}..{overlap[1]} (end excluded) were written before"
             )
-        labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
         if len(acts) == 0:
             return
         if self._has_labels is (labels is None):
             got = "without" if labels is None else "with"
             raise WriteError(f"patch_labels: expected them for all batches or for none, got a batch {got} them")
-        if self._check_finite:
-            check_finite(acts, self.md, start)
         self._checkpoints.raise_failed()
+        if not self._is_compared:
+            self._compare(acts, start, labels)
         entries = []
         for low, high in self._done.gaps(stop, start):
             rows = slice(low - start, high - start)
@@ -179,6 +212,24 @@ class ShardWriter:
         self._has_labels = labels is not None
         self._checkpoints.add(entries, sum(shard_nbytes(self.md, entry.stop - entry.start) for entry in entries))
 
+    def _compare(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> None:
+        """Refuse to continue what was written of other data, by the first examples that are given again."""
+        read, md = self._unfinished.parts.read, self.md
+        for i in range(*(self._done.overlap(start, start + len(acts)) or (0, 0))):
+            given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
+            raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
+            wrong = None if is_same(given, np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)) else "values"
+            if labels is not None and wrong is None:
+                n_labels = md.content_tokens_per_example
+                wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
+            if wrong is not None:
+                raise WriteError(
+                    f"{self.shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
+                    "those are of other data or another model under the same names; give another ckpt, data or "
+                    "dataset, or delete the directory"
+                )
+            self._is_compared = True
+
     def checkpoint(self) -> None:
         """Force to disk what was written, so that a resumed writer need not write it again; may take seconds.
 
@@ -186,11 +237,18 @@ class ShardWriter:
             WriteError: The writer is not open, or the system refused.
         """
         self._require_open()
-        self._checkpoints.force()
+        with self._lock:
+            self._require_open()
+            self._checkpoints.force()
 
     def _require_open(self) -> None:
         if not self._is_open:
             raise WriteError(f"{self.shards_dir}: expected an open writer; use `with ShardWriter(...) as writer:`")
+        if os.getpid() != self._pid:
+            raise WriteError(
+                f"{self.shards_dir}: expected the process that opened the writer, got a child of it; open one there, "
+                "with its own example_range"
+            )
 
     def _write(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> Entry:
         # The checksums are computed while the kernel copies: both let go of Python's lock.
