@@ -2,7 +2,10 @@
 
 import errno
 import os
+import signal
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +143,93 @@ def test_a_call_that_fails(ring, fd, monkeypatch):
     codes.append(errno.EINVAL)
     with pytest.raises(ReadError, match="expected 2 reads to be made, got: Invalid argument"):
         read(ring, fd, memory, np.array([0, 20]), np.array([10, 10]))
+
+
+class Interrupt(Exception):
+    """What a signal handler raises."""
+
+
+@pytest.fixture
+def raising():
+    """Handlers of two signals that raise while the ring reads."""
+
+    def handle(number, frame):
+        if frame.f_code.co_filename == ring_module.__file__:
+            raise (KeyboardInterrupt if number == signal.SIGINT else Interrupt)
+
+    numbers = signal.SIGINT, signal.SIGUSR1
+    before = [signal.signal(number, handle) for number in numbers]
+    yield numbers
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def wait_until_sleeping(tid):
+    """Until a thread of this process waits in the kernel for a ring."""
+    for _ in range(1000):
+        if Path(f"/proc/self/task/{tid}/syscall").read_text().split()[0] == str(ring_module._ENTER):
+            return
+        time.sleep(0.005)
+    raise AssertionError("the thread does not wait")
+
+
+@pytest.mark.parametrize("n_signals", [1, 2, 10])
+def test_what_interrupts_is_raised_when_no_read_is_under_way(ring, fd, raising, n_signals):
+    """However often: until the slow read is done, memory is not free to be used again. The ring goes on after it."""
+    receiver, sender = os.pipe()
+    memory = np.zeros(4, dtype=np.uint8)
+    vectors = np.stack((memory.ctypes.data + np.arange(4), np.ones(4, dtype=np.int64)), axis=1)
+    fds, offsets, main, written = (
+        np.array([fd, fd, receiver, fd]),
+        np.array([0, 1, -1, 3]),
+        threading.get_native_id(),
+        [],
+    )
+
+    def interrupt():
+        for i in range(n_signals):
+            wait_until_sleeping(main)
+            os.kill(os.getpid(), raising[i % 2])
+        wait_until_sleeping(main)
+        # Time for an exception to come too early.
+        time.sleep(0.1)
+        written.append(True)
+        os.write(sender, b"x")
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises((KeyboardInterrupt, Interrupt)):
+        ring.read(fds, vectors, np.arange(4), np.ones(4, np.int64), offsets)
+    now = memory.tolist(), bool(written)
+    thread.join()
+    os.close(receiver)
+    os.close(sender)
+    assert now == ([CONTENT[0], CONTENT[1], ord("x"), CONTENT[3]], True)
+    starts, lengths = np.arange(300) * 100, np.full(300, 50)
+    target = np.zeros_like(CONTENT)
+    assert read(ring, fd, target, starts, lengths).tolist() == lengths.tolist()
+    assert (target[: 300 * 100].reshape(300, 100)[:, :50] == CONTENT[: 300 * 100].reshape(300, 100)[:, :50]).all()
+
+
+@pytest.mark.parametrize("begun", [0, 3])
+def test_what_was_not_begun_is_taken_back(ring, fd, monkeypatch, begun):
+    """An exception between asking and beginning, and with some of the reads begun: nothing is read later."""
+    real = ring_module._syscall
+
+    def enter(number, ring_fd, n, *rest):
+        if n:
+            real(number, ring_fd, begun, begun, *rest[1:])
+            raise Interrupt
+        return real(number, ring_fd, n, *rest)
+
+    memory, starts, lengths = np.zeros(1000, dtype=np.uint8), np.arange(8) * 100, np.full(8, 100)
+    monkeypatch.setattr(ring_module, "_syscall", enter)
+    with pytest.raises(Interrupt):
+        read(ring, fd, memory, starts, lengths)
+    monkeypatch.undo()
+    memory[:] = 0
+    other = np.zeros(1000, dtype=np.uint8)
+    for n in (2, 512, 5):
+        assert read(ring, fd, other, np.arange(n), np.ones(n, np.int64)).tolist() == [1] * n
+    assert (other[:512] == CONTENT[:512]).all()
+    assert not memory.any()

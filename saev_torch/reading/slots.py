@@ -197,6 +197,11 @@ class SlotPool:
             slot._held = True
             return slot
 
+    def forget(self, slot: Slot) -> None:
+        """Never hand a slot out again: somebody may still write to it."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._slots.remove(slot)
+
 
 def can_share() -> bool:
     """Whether a process can map the memory of another by its name under /proc, as `attach` does."""
