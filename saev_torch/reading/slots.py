@@ -178,7 +178,10 @@ class SlotPool:
 
     def __init__(self, nbytes: int, shared: bool) -> None:
         self.nbytes, self.shared = nbytes, shared
-        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
         self._slots: list[Slot] = []
 
     def acquire(self, keep: int) -> Slot:
@@ -186,6 +189,9 @@ class SlotPool:
 
         As many as `keep` are worth keeping; free ones beyond that are given back to the system.
         """
+        if self._pid != os.getpid():
+            # In a child, the slots are its parent's.
+            self._begin()
         with self._lock:
             _forget_returned()
             free = [slot for slot in self._slots if slot.is_free]
@@ -256,6 +262,7 @@ def _map(pid: int, fd: int, nbytes: int) -> NDArray[np.uint8]:
 
 
 _worker_pools: dict[int, SlotPool] = {}
+os.register_at_fork(after_in_child=_worker_pools.clear)
 
 
 def make_pool(nbytes: int) -> SlotPool:
