@@ -14,6 +14,8 @@ from typing import Any
 import factory
 import pytest
 
+from saev_torch.reading import leases
+
 # How long after a test what it used may take to go away: worker processes end a moment after their loader.
 GRACE_S = 3.0
 
@@ -75,6 +77,8 @@ class Resources:
     def now(cls) -> "Resources":
         # First, because joining what has ended is a side effect of asking, and it closes descriptors.
         multiprocessing.active_children()
+        # So does the package, of what children inherited that have ended.
+        leases.settle()
         kinds = {
             "file descriptor": _fds(),
             "thread": _threads(),

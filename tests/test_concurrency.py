@@ -10,7 +10,6 @@ import time
 
 import contracts
 import factory
-import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
