@@ -163,7 +163,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         n_extents = max(len(extents.nbytes) for extents in parts)
         # For each call anew: a ring takes 50 us, and nothing is left to be closed.
         reader = self._source.open_reader(self._pace) if n_extents >= _MIN_PARALLEL else CallReader(self._store)
-        if n_extents < _MIN_PARALLEL or isinstance(reader, RingReader) or not self._pace.is_slow:
+        has_ring = isinstance(reader, RingReader) and not self._store.answers_short
+        if n_extents < _MIN_PARALLEL or has_ring or not self._pace.is_slow:
             for extents in parts:
                 reader.read(extents, 0, len(extents.nbytes))
             return

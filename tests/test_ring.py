@@ -1,18 +1,36 @@
 """Many reads in one system call. What is made of them is in test_reading.py, with a ring and without."""
 
 import errno
+import gc
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
 
+import contracts
 import numpy as np
 import pytest
+from factory import Spec, oracle
+from torch.utils.data import DataLoader
 
+from saev_torch import (
+    IndexedConfig,
+    IndexedDataset,
+    OrderedConfig,
+    ShuffledConfig,
+    compute_statistics,
+    repack,
+    verify,
+)
 from saev_torch.errors import ReadError
 from saev_torch.reading import ring as ring_module
+from saev_torch.reading import store as store_module
+from saev_torch.reading.extents import make_extents
 from saev_torch.reading.ring import Ring
+from saev_torch.reading.source import Source
+from saev_torch.reading.store import ShardStore
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8)
 
@@ -233,3 +251,96 @@ def test_what_was_not_begun_is_taken_back(ring, fd, monkeypatch, begun):
         assert read(ring, fd, other, np.arange(n), np.ones(n, np.int64)).tolist() == [1] * n
     assert (other[:512] == CONTENT[:512]).all()
     assert not memory.any()
+
+
+# File systems that answer short
+
+
+@pytest.fixture(scope="module")
+def short_fuse(tmp_path_factory):
+    """A program that mounts a directory so that every read is answered short; see short_fuse.c."""
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("there is no /dev/fuse here")
+    program = tmp_path_factory.mktemp("fuse") / "short_fuse"
+    try:
+        source = Path(__file__).parent / "short_fuse.c"
+        subprocess.run(["cc", "-O1", "-o", program, source], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as err:
+        pytest.skip(f"there is no compiler, or no linux/fuse.h: {err}")
+    return program
+
+
+# Rows that take two answers.
+SPEC = Spec(n_examples=40, content_tokens=9, cls=False, layers=(0, 5), d_model=2048, examples_per_shard=13)
+
+
+@pytest.fixture
+def mounted(short_fuse, make_shards, tmp_path):
+    shards, at = make_shards(SPEC), tmp_path / "short"
+    # Its name is part of what is checked.
+    target = at / "saev" / "shards" / shards.name
+    target.mkdir(parents=True)
+    with subprocess.Popen([short_fuse, shards, target], stdout=subprocess.PIPE) as server:
+        if server.stdout.readline() != b"mounted\n":
+            server.wait()
+            pytest.skip("mounting is not allowed here")
+        yield target
+        gc.collect()
+        subprocess.run(["umount", "-l", target], check=True)
+        server.wait(10)
+
+
+@pytest.mark.parametrize("kind", [OrderedConfig, ShuffledConfig])
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_file_system_that_answers_short(mounted, kind, n_workers):
+    cfg = kind(shards=mounted, layer=5, batch_size=64, buffer_size=4)
+    batches = list(DataLoader(contracts.make_data_set(cfg), num_workers=n_workers))
+    contracts.check_epoch(sorted(batches, key=lambda batch: -len(batch["act"])), SPEC, cfg)
+
+
+def test_random_access_where_answers_are_short(mounted, make_shards, monkeypatch):
+    monkeypatch.setattr("saev_torch.indexed._MIN_PARALLEL", 1)
+    wanted, got = (
+        IndexedDataset(IndexedConfig(shards=shards, tokens="all", layer="all")).__getitems__(range(0, 720, 4)).batch
+        for shards in (make_shards(SPEC), mounted)
+    )
+    assert {key: bool((column == got[key]).all()) for key, column in wanted.items()} == dict.fromkeys(wanted, True)
+
+
+def test_statistics_and_copies_where_answers_are_short(mounted, make_shards, tmp_path):
+    wanted, got = (
+        compute_statistics(IndexedConfig(shards=shards, tokens="all", layer="all"), cache=False)
+        for shards in (make_shards(SPEC), mounted)
+    )
+    assert (wanted.total.mean == got.total.mean).all()
+    copied = repack(mounted, tmp_path / "root", layers=[5])
+    verify(copied)
+    data_set = IndexedDataset(IndexedConfig(shards=copied, tokens="all", layer="all"))
+    assert (data_set.__getitems__(range(360)).batch["act"].numpy() == oracle(SPEC)[:, 1].reshape(360, -1)).all()
+
+
+@pytest.mark.parametrize("number", sorted(store_module._SHORT))
+@pytest.mark.parametrize("past_cache", [False, True])
+def test_no_ring_where_answers_may_be_short(make_shards, monkeypatch, number, past_cache):
+    """Asked once for each file system and store."""
+    asked = []
+    monkeypatch.setattr(store_module, "_file_system", lambda fd: asked.append(fd) or number)
+    monkeypatch.setattr(Ring, "read", lambda *args: pytest.fail("read by a ring"))
+    store = ShardStore(make_shards(SPEC))
+    reader = Source(store, past_cache).open_reader()
+    memory = np.zeros(SPEC.n_examples * 18 * SPEC.d_model, dtype=np.float32)
+    rows, per_shard = np.arange(720), 13 * 18
+    extents = make_extents(rows // per_shard, rows % per_shard, memory.ctypes.data + rows * 8192, 8192)
+    for start in range(len(extents.nbytes)):
+        reader.read(extents, start, start + 1)
+    reader.read(extents, 0, len(extents.nbytes))
+    store.close()
+    assert len(asked) == 1
+
+
+def test_the_file_system_of_this_directory(fd):
+    """As `stat -f` tells it."""
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    told = subprocess.run(["stat", "-f", "-c", "%t", path], check=True, capture_output=True, text=True).stdout
+    assert store_module._file_system(fd) == int(told, 16)
+    assert store_module._file_system(10_000) == 0

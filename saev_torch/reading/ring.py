@@ -6,6 +6,7 @@ arguments of hundreds of reads into memory that the kernel shares, and one call 
 to work on.
 
 Containers often forbid io_uring, and old systems lack it; then `Ring.open` returns None, and `preadv` does the same.
+It also reads where a file system may answer short, see `ShardStore`.
 """
 
 import ctypes
@@ -171,7 +172,7 @@ class Ring:
 
 
 class RingReader(CallReader):
-    """Many reads in one call, on a ring of the thread's own; single calls for a few."""
+    """Many reads in one call, on a ring of the thread's own; single calls for a few, and where answers may be short."""
 
     def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
         super().__init__(store, pace, spot)
@@ -182,13 +183,18 @@ class RingReader(CallReader):
             super()._read(extents, start, stop)
             return
         for first, last in extents.split(start, stop, self.ring.n_entries):
-            part = slice(first, last)
+            part, got = slice(first, last), None
             with self.opened(extents, first, last) as fds:
-                self.watch(extents, first, last)
-                got = self.ring.read(
-                    fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part]
-                )
-            self._finish(extents, first, got, 0)
+                # Only now it is known.
+                if not self.store.answers_short:
+                    self.watch(extents, first, last)
+                    got = self.ring.read(
+                        fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part]
+                    )
+            if got is None:
+                super()._read(extents, first, last)
+            else:
+                self._finish(extents, first, got, 0)
 
     def watch(self, extents: Extents, first: int, last: int) -> None:
         """Let the spot be the first of these extents that the ring has not read yet."""
