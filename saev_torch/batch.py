@@ -11,7 +11,8 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
-from saev_torch.reading.slots import Lease, OpenBatch, Slot, attach
+from saev_torch.reading.leases import Lease
+from saev_torch.reading.slots import OpenBatch, Slot, attach
 from saev_torch.resume.state import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]

@@ -1,5 +1,6 @@
 """Random access to samples, as a plain map-style `torch` data set."""
 
+import functools
 import logging
 import operator
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from saev_torch.processes.counters import log_to_stderr
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.reader import CallReader, Pace
+from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.ring import RingReader
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
@@ -73,6 +74,11 @@ def _collate_samples(samples: Any, *, collate_fn_map: Any = None) -> Any:
 
 
 default_collate_fn_map[_Sample] = _collate_samples
+
+
+def _read_to(slot: Slot, extents: Extents, start: int, stop: int, reader: Reader) -> None:
+    """Read a range of extents to places in a slot, which is named so that it lives as long as the task."""
+    reader.read(extents, start, stop)
 
 
 class IndexedDataset(Described, Dataset[dict[str, Any]]):
@@ -151,27 +157,30 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             order = np.argsort(samples)
             cells = selection.cells(samples[order])
             places = slot.address + order * selection.sample_nbytes
-            self._read_extents(make_sample_extents(selection, cells, places))
+            self._read_extents(make_sample_extents(selection, cells, places), slot)
             back = np.empty_like(order)
             back[order] = np.arange(n)
             labels = self._labels.of_cells(selection, cells)[back] if self._store.has_labels else None
         except BaseException:
-            slot.release()
+            # Threads that were not waited for may still read to it: the memory lives as long as their tasks.
+            if self._pool is not None:
+                self._pool.forget(slot)
             raise
         batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, n, label_key="token_label")
         return _Samples(batch)
 
-    def _read_extents(self, parts: list[Extents]) -> None:
+    def _read_extents(self, parts: list[Extents], slot: Slot) -> None:
         n_extents = max(len(extents.nbytes) for extents in parts)
         # For each call anew: a ring takes 50 us, and nothing is left to be closed.
         reader = self._source.open_reader(self._pace) if n_extents >= _MIN_PARALLEL else CallReader(self._store)
-        if n_extents < _MIN_PARALLEL or isinstance(reader, RingReader) or not self._pace.is_slow:
+        has_ring = isinstance(reader, RingReader) and not self._store.answers_short
+        if n_extents < _MIN_PARALLEL or has_ring or not self._pace.is_slow:
             for extents in parts:
                 reader.read(extents, 0, len(extents.nbytes))
             return
         # Threads help where a disk is waited for; else such short reads only make them wait for each other.
         tasks = (
-            Task(operator.methodcaller("read", extents, start, stop))
+            Task(functools.partial(_read_to, slot, extents, start, stop))
             for extents in parts
             for start, stop in extents.cut(max(1, int(extents.nbytes.sum()) // _N_THREADS + 1))
         )

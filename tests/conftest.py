@@ -15,6 +15,8 @@ import factory
 import pytest
 import torch
 
+from saev_torch.reading import leases
+
 # How long after a test what it used may take to go away: worker processes end a moment after their loader.
 GRACE_S = 3.0
 
@@ -84,6 +86,8 @@ class Resources:
     def now(cls) -> "Resources":
         # First, because joining what has ended is a side effect of asking, and it closes descriptors.
         multiprocessing.active_children()
+        # So does the package, of what children inherited that have ended.
+        leases.settle()
         kinds = {
             "file descriptor": _fds(),
             "thread": _threads(),

@@ -1,15 +1,20 @@
 """Several loaders at once, in one process, in threads, in workers; data sets copied, and used after a shutdown."""
 
 import copy
+import dataclasses
+import os
 import pickle
+import re
 import threading
+import time
 
 import contracts
 import factory
 import pytest
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from saev_torch import IndexedConfig, IndexedDataset, OrderedConfig, ShuffledActivations, ShuffledConfig
+from saev_torch import IndexedConfig, IndexedDataset, OrderedConfig, ReadError, ShuffledActivations, ShuffledConfig
+from saev_torch.reading import engine as engine_module
 
 SPEC = factory.Spec(n_examples=60, content_tokens=8, cls=False, layers=(0, 5), d_model=8, examples_per_shard=13)
 FIELDS = {"layer": 5, "batch_size": 32, "buffer_size": 8}
@@ -208,3 +213,132 @@ def test_the_same_loader_iterated_twice_at_once(shards):
     pairs = list(zip(iter(loader), iter(loader), strict=True))
     contracts.assert_same([a for a, _ in pairs], first)
     contracts.assert_same([b for _, b in pairs], second)
+
+
+# Forks, by users
+
+
+def fork(target):
+    """Run in a forked child, which ends with 0 where it raised nothing; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        target()
+        code = 0
+    except BaseException as err:  # noqa: BLE001 -- nothing of the parent may run here
+        os.write(2, f"in the child: {type(err).__name__}: {err}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def assert_ends_well(pid):
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+class ForksInWorker(IterableDataset):
+    """After a few batches its worker forks, and both go on: the child with an iteration of its own."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def __iter__(self):
+        batches = iter(contracts.make_data_set(self.cfg))
+        for _ in range(4):
+            yield next(batches)
+        pid = fork(self.check_all)
+        # Slow, so that both are at work at a time.
+        for batch in batches:
+            time.sleep(0.005)
+            yield batch
+        assert_ends_well(pid)
+
+    def check_all(self):
+        for _ in range(3):
+            kept = []
+            for batch in contracts.make_data_set(self.cfg):
+                time.sleep(0.002)
+                kept.append(copy.deepcopy(batch))
+            contracts.check_epoch(kept, SPEC, self.cfg)
+
+
+def test_a_fork_inside_a_worker(cfg):
+    """Neither reads to the memory of the other."""
+    batches = [copy.deepcopy(batch) for batch in DataLoader(ForksInWorker(cfg), num_workers=1)]
+    contracts.check_epoch(batches, SPEC, cfg)
+
+
+class IndexedForksInWorker(Dataset):
+    """Its worker has a pool of memory when it forks; the child draws from a copy of it."""
+
+    def __init__(self, shards):
+        self.data_set = IndexedDataset(IndexedConfig(shards=shards, tokens="all", layer="all"))
+
+    def __len__(self):
+        return len(self.data_set)
+
+    def __getitems__(self, indices):
+        wanted = self.data_set.__getitems__(range(600)).batch["act"].clone()
+        receiver, sender = os.pipe()
+        # The child reads while this process holds what it read to memory that was free when the child came to be.
+        pid = fork(lambda: (os.read(receiver, 1), self.data_set.__getitems__(range(300, 900))))
+        now = self.data_set.__getitems__(range(600))
+        os.write(sender, b"x")
+        assert_ends_well(pid)
+        os.close(receiver)
+        os.close(sender)
+        assert now.batch["act"].equal(wanted)
+        return now
+
+
+def test_a_fork_inside_a_worker_with_random_access(shards):
+    data_set = IndexedForksInWorker(shards)
+    assert len(data_set) == 960
+    assert len(next(iter(DataLoader(data_set, batch_size=600, num_workers=1)))["act"]) == 600
+
+
+def test_an_iteration_does_not_go_on_in_a_child(cfg):
+    """Its threads are not there; that of the parent goes on, and the child may iterate anew."""
+    data_set = contracts.make_data_set(dataclasses.replace(cfg, batch_timeout_s=5.0))
+    batches = iter(data_set)
+    taken = [next(batches)]
+
+    def go_on():
+        began = time.monotonic()
+        with pytest.raises(ReadError, match=re.escape(f"iteration of this process, {os.getpid()}, got one of process")):
+            next(batches)
+        batches.close()
+        assert time.monotonic() - began < 4
+        data_set.set_epoch(0)
+        contracts.check_epoch(list(data_set), SPEC, cfg)
+
+    pid = fork(go_on)
+    rest = list(batches)
+    assert_ends_well(pid)
+    contracts.check_epoch(taken + rest, SPEC, cfg)
+
+
+def test_a_child_that_drops_an_iteration(cfg):
+    data_set = contracts.make_data_set(cfg)
+    batches = iter(data_set)
+    taken = [next(batches)]
+    began = time.monotonic()
+    assert_ends_well(fork(batches.close))
+    assert time.monotonic() - began < 4
+    assert data_set.metrics()["loader/n_readers"] == 1
+    contracts.check_epoch(taken + list(batches), SPEC, cfg)
+
+
+@pytest.mark.parametrize("shift", [-(10**6), 10**6])
+def test_rows_go_to_slots_of_this_process_only(cfg, monkeypatch, shift):
+    real = engine_module.place
+
+    def place(*args):
+        placed = real(*args)
+        placed.addresses[len(placed.addresses) // 2] += shift
+        return placed
+
+    monkeypatch.setattr(engine_module, "place", place)
+    with pytest.raises(ReadError, match="expected rows to go to batches of this process, got an address elsewhere"):
+        list(contracts.make_data_set(cfg))

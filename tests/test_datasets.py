@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from saev_torch import (
     WriteError,
 )
 from saev_torch.reading import reader as reading
+from saev_torch.reading.ring import Ring
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = [OrderedConfig, ShuffledConfig]
@@ -132,6 +134,46 @@ def test_indexed_batches_are_kept(indexed):
         for i, (batch, piece) in enumerate(zip(batches, pieces, strict=True)):
             check_collated(batch, wanted.take(np.arange(600 * i, min(len(wanted), 600 * i + 600))))
             assert torch.equal(piece, batch["act"][5:7])
+
+
+def test_interrupts_while_threads_read(indexed, monkeypatch):
+    """Two of them, so that their end is not waited for: what they read late goes to memory that nobody else has."""
+    data_set, wanted = indexed
+    real, go_on, left = reading.CallReader._read, threading.Event(), threading.Event()
+    n = len(wanted) // 2
+
+    def read(reader, extents, start, stop):
+        go_on.wait(20)
+        real(reader, extents, start, stop)
+
+    def interrupt(number, frame):
+        if frame.f_code.co_filename.endswith(("crew.py", "threading.py")) and not left.is_set():
+            raise KeyboardInterrupt
+
+    def send():
+        while not left.wait(0.05):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Ring, "open", lambda: None)
+    monkeypatch.setattr("saev_torch.indexed._MIN_PARALLEL", 1)
+    before, sender = signal.signal(signal.SIGUSR1, interrupt), threading.Thread(target=send)
+    with monkeypatch.context() as slow:
+        slow.setattr(reading.CallReader, "_read", read)
+        data_set._pace.is_slow = True
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            data_set.__getitems__(range(n))
+        left.set()
+    sender.join()
+    signal.signal(signal.SIGUSR1, before)
+    late = [thread for thread in threading.enumerate() if thread.name.startswith("saev_torch indexed")]
+    assert late
+    data_set._pace.is_slow = False
+    batch = next(iter(DataLoader(data_set, batch_size=n, sampler=range(n, 2 * n))))
+    go_on.set()
+    for thread in late:
+        thread.join()
+    check_collated(batch, wanted.take(np.arange(n, 2 * n)))
 
 
 def test_indexed_in_the_wrappers_of_torch(indexed):

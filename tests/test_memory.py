@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from factory import Spec
 from torch.utils.data import DataLoader
 
 from saev_torch import ReadError, ShuffledActivations, ShuffledConfig, WorkerLostError
+from saev_torch.reading import leases
 from saev_torch.reading import slots as memory
 from saev_torch.reading.slots import Slot, SlotPool, attach, can_share
 
@@ -366,3 +368,199 @@ def test_shared_memory_is_in_huge_pages(nbytes):
     if is_large and not int(found):
         pytest.skip("the system gives no huge pages on request")
     assert int(found) == (6 << 10 if is_large else 0)
+
+
+# Memory that a forked child inherits
+
+
+class Child:
+    """A forked child that holds on to arrays, and tells what it sees of the first byte; told so, it forks and ends."""
+
+    def __init__(self, *arrays):
+        self._sock, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if not self.pid:
+            held = list(arrays)
+            self._sock.close()
+            while (told := theirs.recv(1)) not in (b"", b"e"):
+                if told == b"f" and os.fork():
+                    os._exit(0)
+                theirs.send(bytes([int(held[0][0])]))
+            os._exit(0)
+        theirs.close()
+
+    def tell(self, what):
+        self._sock.send(what)
+        return self._sock.recv(1)
+
+    def end(self):
+        self._sock.send(b"e")
+        self._sock.close()
+        os.waitpid(self.pid, 0)
+
+
+def fill(slot, value):
+    lease = slot.lease()
+    lease.array()[:] = value
+    return lease
+
+
+HOLDERS = pytest.mark.parametrize("holder", ["the parent of a worker", "a worker"])
+
+
+def hold(holder):
+    """A slot of a worker, and what holds it."""
+    slot = Slot(NBYTES, shared=True)
+    held = [fill(slot, 7)]
+    if holder == "the parent of a worker":
+        name = slot.send()
+        held.clear()
+        held.append(attach(*name))
+    return slot, held
+
+
+def pipes():
+    return sum(name.startswith("pipe:") for name in Resources.now().held.values())
+
+
+@HOLDERS
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_a_slot_is_not_free_while_a_child_holds_it(holder, end):
+    slot, held = hold(holder)
+    before = pipes()
+    child = Child(held[0].array())
+    other = Child(held[0].array())
+    held.clear()
+    for one in (child, other):
+        leases.settle()
+        assert not slot.is_free
+        assert one.tell(b"?") == b"\x07"
+        if end == "kill":
+            os.kill(one.pid, signal.SIGKILL)
+        one.end()
+    leases.settle()
+    assert slot.is_free
+    assert pipes() == before
+
+
+@HOLDERS
+def test_a_child_goes_before_the_batch(holder):
+    slot, held = hold(holder)
+    before = pipes()
+    for _ in range(50):
+        Child(held[0].array()).end()
+        assert pipes() <= before + 1
+    assert not slot.is_free
+    held.clear()
+    assert slot.is_free
+    assert pipes() == before
+
+
+@HOLDERS
+def test_a_grandchild_holds_what_its_parent_held(holder):
+    slot, held = hold(holder)
+    child = Child(held[0].array())
+    held.clear()
+    # It forks, and ends; who answers from now on is the grandchild.
+    assert child.tell(b"f") == b"\x07"
+    os.waitpid(child.pid, 0)
+    leases.settle()
+    assert not slot.is_free
+    assert child.tell(b"?") == b"\x07"
+    child._sock.send(b"e")
+    assert child._sock.recv(1) == b""
+    child._sock.close()
+    wait_until(lambda: (leases.settle(), slot.is_free)[1])
+
+
+def wait_until(is_so):
+    for _ in range(500):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("not so after 5 s")
+
+
+@HOLDERS
+def test_a_child_lets_go(holder):
+    """It lives on, but nothing in it refers to the memory."""
+    slot, held = hold(holder)
+    go_on, told = os.pipe()
+    seen, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        held.clear()
+        os.write(tell, b"x")
+        os.close(told)
+        os.read(go_on, 1)
+        os._exit(0)
+    held.clear()
+    os.read(seen, 1)
+    leases.settle()
+    assert slot.is_free
+    for fd in (go_on, told, seen, tell):
+        os.close(fd)
+    os.waitpid(pid, 0)
+
+
+def test_a_fork_makes_nothing_where_nothing_is_held():
+    private = SlotPool(NBYTES, shared=False).acquire(1).lease()
+    pid = os.fork()
+    if not pid:
+        os._exit(len(leases._forking) + len(leases._children))
+    assert os.waitpid(pid, 0)[1] == 0
+    assert not leases._children
+    del private
+
+
+@HOLDERS
+def test_a_fork_without_descriptors(holder, monkeypatch):
+    """What the child inherits is never used again."""
+    slot, held = hold(holder)
+
+    def refuse():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pipe", refuse)
+    child = Child(held[0].array())
+    monkeypatch.undo()
+    held.clear()
+    child.end()
+    leases.settle()
+    assert not slot.is_free
+    leases._children.clear()
+    for loan in list(leases._ended):
+        loan.children.clear()
+        loan.settle()
+
+
+def keep_and_compare(batch, go_on, wrong):
+    then = {key: column.clone() for key, column in batch.items()}
+    wrong.put(-1)
+    go_on.wait()
+    wrong.put(sum(int((batch[key] != column).sum()) for key, column in then.items()))
+
+
+@pytest.mark.parametrize("n_workers", [0, 1, 2])
+def test_a_child_keeps_the_batch_that_it_was_given(make_shards, n_workers):
+    """Its parent lets go of its own, and goes on."""
+    spec = Spec(n_examples=60, content_tokens=8, cls=False, examples_per_shard=13)
+    cfg = ShuffledConfig(shards=make_shards(spec), layer=7, batch_size=16, buffer_size=2)
+    batches = iter(DataLoader(ShuffledActivations(cfg), num_workers=n_workers))
+    context = multiprocessing.get_context("fork")
+    go_on, wrong, children = context.Event(), context.SimpleQueue(), []
+    for _ in range(3):
+        batch = next(batches)
+        child = context.Process(target=keep_and_compare, args=(batch, go_on, wrong))
+        child.start()
+        children.append(child)
+        del batch
+        assert wrong.get() == -1
+    n_left = sum(1 for _ in batches)
+    assert n_left == 27
+    go_on.set()
+    assert [wrong.get() for _ in children] == [0, 0, 0]
+    for child in children:
+        child.join()
+        child.close()
+    wrong.close()

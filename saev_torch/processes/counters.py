@@ -6,6 +6,7 @@ figures that are at most one batch old.
 
 import dataclasses
 import logging
+import os
 import time
 from typing import Any
 
@@ -104,6 +105,7 @@ class Watch:
 
     def __init__(self, row: Any, name: str, every_s: float) -> None:
         self._row, self._name, self._every_s = row, name, every_s
+        self._pid = os.getpid()
         self._waits = Waits()
         self._n_samples = 0
         self._began = self._logged = time.monotonic()
@@ -131,5 +133,6 @@ class Watch:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """Note that the iteration ended."""
-        self._row["is_active"] = 0
+        """Note that the iteration ended; in a forked child, that of the parent goes on."""
+        if self._pid == os.getpid():
+            self._row["is_active"] = 0

@@ -7,10 +7,12 @@ batches. Memory is bounded by the number of batches that may be open, not by tim
 import dataclasses
 import functools
 import operator
+import os
 import threading
 import time
 from collections.abc import Iterator
 
+from saev_torch.errors import ReadError
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, Step, count_open_slots, make_steps, slot_nbytes
@@ -60,6 +62,7 @@ class Engine:
         share: Share,
         options: EngineOptions,
     ) -> None:
+        self._pid = os.getpid()
         self._labels, self._store = labels, labels.store
         self._selection, self._plan, self._options = selection, plan, options
         self._steps = make_steps(plan, share)
@@ -104,6 +107,7 @@ class Engine:
         if not step.loads:
             return
         placed = place(step, self.batches.open, self._selection)
+        self._check(placed)
         if self._store.has_labels:
             yield Task(functools.partial(self._read_labels, placed, running))
         for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
@@ -114,6 +118,17 @@ class Engine:
                     functools.partial(self._read_rows, extents, start, stop, placed, running),
                     operator.methodcaller("announce", extents, start, stop),
                 )
+
+    def _check(self, placed: Placed) -> None:
+        """Make sure that nothing is written to memory that is not for this; a `ReadError` says so."""
+        slots = [opened.slot for opened, _, _ in placed.targets]
+        low, high = min(slot.address for slot in slots), max(slot.address + slot.nbytes for slot in slots)
+        is_inside = low <= placed.addresses.min(initial=low) and placed.addresses.max(initial=low) < high
+        if not is_inside or any(slot.pid != self._pid for slot in slots):
+            raise ReadError(
+                f"{self._store.shards_dir}: expected rows to go to batches of this process, got an address elsewhere: "
+                "this is a fault of saev_torch; please report it."
+            )
 
     # The reader threads
 
@@ -132,8 +147,14 @@ class Engine:
     def next_batch(self) -> OpenBatch | None:
         """Take the next batch, and hold its slot; None after the last.
 
-        Raises `StalledReadError` where no batch comes in time, and else what ended a thread.
+        Raises `StalledReadError` where no batch comes in time, `ReadError` in a process that was forked from the one
+        that made the engine, and else what ended a thread.
         """
+        if self._pid != os.getpid():
+            raise ReadError(
+                f"{self._store.shards_dir}: expected an iteration of this process, {os.getpid()}, got one of process "
+                f"{self._pid}, which forked this one: the threads that read are not here; iterate anew."
+            )
         return self.batches.take(self._selection.sample_nbytes, self._describe_stall)
 
     def _describe_stall(self) -> str:
@@ -146,6 +167,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads, and give unused memory and descriptors back. May be called twice."""
+        if self._pid != os.getpid():
+            # Here are no threads, and locks may be held for ever by those of the parent.
+            return
         if threading.current_thread() in self._threads:
             # An iterator that was left in a reference cycle is collected in whichever thread allocates next. One of
             # ours cannot wait for itself, and may hold a lock.

@@ -6,6 +6,7 @@ arguments of hundreds of reads into memory that the kernel shares, and one call 
 to work on.
 
 Containers often forbid io_uring, and old systems lack it; then `Ring.open` returns None, and `preadv` does the same.
+It also reads where a file system may answer short, see `ShardStore`.
 """
 
 import ctypes
@@ -37,6 +38,9 @@ _COOP_TASKRUN = 1 << 8
 _SINGLE_MMAP, _NO_DROP = 1, 2
 _OFFSET_OF_ENTRIES = 0x10000000
 _READV, _READ = 1, 22
+_MODULUS = 0xFFFFFFFF
+# A set of all signals, as the kernel takes it.
+_ALL_SIGNALS, _SIGNALS_NBYTES = ctypes.byref(ctypes.c_uint64(_MODULUS << 32 | _MODULUS)), ctypes.c_size_t(8)
 
 # struct io_uring_params, io_uring_sqe and io_uring_cqe of <linux/io_uring.h>
 _PARAMS = np.dtype(
@@ -69,8 +73,10 @@ class Ring:
         entries = mmap.mmap(fd, _ENTRY.itemsize * self.n_entries, flags=flags, offset=_OFFSET_OF_ENTRIES)
         self._entries = np.frombuffer(entries, dtype=_ENTRY)
         self._results = np.frombuffer(shared, _RESULT, n_results, results_at)
-        number = {name: np.frombuffer(shared, "u4", 1, int(params[name])) for name in ("sq_tail", "cq_head", "cq_tail")}
-        self._asked, self._taken, self._done = number["sq_tail"], number["cq_head"], number["cq_tail"]
+        # What was asked for, begun, done and taken, as the ring itself counts; the kernel counts `begun` and `done`.
+        self._words = memoryview(shared)[: nbytes // 4 * 4].cast("I")
+        names = "sq_tail", "sq_head", "cq_tail", "cq_head"
+        self._asked, self._begun, self._done, self._taken = (int(params[name]) // 4 for name in names)
         np.frombuffer(shared, "u4", self.n_entries, int(params["sq_array"]))[:] = np.arange(self.n_entries)
 
     @classmethod
@@ -99,9 +105,13 @@ class Ring:
     ) -> NDArray[np.int32]:
         """Read from descriptors, at most `n_entries` times; for the arguments see `Extents`.
 
-        For each it tells the bytes that were read, or a negative error number.
+        For each it tells the bytes that were read, or a negative error number. Whatever interrupts it is raised when
+        the kernel writes to memory no more.
         """
-        n, first = len(fds), int(self._asked[0])
+        words, n = self._words, len(fds)
+        # An interrupted call may have left what was not begun, and results that nobody took.
+        first = words[self._asked] = words[self._begun]
+        words[self._taken] = words[self._done]
         places = (first + np.arange(n)) % self.n_entries
         # A single vector needs no detour through a list of one.
         is_one = counts == 1
@@ -113,34 +123,44 @@ class Ring:
         new["length"] = np.where(is_one, vectors[firsts, 1], counts)
         new["number"] = np.arange(n)
         self._entries[places] = new
-        self._asked[0] = (first + n) & 0xFFFFFFFF
-        self._finish(n)
+        try:
+            words[self._asked] = (first + n) & _MODULUS
+            self._finish(n)
+        except BaseException:
+            # One call, which no signal ends, and before which Python calls nothing: only there would it look whether a
+            # handler of another signal is to be run, which may raise, too.
+            while words[self._begun] != words[self._done]:
+                _syscall(
+                    _ENTER, self._fd, 0, words[self._begun] - words[self._taken] & _MODULUS, _GET_EVENTS,
+                    _ALL_SIGNALS, _SIGNALS_NBYTES,
+                )  # fmt: skip
+            raise
         results = np.empty(n, dtype=np.int32)
         done = self._look()
         results[done["number"].astype(np.int64)] = done["result"]
-        self._taken[0] = self._done[0]
+        words[self._taken] = words[self._done]
         return results
 
     def _finish(self, n: int) -> None:
         """Hand the reads over, and wait until all are done: until then the kernel writes to memory."""
-        n_asked = 0
+        words = self._words
         while self._n_done < n:
-            got = _syscall(_ENTER, self._fd, n - n_asked, n, _GET_EVENTS, None, 0)
+            n_left = words[self._asked] - words[self._begun] & _MODULUS
+            got = _syscall(_ENTER, self._fd, n_left, n, _GET_EVENTS, None, 0)
             code = ctypes.get_errno()
-            if got >= 0:
-                n_asked += got
-            elif code in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM) or (n_asked and code != errno.EINTR):
-                # Short of memory for a moment; or what was asked for still writes to memory, and must be waited for.
-                time.sleep(0.001)
-            elif code != errno.EINTR:
+            if got >= 0 or code == errno.EINTR:
+                continue
+            if code not in (errno.EAGAIN, errno.EBUSY, errno.ENOMEM) and words[self._begun] == words[self._done]:
                 raise ReadError(f"io_uring: expected {n} reads to be made, got: {os.strerror(code)}.")
+            # Short of memory for a moment; or what was asked for still writes to memory, and must be waited for.
+            time.sleep(0.001)
 
     @property
     def _n_done(self) -> int:
-        return (int(self._done[0]) - int(self._taken[0])) & 0xFFFFFFFF
+        return self._words[self._done] - self._words[self._taken] & _MODULUS
 
     def _look(self) -> NDArray[Any]:
-        found: NDArray[Any] = self._results[(int(self._taken[0]) + np.arange(self._n_done)) % len(self._results)]
+        found: NDArray[Any] = self._results[(self._words[self._taken] + np.arange(self._n_done)) % len(self._results)]
         return found
 
     def first_pending(self, n: int) -> int:
@@ -152,7 +172,7 @@ class Ring:
 
 
 class RingReader(CallReader):
-    """Many reads in one call, on a ring of the thread's own; single calls for a few."""
+    """Many reads in one call, on a ring of the thread's own; single calls for a few, and where answers may be short."""
 
     def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
         super().__init__(store, pace, spot)
@@ -163,13 +183,18 @@ class RingReader(CallReader):
             super()._read(extents, start, stop)
             return
         for first, last in extents.split(start, stop, self.ring.n_entries):
-            part = slice(first, last)
+            part, got = slice(first, last), None
             with self.opened(extents, first, last) as fds:
-                self.watch(extents, first, last)
-                got = self.ring.read(
-                    fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part]
-                )
-            self._finish(extents, first, got, 0)
+                # Only now it is known.
+                if not self.store.answers_short:
+                    self.watch(extents, first, last)
+                    got = self.ring.read(
+                        fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part]
+                    )
+            if got is None:
+                super()._read(extents, first, last)
+            else:
+                self._finish(extents, first, got, 0)
 
     def watch(self, extents: Extents, first: int, last: int) -> None:
         """Let the spot be the first of these extents that the ring has not read yet."""

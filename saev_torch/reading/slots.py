@@ -19,13 +19,13 @@ import multiprocessing
 import os
 import threading
 import weakref
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ReadError, WorkerLostError
+from saev_torch.reading.leases import Lease, settle
 
 _HEADER = mmap.PAGESIZE
 _SENT, _RETURNED = 0, 1
@@ -41,25 +41,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-class Lease:
-    """The right to use a piece of memory: numpy arrays and tensors made from it keep it alive.
-
-    `owner` is the array that `memory` is a part of, and lives as long as the lease. `on_release` is called once nothing
-    refers to the memory any more.
-    """
-
-    def __init__(self, memory: NDArray[np.uint8], owner: NDArray[np.uint8], on_release: Callable[[], None]) -> None:
-        self.owner = owner
-        self.__array_interface__ = memory.__array_interface__
-        pid = os.getpid()
-        # A forked child drops its copies of objects too, and has no say in what its parent still uses.
-        weakref.finalize(self, lambda: on_release() if os.getpid() == pid else None).atexit = False
-
-    def array(self) -> NDArray[np.uint8]:
-        """The memory, `[nbytes] uint8`; the lease lasts as long as any view of this."""
-        return np.asarray(self)
 
 
 class Slot:
@@ -116,7 +97,7 @@ class Slot:
     def lease(self) -> Lease:
         """Hand the memory out; the slot is free again when the lease and all views of it are gone."""
         self._held = True
-        return Lease(self._memory, self._owner, self.release)
+        return Lease(self._memory, self._owner, self.release, self.fd >= 0)
 
     def release(self) -> None:
         """Take the slot back: nothing in this process uses it any more."""
@@ -178,7 +159,10 @@ class SlotPool:
 
     def __init__(self, nbytes: int, shared: bool) -> None:
         self.nbytes, self.shared = nbytes, shared
-        self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
         self._slots: list[Slot] = []
 
     def acquire(self, keep: int) -> Slot:
@@ -186,6 +170,10 @@ class SlotPool:
 
         As many as `keep` are worth keeping; free ones beyond that are given back to the system.
         """
+        if self._pid != os.getpid():
+            # In a child, the slots are its parent's.
+            self._begin()
+        settle()
         with self._lock:
             _forget_returned()
             free = [slot for slot in self._slots if slot.is_free]
@@ -196,6 +184,11 @@ class SlotPool:
                 self._slots.append(slot)
             slot._held = True
             return slot
+
+    def forget(self, slot: Slot) -> None:
+        """Never hand a slot out again: somebody may still write to it."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._slots.remove(slot)
 
 
 def can_share() -> bool:
@@ -219,6 +212,7 @@ def attach(pid: int, number: int, fd: int, nbytes: int) -> Lease:
 
     The mapping is kept for the next batch in the same slot until the worker's `Process` object is gone.
     """
+    settle()
     with _mapped_lock:
         memory = _mapped.get(pid, {}).get(number)
         if memory is None:
@@ -234,7 +228,7 @@ def attach(pid: int, number: int, fd: int, nbytes: int) -> Lease:
     def release() -> None:
         counts[_RETURNED] += 1
 
-    return Lease(memory[_HEADER : _HEADER + nbytes], memory, release)
+    return Lease(memory[_HEADER : _HEADER + nbytes], memory, release, is_shared=True)
 
 
 def _map(pid: int, fd: int, nbytes: int) -> NDArray[np.uint8]:
@@ -251,6 +245,7 @@ def _map(pid: int, fd: int, nbytes: int) -> NDArray[np.uint8]:
 
 
 _worker_pools: dict[int, SlotPool] = {}
+os.register_at_fork(after_in_child=_worker_pools.clear)
 
 
 def make_pool(nbytes: int) -> SlotPool:

@@ -7,11 +7,13 @@ shards there are, and each is checked again when it is opened.
 import collections
 import contextlib
 import copy
+import ctypes
 import errno
 import fcntl
 import logging
 import os
 import resource
+import sys
 import threading
 import time
 import weakref
@@ -36,6 +38,19 @@ _AT_ONCE = frozenset({errno.EINTR, errno.EAGAIN})
 _TOO_MANY_OPEN = frozenset({errno.EMFILE, errno.ENFILE})
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOBUFS}) | _TOO_MANY_OPEN
 
+# File systems that may answer a read with fewer bytes than there are, by their numbers in <linux/magic.h>: FUSE
+# (virtiofs, too), 9p, the shared folders of VirtualBox and Parallels, hostfs, Coda.
+_SHORT = frozenset({0x65735546, 0x01021997, 0x786F4256, 0x7C7C6673, 0x00C0FFEE, 0x73757245})
+_STATFS_NBYTES = 256
+
+_fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
+
+
+def _file_system(fd: int) -> int:
+    """The number of the file system of an open file, see `_SHORT`; 0 where there is none to be had."""
+    found = ctypes.create_string_buffer(_STATFS_NBYTES)
+    return 0 if _fstatfs(fd, found) else int.from_bytes(found.raw[:4], sys.byteorder)
+
 
 class _Descriptor:
     """A file descriptor that is closed when nobody holds this any more."""
@@ -50,6 +65,9 @@ class ShardStore:
 
     It is checked: `ShardsNotFoundError` where a file is missing, `FormatError` where one does not follow the format or
     has the wrong size. With tables that were loaded before, no file is looked at until it is opened.
+
+    `answers_short` says whether one that was opened is on a file system that may return fewer bytes than there are. A
+    ring must not read there: the kernel may read the rest from the wrong offset, and report that all went well.
     """
 
     def __init__(self, shards_dir: Path, tables: tuple[Metadata, ShardInfo] | None = None) -> None:
@@ -66,6 +84,8 @@ class ShardStore:
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._n_retries = 0
+        self.answers_short = False
+        self._devices: set[int] = set()
         # By number of the shard and whether it is read past the page cache: all that are open, and those that stay so
         # when no thread reads from them, least recently used first.
         self._open: weakref.WeakValueDictionary[tuple[int, bool], _Descriptor] = weakref.WeakValueDictionary()
@@ -173,7 +193,11 @@ class ShardStore:
     def _open_checked(self, shard_idx: int, direct: bool) -> int:
         fd = open_regular(self.shards_dir, self._name(shard_idx))
         try:
-            self._check(shard_idx, os.fstat(fd))
+            stat = os.fstat(fd)
+            self._check(shard_idx, stat)
+            if stat.st_dev not in self._devices:
+                self.answers_short = self.answers_short or _file_system(fd) in _SHORT
+                self._devices.add(stat.st_dev)
             if shard_idx != LABELS_IDX:
                 os.posix_fadvise(fd, 0, 0, self.advice)
                 if direct:
