@@ -224,6 +224,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
                         np.multiply(act, np.float32(start.scale), out=act)
                     # The caller alone decides how long the batch lives.
                     del opened
+                    batch.number = iteration.next_number
                     iteration.count(batch.digest)
                     yield batch
                     del batch

@@ -70,6 +70,8 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             self._iterator = None
         # The workers find out for themselves where they begin; here it must be known too.
         iteration = self.cursor.begin_elsewhere()
+        # One worker yields its batches in turn.
+        iteration.in_order = self.in_order or self.num_workers < 2
         iterator = super().__iter__()
         # What is counted is what is taken, also where this process makes the batches.
         self.cursor.follow(iteration)
@@ -134,7 +136,10 @@ class CountedBatches(Iterator[ActivationBatch]):
             _end(iterator)
             raise
         # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
-        self.iteration.count(batch.digest if isinstance(batch, ActivationBatch) else None)
+        if isinstance(batch, ActivationBatch):
+            self.iteration.count(batch.digest, batch.number)
+        else:
+            self.iteration.count(None)
         return batch
 
 

@@ -26,26 +26,53 @@ class Iteration:
 
     Other workers hand out the rest where it `is_part` of an iteration; `is_resumed` says that it begins where a state
     was loaded. The digest is that of the `n_taken` batches that were handed out, and of what came before the iteration.
+    Where they may come out of turn, it is not `in_order`; then each is counted by its own number.
     """
+
+    in_order = True
 
     def __init__(self, start: Position, share: Share, is_part: bool = False, is_resumed: bool = False) -> None:
         self.start, self.share, self.is_part, self.is_resumed = start, share, is_part, is_resumed
         self.n_taken, self.digest = 0, start.digest
+        # Numbers of those that came before their turn, and how many came in turn.
+        self._early: set[int] = set()
+        self._n_in_turn, self._is_numbered = 0, True
 
-    def count(self, digest: int | None) -> None:
-        """Count a batch that is handed out, by its `batch_digest`; None if what is handed out is no batch any more."""
-        if digest is not None:
-            batch_idx = self.share.first + self.n_taken * self.share.stride
-            self.digest = self.digest.including(self.start.epoch, batch_idx, digest)
+    def count(self, digest: int | None, number: int | None = None) -> None:
+        """Count a batch that is handed out, by its `batch_digest`; None if what is handed out is no batch any more.
+
+        Left out, its number is that of the batch whose turn it is.
+        """
         self.n_taken += 1
+        if number is None:
+            number, self._is_numbered = self.next_number, False
+        if digest is not None:
+            self.digest = self.digest.including(self.start.epoch, number, digest)
+        self._early.add(number)
+        while self.next_number in self._early:
+            self._early.remove(self.next_number)
+            self._n_in_turn += 1
 
     @property
     def _batch(self) -> int:
-        return self.start.batch + self.n_taken * self.share.stride
+        return self.start.batch + self._n_in_turn * self.share.stride
+
+    @property
+    def next_number(self) -> int:
+        """Number of the batch whose turn it is."""
+        return self.share.first + self._n_in_turn * self.share.stride
 
     @property
     def position(self) -> Position:
-        """Where its next batch stands."""
+        """Where its next batch stands; a `StateError` where no place has all that were taken before it, and no other."""
+        if not self.in_order and self.n_taken and self._batch < self.share.stop:
+            # Other ranks, or a `collate_fn` that leaves no number, may have taken others.
+            if self._early or self.start.world_size > 1 or not self._is_numbered:
+                raise StateError(
+                    f"in_order: expected True for a state within an epoch, got False: {self.n_taken} batches were "
+                    f"taken, but perhaps not batch {self.next_number} of epoch {self.start.epoch}; make the loader with "
+                    "in_order=True, or save at the end of an epoch."
+                )
         here = dataclasses.replace(self.start, batch=self._batch, digest=self.digest)
         return here.next_start() if here.batch >= self.share.stop and not self.is_part else here
 
