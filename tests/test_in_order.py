@@ -125,5 +125,3 @@ def test_one_worker_is_in_order(cfg: ShuffledConfig, wanted: contracts.Batches) 
     contracts.assert_same([next(iterator), next(iterator)], wanted[:2])
     assert loader.state_dict()["batch"] == 2
     loader.shutdown()
-
-
