@@ -5,6 +5,7 @@ from saev_torch.config import IndexedConfig, LayerSpec, OrderedConfig, ShuffledC
 from saev_torch.device import DevicePrefetcher
 from saev_torch.errors import (
     ConfigError,
+    EndedError,
     FormatError,
     ReadError,
     SaevTorchError,
@@ -35,6 +36,7 @@ __all__ = [
     "ActivationBatch",
     "ConfigError",
     "DevicePrefetcher",
+    "EndedError",
     "FormatError",
     "Index",
     "IndexMap",

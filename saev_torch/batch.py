@@ -40,6 +40,9 @@ class ActivationBatch(dict[str, torch.Tensor]):
     _tensors: tuple[torch.Tensor, ...] = ()
     _digest: int | None = None
 
+    number: int | None = None
+    """Its number in the sequence of batches of all ranks; it goes where the batch goes."""
+
     memory: NDArray[np.uint8] | None = None
     """The memory that the tensors are in, where it is reused; it outlives this batch."""
 
@@ -73,14 +76,19 @@ class ActivationBatch(dict[str, torch.Tensor]):
         def convert(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking)
 
-        moved = type(self)({key: convert(tensor) for key, tensor in self.items()})
+        moved = self._with({key: convert(tensor) for key, tensor in self.items()})
         if non_blocking:
             _keep_until_copied(self, moved)
         return moved
 
     def pin_memory(self) -> Self:
         """Copy the tensors to page-locked memory; see `torch.Tensor.pin_memory`."""
-        return type(self)({k: v.pin_memory() for k, v in self.items()})
+        return self._with({k: v.pin_memory() for k, v in self.items()})
+
+    def _with(self, tensors: dict[str, torch.Tensor]) -> Self:
+        other = type(self)(tensors)
+        other.number = self.number
+        return other
 
     def __copy__(self) -> Self:
         other = type(self)(self)
@@ -88,7 +96,7 @@ class ActivationBatch(dict[str, torch.Tensor]):
         return other
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self),)
+        return type(self), (dict(self),), {"number": self.number}
 
 
 def _keep_until_copied(batch: ActivationBatch, moved: ActivationBatch) -> None:
@@ -146,9 +154,11 @@ def make_batch(
     return batch
 
 
-def _receive(name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest: int | None) -> ActivationBatch:
+def _receive(
+    name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest: int | None, number: int | None
+) -> ActivationBatch:
     batch = _from_memory(attach(*name), fields)
-    batch._digest = digest
+    batch._digest, batch.number = digest, number
     return batch
 
 
@@ -170,7 +180,7 @@ def _send(batch: ActivationBatch) -> tuple[Any, ...]:
     slot = batch._slot
     if slot is None or not slot.is_own or not _is_untouched(batch, slot):
         return batch.__reduce__()
-    return _receive, (slot.send(), batch._fields, batch._digest)
+    return _receive, (slot.send(), batch._fields, batch._digest, batch.number)
 
 
 ForkingPickler.register(ActivationBatch, _send)

@@ -33,6 +33,10 @@ class WorkerLostError(SaevTorchError, RuntimeError):
     """A worker process ended before its batch was taken over; torch says the same with a `RuntimeError`."""
 
 
+class EndedError(SaevTorchError, RuntimeError):
+    """An iteration was ended by another thread, or by another iteration, before its consumer had all batches."""
+
+
 class StateError(SaevTorchError, ValueError):
     """A state was saved from other data or another config, or is not a state at all."""
 

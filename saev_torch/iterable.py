@@ -19,6 +19,7 @@ from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
+from saev_torch.processes.leaving import Gate
 from saev_torch.processes.world import require_shared_once
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.engine import Engine, EngineOptions
@@ -222,28 +223,35 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         if cfg.debug:
             log_to_stderr()
             _log.debug("%s: begins at batch %d of %d", name, start.batch, share.stop)
-        return Watch(self.counters.begin(start.rank, share.first % share.stride), name, cfg.log_every_s)
+        return Watch(self.counters.begin(start.rank), name, cfg.log_every_s)
 
     def _iterate(self, iteration: Iteration) -> Iterator[ActivationBatch]:
         start, share = iteration.start, iteration.share
         if share.first >= share.stop:
             return
-        plan, selection = self._plan(start.epoch), self._own_selection()
+        plan, selection, gate = self._plan(start.epoch), self._own_selection(), Gate()
         advice = advise_lanes(plan, share) if start.rank == 0 else None
         if advice is not None and self.cursor.may_advise():
             _log.warning(advice)
         with iteration.naming():
-            engine = self._open_engine(plan, iteration)
-            watch = self._watch(iteration)
+            with gate:
+                engine = self._open_engine(plan, iteration)
+                gate.close = engine.close
+                watch = self._watch(iteration)
             try:
-                while (opened := engine.next_batch()) is not None:
-                    watch.count(opened.size, engine.batches.waits, engine.batches.fill)
-                    batch = make_batch(opened, selection, self.batch_size)
-                    if start.scale is not None and not engine.is_scaled:
-                        act = batch["act"].numpy()
-                        np.multiply(act, np.float32(start.scale), out=act)
-                    # The caller alone decides how long the batch lives.
-                    del opened
+                while True:
+                    with gate:
+                        opened = engine.next_batch()
+                        if opened is None:
+                            break
+                        watch.count(opened.size, engine.batches.waits, engine.batches.fill)
+                        batch = make_batch(opened, selection, self.batch_size)
+                        if start.scale is not None and not engine.is_scaled:
+                            act = batch["act"].numpy()
+                            np.multiply(act, np.float32(start.scale), out=act)
+                        # The caller alone decides how long the batch lives.
+                        del opened
+                    batch.number = iteration.next_number
                     iteration.count(batch.digest)
                     yield batch
                     del batch

@@ -1,6 +1,7 @@
 """Ready-made loaders under the published names."""
 
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,12 +10,16 @@ from torch.utils.data import DataLoader, Sampler
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.errors import SaevTorchError
+from saev_torch.errors import EndedError, SaevTorchError
 from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
+from saev_torch.processes.epochs import PLACE
+from saev_torch.processes.page import SharedPage
 from saev_torch.resume.cursor import Iteration
 
 _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
+# How long another thread may wait for the batch that it is about to take.
+_LET_GO_S = 5.0
 
 
 class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: ignore[misc, override]
@@ -34,9 +39,24 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         if kwargs.get("num_workers"):
             # A worker reports a stalled read by itself; one that was stopped says nothing.
             kwargs.setdefault("timeout", min(dataset.cfg.batch_timeout_s + _START_S, _MAX_TIMEOUT_S))
-        # The iterator, with its workers and threads, is the user's alone.
-        self._batches: weakref.ref[CountedBatches] | None = None
+        self._forget_iterations()
         super().__init__(dataset, batch_size=None, **kwargs)
+
+    def _forget_iterations(self) -> None:
+        # An iterator, with its workers and threads, is the user's alone. The latest may be asked to follow the epoch.
+        self._running: weakref.WeakSet[CountedBatches] = weakref.WeakSet()
+        self._batches: weakref.ref[CountedBatches] | None = None
+        # Where workers begin, which persistent ones look up.
+        self._place: SharedPage | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has nothing to do with iterations of this loader, nor with their workers.
+        own = {"_iterator": None, "_running": None, "_batches": None, "_place": None}
+        return {**self.__dict__, **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_iterations()
 
     @property
     def sampler(self) -> Iterable[Any]:  # type: ignore[override]
@@ -65,21 +85,40 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         self.shutdown()
         self.cursor.set_epoch(epoch)
         batches.iterator, batches.iteration = self._begin()
+        self._running.add(batches)
         self._batches = weakref.ref(batches)
 
     def _begin(self) -> tuple[Any, Iteration]:
         if getattr(self._iterator, "_shutdown", False):
             # Persistent workers that have failed.
             self._iterator = None
-        # The workers find out for themselves where they begin; here it must be known too.
+            self._place = None
+        if self._place is None or not self.persistent_workers:
+            # A worker that begins late, for an iterator that is gone, must not take the place of another's.
+            self._place = SharedPage(PLACE)
         iteration = self.cursor.begin_elsewhere()
-        iterator = super().__iter__()
+        place = self._place.fields
+        place["epoch"], place["start"] = iteration.start.place
+        # One worker yields its batches in turn.
+        iteration.in_order = self.in_order or self.num_workers < 2
+        with self.cursor.telling(place):
+            try:
+                iterator = super().__iter__()
+            except BaseException as err:
+                self._iterator = None
+                _end_unfinished(err)
+                raise
         # What is counted is what is taken, also where this process makes the batches.
         self.cursor.follow(iteration)
         return iterator, iteration
 
     def __iter__(self) -> Any:
+        if self.persistent_workers:
+            # There is one set of workers, which is about to begin anew.
+            for other in tuple(self._running):
+                other.give_way()
         batches = CountedBatches(*self._begin())
+        self._running.add(batches)
         self._batches = weakref.ref(batches)
         return batches
 
@@ -88,12 +127,17 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         return self.dataset.state_dict()
 
     def shutdown(self) -> None:
-        """Stop the running iteration with its workers and threads. The loader can be used again."""
-        batches = None if self._batches is None else self._batches()
-        iterator: Any = self._iterator if batches is None else batches.iterator
-        self._iterator = self._batches = None
-        if batches is not None:
-            batches.iterator = None
+        """Stop all running iterations with their workers and threads. The loader can be used again.
+
+        A thread that is in the middle of another epoch gets an `EndedError`. In a signal handler that interrupts the
+        wait for a batch, the iteration ends when that has come.
+        """
+        iterator, self._iterator = self._iterator, None
+        running = tuple(self._running)
+        self._forget_iterations()
+        for batches in running:
+            if not batches.shut_down() and batches.iterator is iterator:
+                iterator = None
         if iterator is not None:
             _end(iterator)
 
@@ -111,34 +155,109 @@ def _end(iterator: Any) -> None:
             worker.join()
 
 
+def _end_unfinished(err: BaseException) -> None:
+    """End the workers of an iterator of torch that was interrupted while it was made: then it cannot do so itself."""
+    traceback = err.__traceback__
+    while traceback is not None:
+        found = traceback.tb_frame.f_locals
+        iterator: Any = found.get("self")
+        if hasattr(iterator, "_workers_done_event") and hasattr(iterator, "_workers"):
+            iterator._shutdown = True
+            # The latest may not have come to the others yet.
+            for worker in {*iterator._workers, found.get("w", None)} - {None}:
+                if worker.pid is not None:
+                    worker.kill()
+                    worker.join()
+        traceback = traceback.tb_next
+
+
 class CountedBatches(Iterator[ActivationBatch]):
-    """Counts the batches that are taken from an iterator, None when it is over; its `iteration` outlives it."""
+    """Counts the batches that are taken from an iterator, None when it is over; its `iteration` outlives it.
+
+    One thread takes a batch at a time. Others, and signal handlers, may end it.
+    """
 
     def __init__(self, iterator: Any, iteration: Iteration) -> None:
         self.iterator, self.iteration = iterator, iteration
         self._failure: Exception | None = None
+        # A signal handler gets it while its own thread has it, and then sees that it is busy.
+        self._lock = threading.RLock()
+        self._thread: int | None = None
+        self._is_busy = self._ends = False
 
     def __next__(self) -> Any:
-        if self._failure is not None:
-            raise self._failure
-        if self.iterator is None:
-            raise StopIteration
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self.iterator is None:
+                raise StopIteration
+            self._thread, self._is_busy = threading.get_ident(), True
+            try:
+                batch = self._take()
+            finally:
+                self._is_busy = False
+                if self._ends:
+                    self._end()
+            if self._ends:
+                raise self._failure or StopIteration
+            # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
+            if isinstance(batch, ActivationBatch):
+                self.iteration.count(batch.digest, batch.number)
+            else:
+                self.iteration.count(None)
+            return batch
+
+    def _take(self) -> Any:
         try:
-            batch: Any = next(self.iterator)
+            return next(self.iterator)
         except StopIteration:
             # The iterator of persistent workers stays with the loader; any other ends its workers here.
             self.iterator = None
             raise
         except Exception as err:
+            if self._failure is not None:
+                raise self._failure from err
             # What other workers have ready must not follow, as if nothing were missing. And torch's iterator would live
             # on in the traceback, until the garbage collector ends it in the wrong order, in 5 s for each worker.
             self._failure = type(err)(str(err)) if isinstance(err, SaevTorchError) else RuntimeError(str(err))
-            iterator, self.iterator = self.iterator, None
-            _end(iterator)
+            self._end()
             raise
-        # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
-        self.iteration.count(batch.digest if isinstance(batch, ActivationBatch) else None)
-        return batch
+
+    def _end(self) -> None:
+        iterator, self.iterator = self.iterator, None
+        if iterator is not None:
+            _end(iterator)
+
+    def give_way(self) -> None:
+        """Let another iteration have the workers."""
+        with self._lock:
+            if self.iterator is not None and not self.iteration.is_over:
+                self._failure = EndedError(
+                    "persistent_workers: expected one iteration at a time, got another, to which the workers went; "
+                    "use persistent_workers=False, or a loader for each."
+                )
+            self.iterator = None
+
+    def shut_down(self) -> bool:
+        """End the iteration; whether it is over now, not only when its consumer has the batch that it waits for."""
+        has_lock = self._lock.acquire(timeout=_LET_GO_S)
+        try:
+            if self.iterator is None:
+                return True
+            if self._thread not in {None, threading.get_ident()} and not self.iteration.is_over:
+                self._failure = EndedError(
+                    f"shutdown: expected to be called when an iteration is done with, got a call from another thread "
+                    f"after {self.iteration.n_taken} batches; iterate again, or end the iteration first."
+                )
+            # Nobody but its consumer can end a generator that runs, or queues that this very thread is in.
+            if self._is_busy and (has_lock or not hasattr(self.iterator, "_shutdown_workers")):
+                self._ends = True
+                return False
+            self._end()
+            return True
+        finally:
+            if has_lock:
+                self._lock.release()
 
 
 class _EpochListener(Sampler[None]):

@@ -1,5 +1,6 @@
 import copy
 import io
+import multiprocessing
 import pickle
 
 import contracts
@@ -10,6 +11,7 @@ from factory import Spec
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from saev_torch import ActivationBatch, OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig
+from saev_torch.reading.slots import Slot
 
 
 @pytest.fixture
@@ -308,3 +310,21 @@ def test_arrays_and_devices_see_the_memory_as_it_is(batch):
     assert batch["act"].numpy().flags["C_CONTIGUOUS"]
     assert batch["act"].data_ptr() % 64 == 0
     assert np.shares_memory(batch["act"].numpy(), batch["act"][:3].numpy())
+
+
+def name_a_slot(found):
+    found.put(Slot(64, shared=True).send())
+
+
+def test_slots_of_processes_have_names_of_their_own():
+    """A process id is used again, and what its last owner sent may be mapped still."""
+    fork = multiprocessing.get_context("fork")
+    found, numbers = fork.SimpleQueue(), []
+    for _ in range(2):
+        process = fork.Process(target=name_a_slot, args=(found,))
+        process.start()
+        numbers.append(found.get()[1])
+        process.join()
+        process.close()
+    found.close()
+    assert numbers[0] != numbers[1]

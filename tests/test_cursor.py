@@ -132,9 +132,11 @@ def test_only_the_latest_iteration_moves_it() -> None:
 
 
 def begin_for_workers(cursor: Cursor) -> Iteration:
-    """As a loader does, with a worker of each iteration."""
+    """As a loader does, with an iteration that is told where to begin."""
     iteration = cursor.begin_elsewhere()
-    cursor._epochs.begin(cursor.world.pid, 1000, 0)
+    with cursor.telling({"epoch": iteration.start.epoch, "start": iteration.start.batch}):
+        assert cursor.begin().start == iteration.start
+    cursor.follow(iteration)
     return iteration
 
 

@@ -247,6 +247,94 @@ def test_breaking_off_before_a_worker_has_begun(cfg, epochs, persistent, chosen,
         contracts.assert_same(list(loader), epochs[epoch])
 
 
+class WithSlowStarts(ShuffledActivations):
+    """Worker 1 of the first iteration begins last, after both of the second."""
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        if info is not None:
+            with self.n_begun.get_lock():
+                turn = self.n_begun.value
+                self.n_begun.value += 1
+            time.sleep((0.0, 0.6, 0.1, 0.25)[turn])
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("n_tries", range(3))
+def test_two_plain_loaders_with_equal_seeds(cfg, epochs, n_tries):
+    data_set = WithSlowStarts(cfg)
+    fork = multiprocessing.get_context("fork")
+    data_set.n_begun = fork.Value("i", 0)
+    loaders = [
+        DataLoader(data_set, num_workers=2, generator=torch.Generator().manual_seed(0), multiprocessing_context="fork")
+        for _ in range(2)
+    ]
+    found = list(zip(*zip(*loaders, strict=True), strict=True))
+    # Which of them is the first is decided by their workers; each is whole.
+    first, second = sorted(found, key=lambda batches: not torch.equal(batches[0]["act"], epochs[0][0]["act"]))
+    contracts.assert_same(list(first), epochs[0])
+    contracts.assert_same(list(second), epochs[1])
+
+
+@pytest.mark.parametrize(("method", "persistent"), [("fork", False), ("fork", True), ("spawn", True)])
+def test_equal_seeds_with_any_start_method(cfg, epochs, method, persistent):
+    data_set = ShuffledActivations(cfg)
+    options = {"num_workers": 2, "multiprocessing_context": method, "persistent_workers": persistent}
+    loaders = [DataLoader(data_set, generator=torch.Generator().manual_seed(0), **options) for _ in range(2)]
+    for n in range(2 if method == "fork" else 1):
+        found = list(zip(*zip(*loaders, strict=True), strict=True))
+        starts = [epoch[0]["act"] for epoch in epochs]
+        numbers = [next(i for i, act in enumerate(starts) if torch.equal(act, got[0]["act"])) for got in found]
+        assert sorted(numbers) == [2 * n, 2 * n + 1]
+        for number, got in zip(numbers, found, strict=True):
+            contracts.assert_same(list(got), epochs[number])
+
+
+def consume_epochs(source, n_epochs, found, together=None):
+    if together is not None:
+        together.wait(60)
+    found.put([contracts.digest(source) for _ in range(n_epochs)])
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_many_processes_consume(cfg, epochs, n_workers):
+    """Each, and the parent, counts for itself, as many as there are, and whether its workers or itself make batches."""
+    data_set = ShuffledActivations(cfg)
+    source = data_set if not n_workers else DataLoader(data_set, num_workers=1, multiprocessing_context="fork")
+    wanted = [contracts.digest(epoch) for epoch in epochs]
+    assert contracts.digest(source) == wanted[0]
+    fork = multiprocessing.get_context("fork")
+    found = fork.SimpleQueue()
+    n_processes = 40 if n_workers == 0 else 34
+    for _ in range(n_processes // 2):
+        pair = [fork.Process(target=consume_epochs, args=(source, 1 + n_workers, found)) for _ in range(2)]
+        for process in pair:
+            process.start()
+        for process in pair:
+            assert found.get() == wanted[: 1 + n_workers]
+            process.join()
+            process.close()
+    found.close()
+    assert contracts.digest(source) == wanted[1]
+
+
+def test_many_processes_consume_at_once(cfg, epochs):
+    data_set = ShuffledActivations(cfg)
+    data_set.set_epoch(3)
+    wanted = [contracts.digest(epoch) for epoch in epochs]
+    fork = multiprocessing.get_context("fork")
+    found, together = fork.SimpleQueue(), fork.Barrier(40)
+    processes = [fork.Process(target=consume_epochs, args=(data_set, 2, found, together)) for _ in range(40)]
+    for process in processes:
+        process.start()
+    assert [found.get() for _ in processes] == [wanted[3:5]] * 40
+    for process in processes:
+        process.join()
+        process.close()
+    found.close()
+    assert contracts.digest(data_set) == wanted[3]
+
+
 def test_copies_of_a_data_set(cfg, epochs):
     data_set = ShuffledActivations(cfg)
     contracts.assert_same(list(data_set), epochs[0])

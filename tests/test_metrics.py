@@ -63,7 +63,7 @@ def test_while_it_runs(make_shards) -> None:
 def test_several_readers_add_up() -> None:
     counters = Counters()
     for reader, rank in ((0, 0), (1, 1), (2, 0)):
-        row = counters.begin(rank, reader)
+        row = counters.begin(rank)
         row["n_samples"], row["nbytes"], row["fill"], row["disk_s"] = 100, 4e6, reader / 4, 1.0
     sums = counters.sums(0)
     assert (sums["n_samples"], sums["nbytes"], sums["disk_s"], sums["n_active"]) == (200, 8e6, 2, 2)
@@ -76,12 +76,54 @@ def test_several_readers_add_up() -> None:
     assert found["loader/read_mb"] == 8
 
 
+@pytest.mark.parametrize("world_size", [64, 128])
+def test_a_rank_of_many(make_shards, world_size: int) -> None:
+    """All of its workers are seen, each in a row of its own."""
+    cfg = OrderedConfig(shards=make_shards(n_examples=250, content_tokens=100), layer=3, batch_size=4)
+    loader = OrderedDataLoader(cfg, rank=3, world_size=world_size, num_workers=8, prefetch_factor=1)
+    batches = iter(loader)
+    n_taken = 16
+    for _ in range(n_taken):
+        next(batches)
+    found = loader.metrics()
+    assert found["loader/n_readers"] == 8
+    n_taken += len(list(batches))
+    # To the last sample: rows have one writer each.
+    assert loader.counters.sums(3)["n_samples"] == 4 * n_taken
+    loader.shutdown()
+
+
+def test_two_iterations_at_once(make_shards) -> None:
+    cfg = ShuffledConfig(shards=make_shards(n_examples=60), layer=3, batch_size=16, buffer_size=4)
+    loader = ShuffledDataLoader(cfg, num_workers=1)
+    pairs = zip(loader, loader, strict=True)
+    next(pairs)
+    assert loader.metrics()["loader/n_readers"] == 2
+    assert sum(1 for _ in pairs) == len(loader) - 1
+    assert loader.counters.sums(0)["n_samples"] == 2 * loader.n_samples
+    loader.shutdown()
+
+
+def test_rows_are_used_again() -> None:
+    counters = Counters()
+    for _ in range(600):
+        row = counters.begin(0)
+        row["n_samples"] += 1
+        row["is_active"] = 0
+    # Those of processes that were killed, too.
+    for _ in range(600):
+        row = counters.begin(0)
+        row["n_samples"] += 1
+        row["is_active"] = 1 << 30
+    assert counters.sums(0)["n_samples"] == 1200
+
+
 def test_a_copy_counts_from_0() -> None:
     counters = Counters()
-    counters.begin(0, 0)["n_samples"] = 100
+    counters.begin(0)["n_samples"] = 100
     for other in (copy.deepcopy(counters), pickle.loads(pickle.dumps(counters))):
         assert other.sums(0)["n_samples"] == 0
-        other.begin(0, 0)["n_samples"] = 7
+        other.begin(0)["n_samples"] = 7
         assert counters.sums(0)["n_samples"] == 100
     assert len(pickle.dumps(counters)) < 200
 

@@ -1,7 +1,7 @@
 """What the readers of a data set did, on a page that they share: for `metrics`, and for lines in the log.
 
-Each figure has one writer, so there are no locks: a worker that is killed leaves nothing behind, and who looks sees
-figures that are at most one batch old.
+Each row has one writer at a time, so there are no locks but where rows are given out: a worker that is killed leaves
+nothing behind, and who looks sees figures that are at most one batch old.
 """
 
 import dataclasses
@@ -16,15 +16,20 @@ from saev_torch.processes.page import SharedPage, is_spawning
 
 _N_ROWS = 256
 _WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
-# 1 more than the rank, 0 where a row is not in use; it began on the clock that all processes of a machine share.
+# 1 more than the rank, 0 where a row is not in use; it is active for the process of that number, and began on the clock
+# that all processes of a machine share.
 _INTEGERS = ("rank", "is_active", "n_samples", "nbytes")
 _FLOATS = ("began", "fill", *_WAITS.values())
 _ROW = np.dtype([*((name, np.int64) for name in _INTEGERS), *((name, np.float64) for name in _FLOATS)])
 _SUMS = ("n_samples", "nbytes", *_WAITS.values())
 
 
+def _is_alive(pid: int) -> bool:
+    return pid != 0 and os.path.exists(f"/proc/{pid}")
+
+
 class Counters:
-    """Figures of a data set and its copies in workers; pickled or copied otherwise, it begins at 0."""
+    """Figures of a data set and its copies in other processes; pickled or copied otherwise, it begins at 0."""
 
     def __init__(self, page: SharedPage | None = None) -> None:
         self._page = page or SharedPage(np.dtype([("rows", _ROW, (_N_ROWS,))]))
@@ -34,16 +39,28 @@ class Counters:
     def __reduce__(self) -> tuple[Any, ...]:
         return Counters, ((self._page,) if is_spawning() else ())
 
-    def begin(self, rank: int, reader: int) -> Any:
-        """Take the row of a reader for an iteration, to be written to; what it counts goes on from the last one."""
-        row = self._rows[reader % _N_ROWS]
-        row["rank"], row["is_active"], row["fill"], row["began"] = rank + 1, 1, 0.0, time.monotonic()
+    def begin(self, rank: int) -> Any:
+        """Take a row for an iteration, to be written to; what it counts goes on from who had it before."""
+        with self._page.locked():
+            row = self._rows[self._find_free(rank)]
+            row["rank"], row["is_active"], row["fill"], row["began"] = rank + 1, os.getpid(), 0.0, time.monotonic()
         return row
+
+    def _find_free(self, rank: int) -> int:
+        ranks, is_free = self._rows["rank"], self._rows["is_active"] == 0
+        for wanted in (is_free & (ranks == rank + 1), ranks == 0):
+            if wanted.any():
+                return int(wanted.argmax())
+        # The last of them are of processes that were killed, or, with very many readers, are shared.
+        mine = np.flatnonzero(ranks == rank + 1)
+        ended = (i for i in mine if not _is_alive(self._rows["is_active"][i]))
+        return int(next(ended, (mine if len(mine) else np.flatnonzero(ranks))[0]))
 
     def sums(self, rank: int) -> dict[str, float]:
         """Sums over the readers of a rank, and of those at work: how many, their mean fill, when the first began."""
         mine = self._rows[self._rows["rank"] == rank + 1]
-        active = mine[mine["is_active"] != 0]
+        # A reader that was killed could not say so.
+        active = mine[[_is_alive(pid) for pid in mine["is_active"].tolist()]]
         found = {name: float(mine[name].sum()) for name in _SUMS}
         found["n_active"] = float(len(active))
         found["fill"] = float(active["fill"].sum()) / max(1, len(active))

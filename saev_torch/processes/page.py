@@ -1,8 +1,12 @@
 """A page of memory that a process shares with the workers that it starts."""
 
+import contextlib
+import fcntl
 import mmap
 import os
+import threading
 import weakref
+from collections.abc import Iterator
 from multiprocessing import context, reduction
 from typing import Any
 
@@ -14,6 +18,26 @@ def is_spawning() -> bool:
     return context.get_spawning_popen() is not None
 
 
+class _Here:
+    """This process: what it makes it knows by this, and a forked child has another."""
+
+    def __init__(self) -> None:
+        # A signal handler may ask for what its own thread is about to write.
+        self.lock = threading.RLock()
+
+
+_here = _Here()
+
+
+def _begin_anew() -> None:
+    # Another thread may have had the lock when this process was forked.
+    global _here
+    _here = _Here()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
+
 class SharedPage:
     """Memory for one structured value, which goes with the last process that has it.
 
@@ -23,10 +47,27 @@ class SharedPage:
     """
 
     def __init__(self, dtype: np.dtype[Any], fd: int | None = None) -> None:
+        self._maker = _here if fd is None else None
         self.fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC) if fd is None else fd
         weakref.finalize(self, os.close, self.fd).atexit = False
         os.ftruncate(self.fd, dtype.itemsize)
         self.fields: Any = np.frombuffer(mmap.mmap(self.fd, dtype.itemsize), dtype=dtype)[0]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process made the memory, and did not come by it from its parent."""
+        return self._maker is _here
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other threads and processes out."""
+        # A lock of the file system goes away with a killed worker; it does not tell threads apart.
+        with _here.lock:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self.fd, fcntl.LOCK_UN)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if is_spawning():

@@ -1,10 +1,11 @@
 """Which part of the work is this process's: rank and worker, found in one place, when iterating."""
 
 import multiprocessing
+import multiprocessing.queues
 import os
 import sys
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed
 from torch.utils.data import get_worker_info
@@ -35,6 +36,15 @@ def consumer_pid() -> int:
     """The process that the batches are for: the parent in a DataLoader worker, else this one."""
     parent = multiprocessing.parent_process() if get_worker_info() is not None else None
     return os.getpid() if parent is None or parent.pid is None else parent.pid
+
+
+def find_session(info: Any) -> int:
+    """What the workers of one iterator of a DataLoader have in common, and with no others; `info` is this worker's."""
+    # The base seed is the same for two iterators where the user seeds torch before each. The pipe that the workers put
+    # their batches into is not.
+    arguments = getattr(multiprocessing.current_process(), "_args", ())
+    queues: list[Any] = [value for value in arguments if isinstance(value, multiprocessing.queues.Queue)]
+    return os.fstat(queues[-1]._reader.fileno()).st_ino if queues else int(info.seed - info.id)
 
 
 def count_cores() -> int:

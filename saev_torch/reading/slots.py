@@ -68,6 +68,8 @@ class Slot:
         if shared:
             self.fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC)
             weakref.finalize(self, os.close, self.fd).atexit = False
+            # A count goes on in each process, and a process id is used again; an inode is not.
+            self.number = os.fstat(self.fd).st_ino
             os.ftruncate(self.fd, _file_nbytes(nbytes))
             self._owner = _map_shared(self.fd, nbytes)
             if self._owner.nbytes >= _HUGE_PAGE:

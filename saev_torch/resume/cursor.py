@@ -8,6 +8,7 @@ place stays at the end.
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError, SaevTorchError, StateError
 from saev_torch.order.steps import Share
 from saev_torch.processes.epochs import EpochCounter
-from saev_torch.processes.world import World, check_world, consumer_pid, find_world
+from saev_torch.processes.page import is_spawning
+from saev_torch.processes.world import World, check_world, consumer_pid, find_session, find_world
 from saev_torch.resume.state import MAX_COUNT, Position, StreamDigest
 
 
@@ -26,26 +28,58 @@ class Iteration:
 
     Other workers hand out the rest where it `is_part` of an iteration; `is_resumed` says that it begins where a state
     was loaded. The digest is that of the `n_taken` batches that were handed out, and of what came before the iteration.
+    Where they may come out of turn, it is not `in_order`; then each is counted by its own number.
     """
+
+    in_order = True
 
     def __init__(self, start: Position, share: Share, is_part: bool = False, is_resumed: bool = False) -> None:
         self.start, self.share, self.is_part, self.is_resumed = start, share, is_part, is_resumed
         self.n_taken, self.digest = 0, start.digest
+        # Numbers of those that came before their turn, and how many came in turn.
+        self._early: set[int] = set()
+        self._n_in_turn, self._is_numbered = 0, True
 
-    def count(self, digest: int | None) -> None:
-        """Count a batch that is handed out, by its `batch_digest`; None if what is handed out is no batch any more."""
-        if digest is not None:
-            batch_idx = self.share.first + self.n_taken * self.share.stride
-            self.digest = self.digest.including(self.start.epoch, batch_idx, digest)
+    def count(self, digest: int | None, number: int | None = None) -> None:
+        """Count a batch that is handed out, by its `batch_digest`; None if what is handed out is no batch any more.
+
+        Left out, its number is that of the batch whose turn it is.
+        """
         self.n_taken += 1
+        if number is None:
+            number, self._is_numbered = self.next_number, False
+        if digest is not None:
+            self.digest = self.digest.including(self.start.epoch, number, digest)
+        self._early.add(number)
+        while self.next_number in self._early:
+            self._early.remove(self.next_number)
+            self._n_in_turn += 1
 
     @property
     def _batch(self) -> int:
-        return self.start.batch + self.n_taken * self.share.stride
+        return self.start.batch + self._n_in_turn * self.share.stride
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of its batches were handed out."""
+        return self.next_number >= self.share.stop
+
+    @property
+    def next_number(self) -> int:
+        """Number of the batch whose turn it is."""
+        return self.share.first + self._n_in_turn * self.share.stride
 
     @property
     def position(self) -> Position:
-        """Where its next batch stands."""
+        """Where its next batch stands; a `StateError` where no place has before it just what was taken."""
+        # Other ranks, or a `collate_fn` that leaves no number, may have taken others.
+        is_unsure = bool(self._early) or self.start.world_size > 1 or not self._is_numbered
+        if is_unsure and not self.in_order and self.n_taken and self._batch < self.share.stop:
+            raise StateError(
+                f"in_order: expected True for a state within an epoch, got False: {self.n_taken} batches were taken, "
+                f"but perhaps not batch {self.next_number} of epoch {self.start.epoch}; make the loader with "
+                "in_order=True, or save at the end of an epoch."
+            )
         here = dataclasses.replace(self.start, batch=self._batch, digest=self.digest)
         return here.next_start() if here.batch >= self.share.stop and not self.is_part else here
 
@@ -82,9 +116,16 @@ class Cursor:
         self._loaded_pid = 0
         # Digest of what came before an epoch that was chosen.
         self._earlier = StreamDigest()
+        # By threads of this process, what iterations that they begin are told; for a worker, by 0.
+        self._told: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known_world": self.world, "_latest": None}
+        told = self._find_told() if is_spawning() else None
+        kept = {} if told is None else {0: told}
+        return {**self.__dict__, "_known_world": self.world, "_latest": None, "_told": kept}
+
+    def _find_told(self) -> Any:
+        return self._told.get(threading.get_ident(), self._told.get(0))
 
     @property
     def world(self) -> World:
@@ -166,22 +207,35 @@ class Cursor:
 
     def begin(self) -> Iteration:
         """Begin an iteration in this process, or this worker's part of one."""
-        info, pid = get_worker_info(), consumer_pid()
+        info, pid, told = get_worker_info(), consumer_pid(), self._find_told()
+        if told is not None:
+            part = () if info is None else (info.id, info.num_workers)
+            return self._start(int(told["epoch"]), int(told["start"]), *part)
         self._hold()
         if info is None:
             return self._start(*self._epochs.begin(pid, None, 0))
         # A worker that loaded a state itself knows best; else the parent put the place where all workers find it. A
         # forked worker inherits what was loaded in its parent, which has told all workers already.
         at = self._loaded.place if self._loaded is not None and self._loaded_pid == os.getpid() else None
-        found = self._epochs.begin(pid, info.seed - info.id, info.id, info.num_workers, at)
+        found = self._epochs.begin(pid, find_session(info), info.id, at)
         return self._start(*found, info.id, info.num_workers)
 
     def begin_elsewhere(self) -> Iteration:
-        """Settle where the next iteration begins, whose batches are counted here, whichever process makes them."""
+        """Begin an iteration whose batches are counted here, whichever process makes them; `telling` tells that one."""
         self._hold()
-        place = self._epochs.next(consumer_pid())
-        self._epochs.set(consumer_pid(), *place)
-        return self._start(*place)
+        return self._start(*self._epochs.begin(consumer_pid(), None, 0))
+
+    @contextlib.contextmanager
+    def telling(self, place: Any) -> Iterator[None]:
+        """Let iterations that this thread begins, and all of processes that it starts, begin at `place`.
+
+        It has `epoch` and `start`. A `SharedPage` of `PLACE` also tells workers that have been started before.
+        """
+        self._told[threading.get_ident()] = place
+        try:
+            yield
+        finally:
+            del self._told[threading.get_ident()]
 
     def follow(self, iteration: Iteration) -> None:
         """Stand where an iteration does."""

@@ -1,0 +1,244 @@
+"""Loaders that are copied, interrupted, shut down from elsewhere or iterated twice: nothing ends without a word."""
+
+import collections
+import copy
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import contracts
+import pytest
+from factory import Spec
+from torch.utils.data import get_worker_info
+
+from saev_torch import EndedError, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
+
+COPIES = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy": copy.copy, "deepcopy": copy.deepcopy}
+WORKERS = [(0, False), (2, False), (2, True)]
+
+
+@pytest.fixture
+def cfg(make_shards: Any) -> ShuffledConfig:
+    return ShuffledConfig(shards=make_shards(Spec(n_examples=64)), layer=3, batch_size=16, buffer_size=4)
+
+
+@pytest.fixture
+def epochs(cfg: ShuffledConfig) -> list[contracts.Batches]:
+    data_set = ShuffledActivations(cfg)
+    return [list(data_set) for _ in range(3)]
+
+
+def make(cfg: ShuffledConfig, n_workers: int, persistent: bool = False, **options: Any) -> ShuffledDataLoader:
+    context = "fork" if n_workers else None
+    return ShuffledDataLoader(
+        cfg, num_workers=n_workers, persistent_workers=persistent, multiprocessing_context=context, **options
+    )
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize(("n_workers", "persistent"), WORKERS)
+def test_a_copy_has_nothing_to_do_with_an_iteration(
+    cfg: ShuffledConfig, epochs: Any, n_workers: int, persistent: bool, how: str
+) -> None:
+    loader = make(cfg, n_workers, persistent)
+    iterator = iter(loader)
+    got = [next(iterator)]
+    other = COPIES[how](loader)
+    assert other.state_dict()["batch"] == (1 if how == "copy" else 0)
+    other.shutdown()
+    got += iterator
+    contracts.assert_same(got, epochs[0])
+    contracts.assert_same(list(other), epochs[1])
+    other.shutdown()
+    loader.shutdown()
+
+
+def in_a_thread(work: Any) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(("n_workers", "persistent"), WORKERS)
+def test_shutdown_from_another_thread_is_an_error_there(
+    cfg: ShuffledConfig, epochs: Any, n_workers: int, persistent: bool
+) -> None:
+    loader = make(cfg, n_workers, persistent)
+    iterator = iter(loader)
+    contracts.assert_same([next(iterator)], epochs[0][:1])
+    in_a_thread(loader.shutdown)
+    assert multiprocessing.active_children() == []
+    for _ in range(2):
+        with pytest.raises(EndedError, match=r"shutdown: .* another thread after 1 batches"):
+            next(iterator)
+    contracts.assert_same(list(loader), epochs[1])
+    # Behind the last batch it is no error.
+    iterator = iter(loader)
+    got = [next(iterator) for _ in range(len(loader))]
+    in_a_thread(loader.shutdown)
+    contracts.assert_same([*got, *iterator], epochs[2])
+
+
+class Sending(ShuffledActivations):
+    """Does something before its fourth batch, while that is waited for."""
+
+    def __iter__(self) -> Any:
+        return self._pass_on(super().__iter__())
+
+    def _pass_on(self, batches: Any) -> Any:
+        for i, batch in enumerate(batches):
+            info = get_worker_info()
+            if i == 3 and (info is None or info.id == 1):
+                self.act()
+            yield batch
+
+
+@pytest.mark.parametrize(("n_workers", "persistent"), WORKERS)
+def test_shutdown_from_another_thread_while_a_batch_is_waited_for(
+    cfg: ShuffledConfig, n_workers: int, persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saev_torch.loaders.ShuffledActivations", Sending)
+    loader = make(cfg, n_workers, persistent)
+    waiting = multiprocessing.get_context("fork").Event()
+    loader.dataset.act = lambda: (waiting.set(), time.sleep(0.3))
+    ending = threading.Thread(target=lambda: (waiting.wait(20), loader.shutdown()))
+    ending.start()
+    taken: list[Any] = []
+    with pytest.raises(EndedError):
+        collections.deque(map(taken.append, loader), maxlen=0)
+    ending.join(20)
+    assert len(taken) < len(loader)
+    assert multiprocessing.active_children() == []
+    loader.shutdown()
+
+
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize(("n_workers", "persistent"), WORKERS)
+def test_shutdown_in_a_signal_handler(
+    cfg: ShuffledConfig, n_workers: int, persistent: bool, leave: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saev_torch.loaders.ShuffledActivations", Sending)
+    loader, parent = make(cfg, n_workers, persistent), os.getpid()
+    loader.dataset.act = lambda: (os.kill(parent, signal.SIGTERM), time.sleep(0.1 * bool(n_workers)))
+    called = []
+
+    def stop(*args: Any) -> None:
+        called.append(args[0])
+        loader.shutdown()
+        if leave:
+            raise SystemExit(3)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    n_taken, left = 0, False
+    try:
+        for _ in loader:
+            n_taken += 1
+    except SystemExit:
+        left = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (len(called), left) == (1, leave)
+    assert n_taken <= 7
+    assert multiprocessing.active_children() == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("saev_torch")]
+    assert loader.state_dict()["batch"] == n_taken
+
+
+def test_two_iterations_of_persistent_workers(cfg: ShuffledConfig, epochs: Any) -> None:
+    loader = make(cfg, 2, persistent=True)
+    first = iter(loader)
+    contracts.assert_same([next(first)], epochs[0][:1])
+    second = iter(loader)
+    contracts.assert_same([next(second)], epochs[1][:1])
+    with pytest.raises(EndedError, match="persistent_workers: expected one iteration at a time"):
+        next(first)
+    contracts.assert_same(list(second), epochs[1][1:])
+    contracts.assert_same(list(loader), epochs[2])
+    loader.shutdown()
+
+
+def test_shutdown_ends_all_iterations(cfg: ShuffledConfig) -> None:
+    loader = make(cfg, 1)
+    iterators = [iter(loader) for _ in range(2)]
+    for iterator in iterators:
+        next(iterator)
+    loader.set_epoch(5)
+    loader.shutdown()
+    assert multiprocessing.active_children() == []
+    assert [list(iterator) for iterator in iterators] == [[], []]
+
+
+class Interrupting(ShuffledActivations):
+    """Its first worker interrupts the process that is starting the second."""
+
+    def __iter__(self) -> Any:
+        info = get_worker_info()
+        if info is not None and self.is_first.acquire(block=False):
+            assert self.is_waiting.wait(20)
+            os.kill(os.getppid(), signal.SIGINT)
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_state_after_an_interrupt_while_workers_start(
+    cfg: ShuffledConfig, epochs: Any, persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saev_torch.loaders.ShuffledActivations", Interrupting)
+    context = multiprocessing.get_context("fork")
+    loader = make(cfg, 3, persistent)
+    loader.dataset.is_first, loader.dataset.is_waiting = context.Semaphore(1), context.Event()
+    start = context.Process.start
+
+    def slow(process: Any) -> None:
+        start(process)
+        if len(multiprocessing.active_children()) == 2:
+            loader.dataset.is_waiting.set()
+            time.sleep(20)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(context.Process, "start", slow)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            iter(loader)
+    # The exception is kept, as notebooks do, but the workers have ended.
+    assert multiprocessing.active_children() == []
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (0, 0)
+    iterator = iter(loader)
+    got = [next(iterator)]
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batch"]) == (1, 1)
+    contracts.assert_same([*got, *iterator], epochs[1])
+    contracts.assert_same(list(loader), epochs[2])
+    assert kept.type is KeyboardInterrupt
+    loader.shutdown()
+
+
+_AT_EXIT = """
+import atexit, sys, threading
+def report():
+    print([t.name for t in threading.enumerate() if t.name.startswith("saev_torch")])
+atexit.register(report)  # called after what is registered later
+from saev_torch import ShuffledConfig, ShuffledDataLoader
+loader = ShuffledDataLoader(ShuffledConfig(shards=sys.argv[1], layer=3, batch_size=16, buffer_size=4))
+batches = iter(loader)
+next(batches)
+def consume():
+    while True:
+        for batch in loader:
+            pass
+if len(sys.argv) > 2:
+    threading.Thread(target=consume, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["and a daemon thread"]])
+def test_no_thread_of_ours_runs_when_the_interpreter_goes(cfg: ShuffledConfig, more: list[str]) -> None:
+    command = [sys.executable, "-c", _AT_EXIT, str(cfg.shards), *more]
+    for _ in range(3):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
