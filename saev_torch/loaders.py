@@ -15,6 +15,7 @@ from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
 from saev_torch.processes.epochs import PLACE
 from saev_torch.processes.page import SharedPage
 from saev_torch.resume.cursor import Iteration
+from saev_torch.resume.state import StreamDigest, dump_state
 
 _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
@@ -39,6 +40,8 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         if kwargs.get("num_workers"):
             # A worker reports a stalled read by itself; one that was stopped says nothing.
             kwargs.setdefault("timeout", min(dataset.cfg.batch_timeout_s + _START_S, _MAX_TIMEOUT_S))
+        # How far the latest iteration came, which stays known when the user breaks off.
+        self._counted: Iteration | None = None
         self._forget_iterations()
         super().__init__(dataset, batch_size=None, **kwargs)
 
@@ -51,7 +54,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has nothing to do with iterations of this loader, nor with their workers.
-        own = {"_iterator": None, "_running": None, "_batches": None, "_place": None}
+        own = {"_iterator": None, "_running": None, "_batches": None, "_place": None, "_counted": None}
         return {**self.__dict__, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -110,6 +113,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
                 raise
         # What is counted is what is taken, also where this process makes the batches.
         self.cursor.follow(iteration)
+        self._counted = iteration
         return iterator, iteration
 
     def __iter__(self) -> Any:
@@ -124,7 +128,16 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: after the batches that were taken from it. After a whole epoch, at the next one."""
-        return self.dataset.state_dict()
+        if self._counted is None or self.cursor.is_chosen:
+            return self.dataset.state_dict()
+        # Somebody else may have looked into the data set meanwhile.
+        return dump_state(self.metadata, self.recording, self.cfg, self._counted.position)
+
+    @property
+    def digest(self) -> StreamDigest:
+        """Digest of the batches that were taken from this loader, and before the state that was loaded."""
+        is_own = self._counted is not None and not self.cursor.is_chosen
+        return self._counted.digest if is_own and self._counted is not None else self.cursor.digest
 
     def shutdown(self) -> None:
         """Stop all running iterations with their workers and threads. The loader can be used again.

@@ -183,3 +183,21 @@ def test_loaders_do_not_disturb_each_other(config):
     pairs = list(zip(a, b, strict=True))
     contracts.assert_same([x for x, _ in pairs], wanted_a)
     contracts.assert_same([x for _, x in pairs], wanted_b)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_who_looks_into_the_data_set_does_not_move_the_loader(make_shards, num_workers):
+    cfg = ShuffledConfig(shards=make_shards(n_examples=100), layer=3, batch_size=16, buffer_size=8)
+    whole = list(ShuffledDataLoader(cfg))
+    loader = ShuffledDataLoader(cfg, num_workers=num_workers)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    next(iter(loader.dataset))
+    state, digest = loader.state_dict(), loader.digest
+    assert (state["epoch"], state["batch"], digest.n_batches) == (0, 3, 3)
+    again = ShuffledDataLoader(cfg)
+    again.load_state_dict(state)
+    contracts.assert_same(list(again), whole[3:])
+    contracts.assert_same(list(batches), whole[3:])
+    loader.shutdown()

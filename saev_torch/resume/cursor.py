@@ -153,6 +153,11 @@ class Cursor:
             return self._latest.digest
         return self._earlier if self._loaded is None else self._loaded.digest
 
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the next iteration was chosen, by an epoch or a state, and has not begun; or none has yet."""
+        return self._latest is None
+
     def may_advise(self) -> bool:
         """Whether this is the first call, here or in any worker."""
         return self._epochs.may_advise()
