@@ -7,6 +7,7 @@ What any of them leaves unfinished is finished here, and tried again after error
 """
 
 import abc
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -102,19 +103,25 @@ class Reader(abc.ABC):
         """
         vector = np.array([memory.ctypes.data, 0])
         address = vector.ctypes.data
-        for offset, nbytes in ranges:
-            began, vector[1] = time.monotonic(), nbytes
-            self.spot.where, self.spot.since = functools.partial(tuple[int, int], (shard, offset)), began
+        left, is_whole = collections.deque(ranges), True
+        while left:
+            # Anew after a read that was finished otherwise: the descriptor may have been lost.
             with self.store.opened(shard) as fd:
-                n = _preadv(fd, address, 1, offset)
-            if n != nbytes:
-                code = ctypes.get_errno()
-                extents = Extents.in_a_row(memory, *(np.array([x]) for x in (shard, offset, nbytes)))
-                self._finish_one(extents, 0, n, code)
-            self.spot.where = None
-            if self.pace is not None:
-                self.pace.note(nbytes, 1, time.monotonic() - began)
-            yield nbytes
+                while left and is_whole:
+                    offset, nbytes = left.popleft()
+                    began, vector[1] = time.monotonic(), nbytes
+                    self.spot.where, self.spot.since = functools.partial(_pair, shard, offset), began
+                    n = _preadv(fd, address, 1, offset)
+                    is_whole = n == nbytes
+                    if not is_whole:
+                        code = ctypes.get_errno()
+                        extents = Extents.in_a_row(memory, *(np.array([x]) for x in (shard, offset, nbytes)))
+                        self._finish_one(extents, 0, n, code)
+                    self.spot.where = None
+                    if self.pace is not None:
+                        self.pace.note(nbytes, 1, time.monotonic() - began)
+                    yield nbytes
+            is_whole = True
 
     @abc.abstractmethod
     def _read(self, extents: Extents, start: int, stop: int) -> None: ...
@@ -177,6 +184,10 @@ class Reader(abc.ABC):
             with self.store.opened(shard) as fd:
                 n = _preadv(fd, rest.ctypes.data, len(rest), offset + done)
                 code = ctypes.get_errno()
+
+
+def _pair(shard: int, offset: int) -> tuple[int, int]:
+    return shard, offset
 
 
 class CallReader(Reader):

@@ -29,6 +29,7 @@ from saev_torch.reading.store import ShardStore
 _Int64s = NDArray[np.int64]
 
 _N_ENTRIES = 512
+_WORD_NBYTES = np.dtype("u4").itemsize
 # Fewer reads than this are not worth the arguments of a ring.
 _MIN_ON_RING = 8
 _SETUP, _ENTER = 425, 426
@@ -74,9 +75,9 @@ class Ring:
         self._entries = np.frombuffer(entries, dtype=_ENTRY)
         self._results = np.frombuffer(shared, _RESULT, n_results, results_at)
         # What was asked for, begun, done and taken, as the ring itself counts; the kernel counts `begun` and `done`.
-        self._words = memoryview(shared)[: nbytes // 4 * 4].cast("I")
+        self._words = memoryview(shared)[: nbytes - nbytes % _WORD_NBYTES].cast("I")
         names = "sq_tail", "sq_head", "cq_tail", "cq_head"
-        self._asked, self._begun, self._done, self._taken = (int(params[name]) // 4 for name in names)
+        self._asked, self._begun, self._done, self._taken = (int(params[name]) // _WORD_NBYTES for name in names)
         np.frombuffer(shared, "u4", self.n_entries, int(params["sq_array"]))[:] = np.arange(self.n_entries)
 
     @classmethod
