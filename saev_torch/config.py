@@ -19,6 +19,10 @@ LayerSpec: TypeAlias = int | Literal["all"] | tuple[int, ...]
 """One layer, every layer as samples of their own ("all"), or several layers side by side in each sample."""
 
 
+OrderKind: TypeAlias = Literal["blocks", "uniform"]
+"""How an epoch is shuffled: blocks of samples that a buffer mixes, or one permutation of all samples."""
+
+
 def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     """Whether a value is an integer in these bounds; True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
@@ -67,6 +71,7 @@ _RULES: dict[str, _Rule] = {
     "scale_norm": _FLAG,
     "debug": _FLAG,
     "use_tmpdir": _FLAG,
+    "order": ("'blocks' or 'uniform'", lambda value: value in ("blocks", "uniform")),
     "ignore_labels": ("a list of integers from 0 to 255", _is_labels),
 }
 
@@ -163,6 +168,9 @@ class ShuffledConfig(_Config):
         block_size: Consecutive samples that one lane reads at once; None chooses for good mixing.
         scale_samples: Samples that `scale_norm` measures, drawn with a fixed seed; None measures all of them up to
             16 GiB of activations, and of more 262,144.
+        order: "blocks" reads blocks of samples, and mixes them in a buffer. "uniform" draws one permutation of all
+            samples, and reads each sample alone: perfect mixing without a buffer, fast where memory holds the data.
+            Then `buffer_size`, `n_lanes` and `block_size` do not matter.
 
     Errors are those of `IndexedConfig`.
     """
@@ -183,6 +191,7 @@ class ShuffledConfig(_Config):
     n_lanes: int = 8
     block_size: int | None = None
     scale_samples: int | None = None
+    order: OrderKind = "blocks"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,11 +16,13 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Described
 from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
-from saev_torch.order.steps import Share, advise_lanes
+from saev_torch.order.steps import Plan, Share, advise_lanes
+from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
 from saev_torch.processes.world import require_shared_once
 from saev_torch.reading.compiled import find_scale_kernels
+from saev_torch.reading.direct import fits_page_cache
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import LABELS_IDX, ShardStore
@@ -188,20 +190,30 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         # Not a generator itself: which epoch this is must be settled now, not at the first batch.
         return self._iterate(self.cursor.begin())
 
-    def _plan(self, epoch: int | None) -> OrderedPlan | ShufflePlan:
+    def _plan(self, epoch: int | None) -> Plan:
         """The order of samples in an epoch, None for the latest."""
         raise TypeError(f"{type(self).__name__}: expected OrderedActivations or ShuffledActivations; use one of them.")
 
-    def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
+    def _engine_options(self, plan: Plan, share: Share) -> dict[str, Any]:
         return {"n_threads": _ORDERED_THREADS, "n_fills": 0}
 
-    def _open_engine(self, plan: OrderedPlan | ShufflePlan, iteration: Iteration) -> Engine:
+    def _advise(self, plan: Plan, share: Share) -> str | None:
+        nbytes = self.n_samples * self._own_selection().sample_nbytes
+        if isinstance(plan, UniformPlan) and not fits_page_cache(nbytes):
+            return (
+                f"order: expected data that memory can hold, because order='uniform' reads each sample alone, got "
+                f"{nbytes / 1e9:.1f} GB; a disk gives large blocks several times faster: use order='blocks'."
+            )
+        return advise_lanes(plan, share)
+
+    def _open_engine(self, plan: Plan, iteration: Iteration) -> Engine:
         labels, start = Labels(self._store.clone(), self._own_selection()), iteration.start
         selection = self._own_selection().reading_with(labels.of_examples)
         options = EngineOptions(
             buffer_size=self.cfg.buffer_size,
             timeout_s=self.cfg.batch_timeout_s,
-            is_only=start.epoch == 0,
+            # Rows that are read one by one are slow from a disk: what memory can hold is to be there from then on.
+            is_only=start.epoch == 0 and not isinstance(plan, UniformPlan),
             scale=start.scale,
             **self._engine_options(plan, iteration.share),
         )
@@ -220,7 +232,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         if share.first >= share.stop:
             return
         plan, selection, gate = self._plan(start.epoch), self._own_selection(), Gate()
-        advice = advise_lanes(plan, share) if start.rank == 0 else None
+        advice = self._advise(plan, share) if start.rank == 0 else None
         if advice is not None and self.cursor.may_advise():
             _log.warning(advice)
         with iteration.naming():
@@ -304,13 +316,15 @@ class ShuffledActivations(Activations):
         find_scale_kernels()
         return compute_scale(self._store.clone(), self._own_selection(), self.cfg.scale_samples)
 
-    def _plan(self, epoch: int | None) -> ShufflePlan:
+    def _plan(self, epoch: int | None) -> ShufflePlan | UniformPlan:
         cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else epoch
+        if cfg.order == "uniform":
+            return UniformPlan(self.n_samples, cfg.batch_size, cfg.seed, epoch)
         return ShufflePlan(
             self.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, epoch
         )
 
-    def _engine_options(self, plan: OrderedPlan | ShufflePlan, share: Share) -> dict[str, Any]:
+    def _engine_options(self, plan: Plan, share: Share) -> dict[str, Any]:
         n_lanes = plan.n_lanes if isinstance(plan, ShufflePlan) else 1
         n_own = len(range(share.first, share.stop, share.stride))
         lanes_here = min(n_own, n_lanes // math.gcd(share.stride, n_lanes))

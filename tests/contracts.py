@@ -255,6 +255,7 @@ def cases(draw: st.DrawFn) -> tuple[factory.Spec, type[Any], dict[str, Any]]:
         fields["block_size"] = draw(st.sampled_from([None, None, 1, 2, 5, 100]))
         fields["min_buffer_fill"] = draw(st.sampled_from([0.0, 0.0, 0.3, 1.0]))
         fields["seed"] = draw(st.integers())
+        fields["order"] = draw(st.sampled_from(["blocks", "blocks", "uniform"]))
     n = len(expected(spec, fields["tokens"], fields["layer"], fields.get("ignore_labels", ())))
     # Not more than some 150 batches, so that a case takes milliseconds.
     sizes = st.sampled_from([max(1, n + d) for d in (-1, 0, 1, 1000)]) | st.integers(max(1, n // 150), max(1, n // 2))

@@ -5,9 +5,8 @@ from hypothesis import strategies as st
 
 from saev_torch.order.runs import expand_runs
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
-from saev_torch.order.steps import Share, make_steps
-
-Plan = OrderedPlan | ShufflePlan
+from saev_torch.order.steps import Plan, Share, make_steps
+from saev_torch.order.uniform import UniformPlan
 
 
 @st.composite
@@ -29,7 +28,10 @@ def shuffle_plans(draw: st.DrawFn) -> ShufflePlan:
 def any_plans(draw: st.DrawFn) -> Plan:
     if draw(st.integers(0, 3)):
         return draw(shuffle_plans())
-    return OrderedPlan(n_samples=draw(st.integers(0, 300)), batch_size=draw(st.sampled_from([1, 3, 16, 1000])))
+    n_samples, batch_size = draw(st.integers(0, 300)), draw(st.sampled_from([1, 3, 16, 1000]))
+    if draw(st.booleans()):
+        return OrderedPlan(n_samples, batch_size)
+    return UniformPlan(n_samples, batch_size, draw(st.integers(0, 5)), draw(st.integers(0, 3)))
 
 
 @st.composite

@@ -52,7 +52,9 @@ ONE_BY_ONE = (
     {"tokens": "content", "layer": -2, "batch_size": 1, "buffer_size": 3},
 )
 ONE_BATCH = (Spec(), {"tokens": "special", "layer": 7, "batch_size": 1000})
+UNIFORM = (SMALL_BUFFER[0], {**SMALL_BUFFER[1], "order": "uniform"})
 CASES = {"small buffer": SMALL_BUFFER, "large buffer": LARGE_BUFFER, "one by one": ONE_BY_ONE, "one batch": ONE_BATCH}
+CASES["uniform"] = UNIFORM
 KINDS = [ShuffledConfig, OrderedConfig]
 
 
@@ -66,7 +68,8 @@ def made(tmp_path_factory):
 
 def case_of(made, name, kind):
     spec, fields = CASES[name]
-    return spec, kind(shards=made[name], **fields)
+    known = {field.name for field in dataclasses.fields(kind)}
+    return spec, kind(shards=made[name], **{key: value for key, value in fields.items() if key in known})
 
 
 def small(made, **fields):

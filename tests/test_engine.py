@@ -122,7 +122,7 @@ def test_without_a_ring_reads_are_announced_however_large_the_data(cfg, monkeypa
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
     announced, announce = [], Reader.announce
     monkeypatch.setattr(Reader, "announce", lambda *args: (announced.append(args), announce(*args)))
-    monkeypatch.setattr("saev_torch.reading.direct._fits_page_cache", lambda nbytes: False)
+    monkeypatch.setattr("saev_torch.reading.direct.fits_page_cache", lambda nbytes: False)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert announced
 

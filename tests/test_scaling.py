@@ -102,7 +102,7 @@ def test_only_the_activations_change(shards, num_workers: int, fields) -> None:
 def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch, where: str) -> None:
     monkeypatch.setattr(reading, "_SLOW_NBYTES_PER_S", float("inf"))
     monkeypatch.setattr(reading, "_CALL_S", 0.0 if where == "a slow disk" else 1e9)
-    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: where != "past the page cache")
+    monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: where != "past the page cache")
     ways = set()
     for owner, name in ((ScalingReader, "_read_scaling"), (ScalingReader, "_read_then_scale"), (DirectReader, "_read")):
         way = f"{owner.__name__}.{name}"
@@ -205,7 +205,7 @@ def test_gaps_are_read_over_and_not_scaled(shards, monkeypatch) -> None:
 
     monkeypatch.setattr(DirectReader, "_read", note_before)
     monkeypatch.setattr(ScalingReader, "_read_then_scale", note)
-    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
+    monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: False)
     assert_scaled(config(shards, scale_norm=True, ignore_labels=[1, 2, 4]))
     if Ring.open() is not None:
         assert sum(ends) > 10

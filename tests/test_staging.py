@@ -15,7 +15,7 @@ from saev_torch.bench.machine import cached_share, drop_cache
 from saev_torch.order.selection import Selection
 from saev_torch.processes import machine as limits
 from saev_torch.reading import direct as staging
-from saev_torch.reading.direct import DirectReader, _fits_page_cache, reads_past_cache
+from saev_torch.reading.direct import DirectReader, fits_page_cache, reads_past_cache
 from saev_torch.reading.reader import Spot
 from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(Ring.open() is None, reason="io_uring is not all
 @pytest.fixture
 def staged(monkeypatch):
     """Let no data fit the page cache; the sizes of what went over stages of this process."""
-    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
+    monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: False)
     sizes = []
     read = DirectReader._read
 
@@ -184,11 +184,11 @@ def test_data_fit_where_there_is_memory(monkeypatch, tmp_path, limit, room):
     if room is None:
         lines = Path("/proc/meminfo").read_text().splitlines()
         (room,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-        assert _fits_page_cache(room // 2)
-        assert not _fits_page_cache(room * 2)
+        assert fits_page_cache(room // 2)
+        assert not fits_page_cache(room * 2)
     else:
-        assert _fits_page_cache(room)
-        assert not _fits_page_cache(room + 1)
+        assert fits_page_cache(room)
+        assert not fits_page_cache(room + 1)
 
 
 def test_where_nothing_is_known_the_page_cache_is_used(monkeypatch):
@@ -196,7 +196,7 @@ def test_where_nothing_is_known_the_page_cache_is_used(monkeypatch):
         raise OSError(errno.ENOENT, "no such file")
 
     monkeypatch.setattr(staging, "memory", fail)
-    assert _fits_page_cache(1 << 60)
+    assert fits_page_cache(1 << 60)
 
 
 def test_data_that_are_cached_are_read_from_there(make_shards, monkeypatch):
@@ -209,7 +209,7 @@ def test_only_what_is_read_counts(cold, monkeypatch):
     """Its size, and whether it is cached; and an error is left to those who read."""
     spec, store = cold
     sizes = []
-    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: sizes.append(nbytes) or True)
+    monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: sizes.append(nbytes) or True)
     for tokens, layer in (("content", 7), ("all", (7,)), ("content", "all")):
         selection = Selection(store.metadata, tokens, layer)
         assert reads_past_cache(store, selection, True, Spot())

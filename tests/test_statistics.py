@@ -305,7 +305,7 @@ def test_an_error_keeps_nothing_open(make_shards, monkeypatch, past_cache: bool)
 def test_read_past_the_page_cache(make_shards, monkeypatch) -> None:
     if Ring.open() is None:
         pytest.skip("io_uring is not allowed here")
-    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: False)
+    monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: False)
     monkeypatch.setattr(RingReader, "_read", lambda *args: pytest.fail("through the page cache"))
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 100_000)
     acts = np.random.default_rng(0).standard_normal((60, 2, 7, 700)).astype(np.float32)

@@ -16,6 +16,7 @@ from saev_torch.order.runs import MAX_GAP_NBYTES, MAX_READ_NBYTES, MAX_READ_ROWS
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots, slot_nbytes
+from saev_torch.order.uniform import UniformPlan
 
 _MAX_TABLE = 1 << 20
 
@@ -82,6 +83,8 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
     """
     selection, plan = _make_plan(md, cfg)
     per_example = selection.n_samples // md.n_examples
+    if cfg.order == "uniform":
+        return _predict_uniform(selection, cfg, n_readers, per_example)
     batch_size = min(plan.batch_size, plan.n_samples)
     read_nbytes, read_per_byte = _predict_reads(selection, plan, n_readers)
     shares = (Share(i, n_readers, plan.n_batches) for i in range(min(n_readers, plan.n_batches)))
@@ -95,6 +98,30 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
         read_per_byte=read_per_byte,
         memory_nbytes=n_open * slot_nbytes(plan.batch_size, selection.sample_nbytes),
     )
+
+
+def _predict_uniform(selection: Selection, cfg: ShuffledConfig, n_readers: int, per_example: int) -> Prediction:
+    md = selection.md
+    plan = UniformPlan(selection.n_samples, cfg.batch_size, cfg.seed, 0)
+    size = min(plan.batch_size, plan.n_samples)
+    n_reads, over = _scatter(size, size / max(1, plan.n_samples), MAX_GAP_NBYTES // md.row_nbytes)
+    n_open = count_open_slots(plan, Share(0, n_readers, plan.n_batches), cfg.buffer_size)
+    distinct = expected_distinct(md.n_examples, per_example, size)
+    return Prediction(
+        cfg=cfg,
+        n_readers=n_readers,
+        distinct_examples=distinct,
+        uniform_distinct=distinct,
+        read_nbytes=(size + over) * md.row_nbytes / max(1.0, n_reads),
+        read_per_byte=1 + over / max(1, size),
+        memory_nbytes=n_readers * n_open * slot_nbytes(plan.batch_size, selection.sample_nbytes),
+    )
+
+
+def _scatter(n_rows: float, share: float, max_gap: int) -> tuple[float, float]:
+    """Reads for rows that are a share of all, drawn at random, and the rows in gaps that are read over."""
+    joined = sum(gap * share * (1 - share) ** gap for gap in range(1, max_gap + 1))
+    return n_rows * (1 - share) ** (max_gap + 1), n_rows * joined
 
 
 def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> float:
@@ -141,11 +168,10 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
     part = common / n_readers
     if part < 1:
         # Several readers serve a lane, and each reads the rows that its own batches need.
-        joined = sum(g * part * (1 - part) ** g for g in range(1, max_gap + 1))
-        broken = (1 - part) ** (max_gap + 1)
         wanted = run * part
-        n_reads += wanted * broken
-        over = over * part + wanted * joined
+        broken, joined = _scatter(wanted, part, max_gap)
+        n_reads += broken
+        over = over * part + joined
     most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
     n_rows = max(1.0, wanted + over)
     n_reads = min(max(n_reads, n_rows / most), n_rows)

@@ -42,7 +42,9 @@ _MIN_PART_TO_SPARE = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Batching:
+    """Samples cut into batches; what all plans share."""
+
     n_samples: int
     batch_size: int
 
@@ -57,7 +59,7 @@ class _Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class OrderedPlan(_Plan):
+class OrderedPlan(Batching):
     """Batches in file order."""
 
     def locate(self, batch: int) -> _Int64s:
@@ -69,9 +71,15 @@ class OrderedPlan(_Plan):
         """The inverse of `locate`: batch and row of a sample."""
         return divmod(sample, self.batch_size)
 
+    def whole(self, batch: int) -> Chunk:
+        """A batch as one chunk."""
+        size = self.size(batch)
+        rows = np.arange(size, dtype=np.int64)
+        return Chunk(np.array([batch * self.batch_size]), np.array([size]), rows, (batch,), (0, size), rows)
+
 
 @dataclasses.dataclass(frozen=True)
-class ShufflePlan(_Plan):
+class ShufflePlan(Batching):
     """One epoch of batches in a seeded random order.
 
     Attributes:

@@ -7,11 +7,14 @@ lanes that are congruent to it modulo gcd(R * W, n_lanes). It reads only the row
 import dataclasses
 import math
 from collections.abc import Iterator
-
-import numpy as np
+from typing import TypeAlias
 
 from saev_torch.order.runs import Chunk
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
+from saev_torch.order.uniform import UniformPlan
+
+Plan: TypeAlias = OrderedPlan | ShufflePlan | UniformPlan
+"""The order of one epoch."""
 
 _ALIGN = 64
 N_COLUMNS = 4
@@ -50,19 +53,21 @@ class Step:
     fills: int
 
 
-def make_steps(plan: ShufflePlan | OrderedPlan, share: Share) -> Iterator[Step]:
+def make_steps(plan: Plan, share: Share) -> Iterator[Step]:
     """Yield the steps of one reader, in order: over all of them, each owned batch once."""
     n = plan.n_batches
     for start in range(share.first // n * n if n else share.stop, share.stop, max(1, n)):
         begin = max(share.first, start + (share.first - start) % share.stride)
         own = range(begin - start, min(share.stop - start, n), share.stride)
         if len(own):
-            yield from _ordered(plan, own, start) if isinstance(plan, OrderedPlan) else _ShuffledSteps(plan, own, start)
+            yield from (
+                _ShuffledSteps(plan, own, start) if isinstance(plan, ShufflePlan) else _one_by_one(plan, own, start)
+            )
 
 
-def count_open_slots(plan: ShufflePlan | OrderedPlan, share: Share, buffer_size: int) -> int:
+def count_open_slots(plan: Plan, share: Share, buffer_size: int) -> int:
     """Batches that a reader may hold at a time: its part of the buffer."""
-    if isinstance(plan, OrderedPlan):
+    if not isinstance(plan, ShufflePlan):
         return min(3, max(2, buffer_size))
     turns = max(plan.depth(lane) for lane in range(plan.n_lanes)) + plan.reads_lanes_together
     return -(-turns * plan.n_lanes // share.stride) + (0 if plan.reads_lanes_together else 2)
@@ -74,12 +79,9 @@ def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
     return act + N_COLUMNS * 8 * batch_size
 
 
-def _ordered(plan: OrderedPlan, own: range, offset: int) -> Iterator[Step]:
+def _one_by_one(plan: OrderedPlan | UniformPlan, own: range, offset: int) -> Iterator[Step]:
     for batch in own:
-        size = plan.size(batch)
-        rows = np.arange(size, dtype=np.int64)
-        chunk = Chunk(np.array([batch * plan.batch_size]), np.array([size]), rows, (batch,), (0, size), rows)
-        yield Step((Load(chunk, ((offset + batch, 0),)),), (offset + batch,), 0)
+        yield Step((Load(plan.whole(batch), ((offset + batch, 0),)),), (offset + batch,), 0)
 
 
 class _ShuffledSteps:
@@ -157,9 +159,9 @@ class _ShuffledSteps:
         return Step(tuple(loads), tuple(self._offset + batch for batch in batches), fills)
 
 
-def advise_lanes(plan: ShufflePlan | OrderedPlan, share: Share) -> str | None:
+def advise_lanes(plan: Plan, share: Share) -> str | None:
     """Say what would avoid that lanes are read by several readers; None where it is so already."""
-    if isinstance(plan, OrderedPlan) or plan.n_lanes % share.stride == 0 or plan.n_lanes < plan.max_lanes:
+    if not isinstance(plan, ShufflePlan) or plan.n_lanes % share.stride == 0 or plan.n_lanes < plan.max_lanes:
         return None
     good = [n for n in range(1, plan.n_lanes + 1) if plan.n_lanes % n == 0]
     return (

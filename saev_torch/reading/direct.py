@@ -43,10 +43,11 @@ def reads_past_cache(store: ShardStore, selection: Selection, is_only: bool, spo
     Data that `is_only` may not be read again: in a first epoch, or where somebody asks for statistics.
     """
     nbytes = selection.n_samples * selection.sample_nbytes
-    return not _fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, spot))
+    return not fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, spot))
 
 
-def _fits_page_cache(nbytes: int) -> bool:
+def fits_page_cache(nbytes: int) -> bool:
+    """Whether the page cache can hold so many bytes; True where nobody knows."""
     try:
         return nbytes <= memory()[1]
     except (OSError, KeyError, ValueError):

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import Selection
-from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
-from saev_torch.order.steps import Share, Step, count_open_slots, make_steps, slot_nbytes
+from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
@@ -58,7 +57,7 @@ class Engine:
         self,
         labels: Labels,
         selection: Selection,
-        plan: ShufflePlan | OrderedPlan,
+        plan: Plan,
         share: Share,
         options: EngineOptions,
     ) -> None:

@@ -20,6 +20,7 @@ from saev_torch.reading.store import ShardStore
 MAX_COUNT = (1 << 62) - 1
 _VERSION = 1
 _MODULUS = 1 << 64
+_OF_BUFFER = "buffer_size", "n_lanes", "block_size"
 
 
 def batch_digest(batch: Mapping[str, torch.Tensor]) -> int:
@@ -140,14 +141,17 @@ def _fingerprint(md: Metadata, cfg: BatchConfig) -> dict[str, Any]:
     """What decides the order of samples."""
     names = ["tokens", "layer", "batch_size"]
     if isinstance(cfg, ShuffledConfig):
-        names += ["seed", "buffer_size", "n_lanes", "block_size"]
+        names += ["seed", *_OF_BUFFER]
     fields: dict[str, Any] = {"order": "ordered", "data": _digest(md.hash)}
     fields |= {name: getattr(cfg, name) for name in names}
     if isinstance(cfg.layer, tuple):
         layers = list(cfg.layer)
         fields["layer"] = _digest(repr(layers)) if len(layers) > 16 else layers
     if isinstance(cfg, ShuffledConfig):
-        fields["order"] = "shuffled"
+        fields["order"] = "uniform" if cfg.order == "uniform" else "shuffled"
+        if cfg.order == "uniform":
+            # They do not matter, so other ones do not either.
+            fields |= dict.fromkeys(_OF_BUFFER)
         fields["ignore_labels"] = f"{sum(1 << label for label in set(cfg.ignore_labels)):x}"
     return fields
 
