@@ -17,7 +17,7 @@ from saev_torch.errors import (
 )
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.format.shards import Shard, ShardInfo
-from saev_torch.indexed import IndexedDataset
+from saev_torch.indexed import IndexedDataset, UniformBatches
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
@@ -62,6 +62,7 @@ __all__ = [
     "Statistics",
     "StreamDigest",
     "TokenKind",
+    "UniformBatches",
     "WorkerLostError",
     "WriteError",
     "__version__",

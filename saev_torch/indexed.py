@@ -2,21 +2,26 @@
 
 import functools
 import logging
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import IndexedConfig
-from saev_torch.errors import ConfigError
+from saev_torch.config import IndexedConfig, is_integer
+from saev_torch.errors import ConfigError, StateError
+from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
 from saev_torch.order.selection import IndexMap, Selection
 from saev_torch.order.steps import slot_nbytes
+from saev_torch.order.uniform import UniformPlan
+from saev_torch.order.weighted import WeightedDraw
 from saev_torch.processes.counters import log_to_stderr
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
@@ -26,6 +31,8 @@ from saev_torch.reading.ring import RingReader
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
+from saev_torch.resume.cursor import Cursor
+from saev_torch.resume.state import MAX_COUNT, Position
 
 _log = logging.getLogger("saev_torch")
 
@@ -147,6 +154,20 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             raise TypeError(f"indices: expected integers, got {numbers.dtype}; number samples from 0.")
         return self._read(numbers.astype(np.int64))
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are labels."""
+        return self._store.has_labels
+
+    def labels_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Read the labels of samples `[m] int64`: `[m] int64`, -1 for special tokens."""
+        order = np.argsort(samples)
+        cells = self._selection.cells(samples[order])
+        labels = np.empty(len(samples), dtype=np.int64)
+        labels[order] = self._labels.of_cells(self._selection, cells)
+        labels[order[self._selection.split(cells)[2] < self._selection.n_special]] = -1
+        return labels
+
     def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Samples:
         n, selection = len(samples), self._selection
         wrong = (samples < 0) | (samples >= len(self))
@@ -193,3 +214,107 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         if self._pool is None or self._pool.nbytes < nbytes:
             self._pool = SlotPool(nbytes, shared=get_worker_info() is not None and can_share())
         return self._pool.acquire(_N_SLOTS)
+
+
+class UniformBatches(Sampler[NDArray[np.int64]]):
+    """Numbers of samples, batch by batch, in a uniformly random order: a batch sampler in constant memory.
+
+    `DataLoader(ds, batch_sampler=UniformBatches(len(ds), 16384))` is what `shuffle=True` is, but with an order that
+    is seeded, is another one in each epoch, is shared among ranks as that of `ShuffledActivations` is, and resumes.
+    torch's own sampler makes a list of all numbers first. Each batch is `[batch] int64`.
+
+    With `label_weights` samples are drawn with replacement instead, each in proportion to the weight of its label:
+    of 1.0 unless another is named, and -1 stands for special tokens. There are as many batches as without.
+
+    Args:
+        n: Number of samples; with `label_weights` the data set, whose labels are read.
+        batch_size: Samples in a batch.
+        seed: Seed of the order.
+        drop_last: Leave out the last batch where it is not full.
+        label_weights: Weights by label; see above.
+
+    Raises:
+        ConfigError: A bad value, or no labels where they are asked for.
+    """
+
+    def __init__(
+        self,
+        n: "int | IndexedDataset",
+        batch_size: int,
+        seed: int = 17,
+        drop_last: bool = False,
+        label_weights: Mapping[int, float] | None = None,
+    ) -> None:
+        size = len(n) if isinstance(n, IndexedDataset) else n
+        bounds = (
+            ("n", size, 1, 1 << 62),
+            ("batch_size", batch_size, 1, 2**31 - 1),
+            ("seed", seed, -math.inf, math.inf),
+        )
+        for name, value, least, most in bounds:
+            if not is_integer(value, least, most):
+                raise ConfigError(f"{name}: expected an integer from {least} to {most}, got {value!r}.")
+        if not isinstance(drop_last, bool):
+            raise ConfigError(f"drop_last: expected True or False, got {drop_last!r}.")
+        self.n, self.batch_size, self.seed, self.drop_last = size, batch_size, seed, drop_last
+        self._draw = None if label_weights is None else _weighted(n, label_weights)
+        self._cursor = Cursor(size // batch_size if drop_last else -(-size // batch_size), drop_last)
+
+    def __len__(self) -> int:
+        return self._cursor.end() // self._cursor.world.world_size
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        # With the first batch, because `DataLoader` with workers makes two iterators and asks only one.
+        iteration = self._cursor.begin()
+        plan, share = UniformPlan(self.n, self.batch_size, self.seed, iteration.start.epoch), iteration.share
+        for number in range(share.first, share.stop, share.stride):
+            batch = number % plan.n_batches
+            samples = plan.locate(batch) if self._draw is None else self._draw(plan, batch)
+            iteration.count(None)
+            yield samples
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; the ones after it count on from there."""
+        self._cursor.set_epoch(epoch)
+
+    def _identity(self) -> dict[str, Any]:
+        weights = None if self._draw is None else self._draw.digest
+        sizes = {"n": self.n, "batch_size": self.batch_size, "seed": self.seed, "label_weights": weights}
+        return {"version": 1, "order": "uniform batches", **sizes}
+
+    def state_dict(self, n_batches: int | None = None) -> dict[str, Any]:
+        """Where this sampler stands, as a small dict of JSON's types; behind the last batch, at the next epoch.
+
+        Args:
+            n_batches: Batches that this rank has taken since the latest iteration began. To be given where workers
+                read them: the sampler is asked ahead of what they read. Left out, it is what was asked of it.
+        """
+        here = self._cursor.position() if n_batches is None else self._cursor.position_after(n_batches)
+        return {**self._identity(), "epoch": here.epoch, "batch": here.batch, "world_size": here.world_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration continue where a state was taken, with any number of ranks.
+
+        Raises:
+            StateError: It is no state, or of other samples, another batch size or seed.
+        """
+        expected = self._identity()
+        if not isinstance(state, dict) or not {*expected, "epoch", "batch"} <= state.keys():
+            raise StateError(f"state: expected what UniformBatches.state_dict() returned, got {short(state)}.")
+        for key, value in expected.items():
+            if type(state[key]) is not type(value) or state[key] != value:
+                raise StateError(
+                    f"state: {key}: expected {short(value)}, got {short(state[key])}; use the same sampler."
+                )
+        for key, most in (("epoch", MAX_COUNT), ("batch", -(-self.n // self.batch_size) + (1 << 20))):
+            if not is_integer(state[key], 0, most):
+                raise StateError(f"state: {key}: expected an integer from 0 to {most}, got {short(state[key])}.")
+        self._cursor.load(Position(state["epoch"], state["batch"]))
+
+
+def _weighted(data_set: "int | IndexedDataset", weights: Mapping[int, float]) -> WeightedDraw:
+    if not isinstance(data_set, IndexedDataset):
+        raise ConfigError(f"n: expected the IndexedDataset, because of label_weights, got {data_set!r}; give it.")
+    if not data_set.has_labels:
+        raise ConfigError(f"label_weights: expected labels, got {data_set.cfg.shards} without; leave it out.")
+    return WeightedDraw(weights, data_set.labels_of)

@@ -21,7 +21,7 @@ from saev_torch.order.permute import Bijection, hashed, make_key
 _Int64s = NDArray[np.int64]
 _Runs = tuple[_Int64s, _Int64s]
 
-SUPER_BLOCKS, CHUNKS, BLOCKS, UNIFORM = 1, 2, 3, 4
+SUPER_BLOCKS, CHUNKS, BLOCKS, UNIFORM, WEIGHTED = 1, 2, 3, 4, 5
 """What a key is for: no two draws of an epoch share one."""
 
 
