@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
 from saev_torch.reading.leases import Lease
@@ -16,7 +17,7 @@ from saev_torch.reading.slots import OpenBatch, Slot, attach
 from saev_torch.resume.state import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]
-"""Key, numpy dtype, byte offset and shape of a tensor in a slot."""
+"""Key, name of the dtype, byte offset and shape of a tensor in a slot."""
 
 _copies: set[tuple[torch.cuda.Event, int, tuple[torch.Tensor, ...]]] = set()
 """Copies to a GPU that may not have finished: an event behind each, the process that made it, and what is copied."""
@@ -26,7 +27,8 @@ class ActivationBatch(dict[str, torch.Tensor]):
     """A batch, as every loader yields it.
 
     Keys:
-        act: `[batch, d_model] float32` (`[batch, n_layers, d_model]` with a tuple of layers).
+        act: `[batch, d_model]` (`[batch, n_layers, d_model]` with a tuple of layers), float32, or with
+            `act_dtype="stored"` what the shards have.
         example_idx: `[batch] int64`.
         token_idx: `[batch] int64`, content token from 0; -1 for a special token.
         token_labels: `[batch] int64`, where the shards have labels; -1 for a special token.
@@ -124,8 +126,11 @@ def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     batch = ActivationBatch()
     batch.memory = lease.owner
     for key, dtype, offset, shape in fields:
-        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        batch[key] = torch.from_numpy(memory[offset : offset + nbytes].view(dtype).reshape(shape))
+        storage = DTYPES[dtype].storage if dtype in DTYPES else dtype
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(storage).itemsize
+        tensor = torch.from_numpy(memory[offset : offset + nbytes].view(storage).reshape(shape))
+        # Only what numpy has no name for is of another type by now.
+        batch[key] = tensor.view(getattr(torch, dtype))
     return batch
 
 
@@ -144,9 +149,9 @@ def make_batch(
     if selection.layer_is_all:
         columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
-    act_nbytes = slot_nbytes(batch_size, selection.sample_nbytes) - N_COLUMNS * 8 * batch_size
-    fields: list[_Field] = [("act", md.value_type.storage, 0, shape)]
-    fields += [(key, "<i8", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]
+    act_nbytes = slot_nbytes(batch_size, selection.act_nbytes) - N_COLUMNS * 8 * batch_size
+    fields: list[_Field] = [("act", selection.act_type.name, 0, shape)]
+    fields += [(key, "int64", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]
     batch = _from_memory(opened.slot.lease(), tuple(fields))
     for key, column in columns.items():
         batch[key].numpy()[:] = column

@@ -12,6 +12,9 @@ from typing import Any, Literal, TypeAlias
 
 from saev_torch.errors import ConfigError
 
+ActDtype: TypeAlias = Literal["float32", "stored"]
+"""What activations are in memory: float32 whatever is stored, or what is stored."""
+
 TokenKind: TypeAlias = Literal["special", "content", "all"]
 """Which tokens of an example are samples: [CLS] only, the content tokens, or both."""
 
@@ -57,6 +60,7 @@ _SECONDS: _Rule = "a number above 0.0", lambda value: _is_number(value) and valu
 _RULES: dict[str, _Rule] = {
     "tokens": ("'special', 'content' or 'all'", lambda value: value in ("special", "content", "all")),
     "layer": ("an integer, 'all', or a tuple of distinct integers", _is_layer),
+    "act_dtype": ("'float32' or 'stored'", lambda value: value in ("float32", "stored")),
     "batch_size": _count(),
     "buffer_size": _count(),
     "n_threads": _count(1024),
@@ -116,12 +120,14 @@ class IndexedConfig(_Config):
         tokens: "special" ([CLS] only), "content", or "all".
         layer: A recorded layer, "all", or a tuple of layers that each sample holds side by side.
         debug: Log what is opened and read.
+        act_dtype: "float32", or "stored" for activations of the type that the shards have.
 
     Raises:
         ConfigError: A field has a bad value (it is a `ValueError`).
     """
 
     debug: bool = False
+    act_dtype: ActDtype = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +135,7 @@ class OrderedConfig(_Config):
     """Batches in file order; see `OrderedActivations`.
 
     Attributes:
-        shards, tokens, layer: What to read; see `IndexedConfig`.
+        shards, tokens, layer, act_dtype: What to read; see `IndexedConfig`.
         buffer_size: Batches that may be read ahead by the whole job.
         batch_size, batch_timeout_s, drop_last, debug, log_every_s: As in `ShuffledConfig`.
 
@@ -142,6 +148,7 @@ class OrderedConfig(_Config):
     buffer_size: int = 64
     debug: bool = False
     log_every_s: float = 30.0
+    act_dtype: ActDtype = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +178,7 @@ class ShuffledConfig(_Config):
         order: "blocks" reads blocks of samples, and mixes them in a buffer. "uniform" draws one permutation of all
             samples, and reads each sample alone: perfect mixing without a buffer, fast where memory holds the data.
             Then `buffer_size`, `n_lanes` and `block_size` do not matter.
+        act_dtype: "float32", or "stored" for the type that the shards have: 16 bits take half the memory.
 
     Errors are those of `IndexedConfig`.
     """
@@ -192,6 +200,7 @@ class ShuffledConfig(_Config):
     block_size: int | None = None
     scale_samples: int | None = None
     order: OrderKind = "blocks"
+    act_dtype: ActDtype = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ import functools
 import logging
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,6 @@ from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.reader import CallReader, Pace, Reader
-from saev_torch.reading.ring import RingReader
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
@@ -91,7 +90,7 @@ def _read_to(slot: Slot, extents: Extents, start: int, stop: int, reader: Reader
 class IndexedDataset(Described, Dataset[dict[str, Any]]):
     """Random access to samples by number, in the order of the bytes on disk.
 
-    `ds[i]` is a dict of `act` (`[d_model] float32`), `example_idx`, `token_idx`, and where a batch has such a
+    `ds[i]` is a dict of `act` (`[d_model]`, as in a batch), `example_idx`, `token_idx`, and where a batch has such a
     column `token_label` (-1 for a special token) and `layer`. `DataLoader(ds, batch_size=16384, shuffle=True)` reads a
     whole batch at once through `__getitems__`.
 
@@ -110,7 +109,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         self.cfg = cfg
         self._store = ShardStore(cfg.shards)
         self.metadata = self._store.metadata
-        self._selection = Selection(self.metadata, cfg.tokens, cfg.layer)
+        self._selection = Selection(self.metadata, cfg.tokens, cfg.layer, act_dtype=cfg.act_dtype)
         self.index_map = IndexMap(self.metadata, cfg.tokens, cfg.layer)
         self._begin()
         if cfg.debug:
@@ -118,7 +117,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             _log.debug("%s: %d samples", cfg.shards, len(self))
 
     def _begin(self) -> None:
-        self._labels, self._source, self._pace = Labels(self._store), Source(self._store), Pace(1)
+        self._source = Source(self._store, loaded=self._selection.act_type)
+        self._labels, self._pace = Labels(self._store), Pace(1)
         self._pool: SlotPool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -177,8 +177,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         try:
             order = np.argsort(samples)
             cells = selection.cells(samples[order])
-            places = slot.address + order * selection.sample_nbytes
-            self._read_extents(make_sample_extents(selection, cells, places), slot)
+            places = slot.address + order * selection.act_nbytes
+            finish = self._read_extents(make_sample_extents(selection, cells, places), slot)
             back = np.empty_like(order)
             back[order] = np.arange(n)
             labels = self._labels.of_cells(selection, cells)[back] if self._store.has_labels else None
@@ -188,17 +188,19 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
                 self._pool.forget(slot)
             raise
         batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, n, label_key="token_label")
+        finish(batch["act"])
         return _Samples(batch)
 
-    def _read_extents(self, parts: list[Extents], slot: Slot) -> None:
+    def _read_extents(self, parts: list[Extents], slot: Slot) -> Callable[[torch.Tensor], None]:
+        """Read extents; what is left to do with the activations is returned."""
         n_extents = max(len(extents.nbytes) for extents in parts)
         # For each call anew: a ring takes 50 us, and nothing is left to be closed.
         reader = self._source.open_reader(self._pace) if n_extents >= _MIN_PARALLEL else CallReader(self._store)
-        has_ring = isinstance(reader, RingReader) and not self._store.answers_short
+        has_ring = reader.has_ring and not self._store.answers_short
         if n_extents < _MIN_PARALLEL or has_ring or not self._pace.is_slow:
             for extents in parts:
                 reader.read(extents, 0, len(extents.nbytes))
-            return
+            return self._source.convert if n_extents < _MIN_PARALLEL else self._source.finish
         # Threads help where a disk is waited for; else such short reads only make them wait for each other.
         tasks = (
             Task(functools.partial(_read_to, slot, extents, start, stop))
@@ -206,9 +208,10 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             for start, stop in extents.cut(max(1, int(extents.nbytes.sum()) // _N_THREADS + 1))
         )
         run_tasks("saev_torch indexed", _N_THREADS, self._pace, self._source.open_reader, tasks)
+        return self._source.finish
 
     def _acquire(self, n: int) -> Slot:
-        nbytes = slot_nbytes(n, self._selection.sample_nbytes)
+        nbytes = slot_nbytes(n, self._selection.act_nbytes)
         if n < _MIN_PARALLEL:
             return Slot(nbytes, shared=False)
         if self._pool is None or self._pool.nbytes < nbytes:

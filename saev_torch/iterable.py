@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
@@ -21,10 +20,10 @@ from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
 from saev_torch.processes.world import require_shared_once
-from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.direct import fits_page_cache
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
+from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
 from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
@@ -111,12 +110,16 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
             with contextlib.closing(self._store.clone()) as store:
                 labels = Labels(store)
-                selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, labels.of_examples)
+                selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, labels.of_examples, cfg.act_dtype)
                 if self._kept_digest not in (None, selection.kept_digest):
                     raise labels_changed(store.path(LABELS_IDX))
                 labels.expect(selection)
                 self._selection, self._kept_digest = selection, selection.kept_digest
         return self._selection
+
+    def _compile(self) -> None:
+        """Compile what readers convert with, here for all workers that are forked."""
+        Source(self._store, scale=self.cursor.scale, loaded=self._own_selection().act_type)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the ones after it count on from there.
@@ -248,9 +251,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
                             break
                         watch.count(opened.size, engine.batches.waits, engine.batches.fill)
                         batch = make_batch(opened, selection, self.batch_size)
-                        if start.scale is not None and not engine.is_scaled:
-                            act = batch["act"].numpy()
-                            np.multiply(act, np.float32(start.scale), out=act)
+                        engine.finish(batch["act"])
                         # The caller alone decides how long the batch lives.
                         del opened
                     batch.number = iteration.next_number
@@ -285,6 +286,7 @@ class OrderedActivations(Activations):
 
     def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
         super().__init__(cfg, ShardStore(cfg.shards), rank, world_size)
+        self._compile()
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
         return OrderedPlan(self.n_samples, self.batch_size)
@@ -310,10 +312,9 @@ class ShuffledActivations(Activations):
         if cfg.scale_norm:
             # Here, because all workers and epochs must have the same number.
             self.cursor.scale = self._find_scale()
+        self._compile()
 
     def _find_scale(self) -> float:
-        # Compiled here, for all workers that are forked.
-        find_scale_kernels()
         return compute_scale(self._store.clone(), self._own_selection(), self.cfg.scale_samples)
 
     def _plan(self, epoch: int | None) -> ShufflePlan | UniformPlan:

@@ -1,7 +1,8 @@
 """Shard directories whose values say where they come from, written without any code of the package.
 
 `act[e, l, t, k] = 1000*e + 100*l + t + k/64` for example `e`, layer index `l`, stored token `t` (0 is [CLS] where there
-is one) and dimension `k`; `label[e, c] = (3*e + 5*c) % 7` for content token `c`.
+is one) and dimension `k`; `label[e, c] = (3*e + 5*c) % 7` for content token `c`. Values of 16 bits cannot hold that:
+their bits follow from their place, see `oracle_bits`.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ class Geometry(Protocol):
     def cls_token(self) -> bool: ...
     @property
     def d_model(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Spec:
     trailing_empty: bool | None = None
     """A file without examples follows. None: exactly where saev's writer leaves one, behind an exact multiple."""
     protocol: str = "2.1"
+    dtype: str = "float32"
     data: Any = None
     """The value of the key `data` in metadata.json; None for one that suits the protocol."""
 
@@ -81,7 +85,7 @@ class Spec:
                 "data": "b3BhcXVl" if self.data is None else self.data,
                 "dataset": "/data/images",
                 "pixel_agg": "majority",
-                "dtype": "float32",
+                "dtype": self.dtype,
                 "protocol": "2.1",
             }
         data = "Imagenet(name='x')" if self.protocol == "1.0.0" else {"root": "/data", "__class__": "ImageFolder"}
@@ -119,14 +123,35 @@ class Spec:
 
 
 def oracle(md: Geometry) -> npt.NDArray[np.float32]:
-    """Return every activation, [n_examples, n_layers, tokens_per_example, d_model] float32, by the formula."""
-    shape = (md.n_examples, len(md.layers), md.content_tokens_per_example + md.cls_token, md.d_model)
+    """Return every activation, [n_examples, n_layers, tokens_per_example, d_model], by the formula, as float32."""
+    if md.dtype != "float32":
+        return to_float32(oracle_bits(md), md.dtype)
+    shape = _shape(md)
     e, layer, t, k = np.ogrid[tuple(slice(n) for n in shape)]
     acts = 1000 * e + 100 * layer + t + k / 64
     exact: npt.NDArray[np.float32] = acts.astype(np.float32)
     if not np.array_equal(exact, acts):
         raise ValueError(f"float32 cannot hold the formula at shape {shape}; use fewer examples (262 are safe)")
     return exact
+
+
+def _shape(md: Geometry) -> tuple[int, int, int, int]:
+    return md.n_examples, len(md.layers), md.content_tokens_per_example + md.cls_token, md.d_model
+
+
+def oracle_bits(md: Geometry) -> npt.NDArray[np.uint16]:
+    """Return every activation of a 16-bit type as its bits: normal numbers of both signs, others in each row."""
+    shape = _shape(md)
+    mixed = np.arange(np.prod(shape, dtype=np.int64)) * 9973
+    bits: npt.NDArray[np.uint16] = (0x3000 + mixed % 0x2000 | (mixed >> 13 & 1) << 15).astype("<u2")
+    return bits.reshape(shape)
+
+
+def to_float32(bits: npt.NDArray[np.uint16], dtype: str) -> npt.NDArray[np.float32]:
+    """Return the values that bits of a 16-bit type stand for, by numpy alone."""
+    values: npt.NDArray[np.float32]
+    values = bits.view("<f2").astype("<f4") if dtype == "float16" else (bits.astype("<u4") << 16).view("<f4")
+    return values
 
 
 def oracle_labels(md: Geometry) -> npt.NDArray[np.uint8]:
@@ -147,11 +172,11 @@ def make_shards(root: Path, spec: Spec | None = None, **fields: Any) -> Path:
     key = "n_examples" if spec.protocol == "2.1" else "n_imgs"
     entries = [{"name": name, key: n_examples} for name, n_examples in spec.shards()]
     (shards_dir / "shards.json").write_text(json.dumps(entries, indent=2))
-    acts = oracle(spec)
+    acts = oracle(spec) if spec.dtype == "float32" else oracle_bits(spec)
     start = 0
     for name, n_examples in spec.shards():
         is_full_size = spec.preallocate_last or n_examples == spec.examples_per_shard
-        rows = np.zeros((spec.examples_per_shard if is_full_size else n_examples, *acts.shape[1:]), "<f4")
+        rows = np.zeros((spec.examples_per_shard if is_full_size else n_examples, *acts.shape[1:]), acts.dtype)
         rows[:n_examples] = acts[start : start + n_examples]
         rows.tofile(shards_dir / name)
         start += n_examples
@@ -160,12 +185,15 @@ def make_shards(root: Path, spec: Spec | None = None, **fields: Any) -> Path:
     return shards_dir
 
 
-def write_acts(shards_dir: Path, acts: npt.NDArray[np.float32]) -> None:
-    """Replace the activations of a directory by `[n_examples, n_layers, tokens_per_example, d_model]` others."""
+def write_acts(shards_dir: Path, acts: npt.NDArray[Any]) -> None:
+    """Replace the activations of a directory by `[n_examples, n_layers, tokens_per_example, d_model]` others.
+
+    They are of the type that is stored, as float32 or as bits.
+    """
     start = 0
     for shard in json.loads((shards_dir / "shards.json").read_text()):
         path = shards_dir / shard["name"]
-        rows = np.fromfile(path, "<f4").reshape(-1, *acts.shape[1:])
+        rows = np.fromfile(path, acts.dtype).reshape(-1, *acts.shape[1:])
         rows[: shard["n_examples"]] = acts[start : start + shard["n_examples"]]
         rows.tofile(path)
         start += shard["n_examples"]

@@ -104,9 +104,9 @@ BAD_DIRECTORIES = {
         r"{shards}/metadata\.json: protocol: expected one of .*'2\.1'.*, got '9\.9'",
     ),
     "an unknown dtype": (
-        lambda shards: edit(shards, dtype="bfloat16"),
+        lambda shards: edit(shards, dtype="float8_e4m3fn"),
         FormatError,
-        r"{shards}/metadata\.json: dtype: expected 'float32', got 'bfloat16'",
+        r"{shards}/metadata\.json: dtype: expected one of .*'bfloat16'\], got 'float8_e4m3fn'; read it with",
     ),
     "labels one byte short": (
         lambda shards: cut(shards / "labels.bin"),

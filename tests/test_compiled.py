@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from saev_torch.reading.compiled import find_scale_kernels, find_sum_kernel
+from saev_torch.reading.compiled import find_convert_kernels, find_sum_kernel
+
+SCALE = ("float32", "float32", True)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 255, 256, 257, 770])
@@ -55,8 +57,8 @@ def test_places_are_scaled_and_nothing_else() -> None:
     for start, n in places:
         wanted[start : start + n] *= np.float32(1.7)
     vectors = np.array([(values.ctypes.data + 4 * start, 4 * n) for start, n in [*places, trash, trash]])
-    scale_places, _ = find_scale_kernels()
-    scale_places(vectors, values.ctypes.data + 4 * 700, np.float32(1.7))
+    convert_places, _ = find_convert_kernels(*SCALE)
+    convert_places(vectors, values.ctypes.data + 4 * 700, np.float32(1.7))
     np.testing.assert_array_equal(values, wanted)
 
 
@@ -70,8 +72,8 @@ def test_only_what_was_read_completely_is_scaled(tmp_path) -> None:
     vectors = np.array([(address, 40), (address + 80, 80), (address + 160, 80), (address + 240, 80)])
     fd = os.open(path, os.O_RDONLY)
     got = np.zeros(3, dtype=np.int64)
-    _, read_and_scale = find_scale_kernels()
-    read_and_scale(
+    _, read_and_convert = find_convert_kernels(*SCALE)
+    read_and_convert(
         np.array([fd, fd, -1]), vectors, np.array([0, 2, 3]), np.array([2, 1, 1]), np.array([40, 360, 0]),
         np.array([120, 80, 80]), got, address + 80, np.float32(0.5),
     )  # fmt: skip
@@ -103,8 +105,8 @@ def test_without_numba(tmp_path, before: str, logged: str) -> None:
     code = f"""
 import os, sys
 {before}
-from saev_torch.reading.compiled import find_scale_kernels, find_sum_kernel
-assert find_scale_kernels() is None and find_sum_kernel() is None
+from saev_torch.reading.compiled import find_convert_kernels, find_sum_kernel
+assert find_convert_kernels("float16", "float32", False) is None and find_sum_kernel() is None
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -7,10 +7,13 @@ import pickle
 from pathlib import Path
 
 import factory
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saev_torch import ShardInfo
 from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata, PixelAgg
 
@@ -171,6 +174,50 @@ def test_factory_agrees(make_shards, protocol):
     assert md.protocol == protocol
 
 
+@pytest.mark.parametrize(("dtype", "nbytes"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])
+def test_sizes_follow_the_dtype(make_shards, dtype, nbytes):
+    spec = factory.Spec(dtype=dtype)
+    shards_dir = make_shards(spec)
+    md = Metadata.load(shards_dir)
+    assert (md.dtype, md.hash) == (dtype, spec.hash())
+    assert md.row_nbytes == spec.d_model * nbytes
+    assert md.example_nbytes == spec.d_model * nbytes * spec.tokens_per_example * len(spec.layers)
+    assert getattr(torch, md.value_type.name).itemsize == np.dtype(md.value_type.storage).itemsize == nbytes
+    ShardInfo.load(shards_dir).validate(shards_dir)
+    os.truncate(shards_dir / "acts000000.bin", spec.examples_per_shard * md.example_nbytes - 1)
+    with pytest.raises(FormatError, match=r"acts000000\.bin: expected \d+ bytes"):
+        ShardInfo.load(shards_dir).validate(shards_dir)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_not_finite_shows_in_its_bits(dtype):
+    kind = Metadata(**FIELDS, dtype=dtype).value_type
+    bits = np.arange(1 << 16, dtype="<u4")
+    stored = (bits << 16 if dtype == "float32" else bits).astype(f"<u{kind.nbytes}")
+    values = torch.from_numpy(stored).view(getattr(torch, dtype))
+    wanted = int((~torch.isfinite(values)).sum())
+    assert kind.count_nonfinite(stored) == kind.count_nonfinite(memoryview(stored.tobytes())) == wanted > 1
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8", "tfloat32"])
+def test_an_unknown_dtype_says_what_to_do(tmp_path, dtype):
+    with pytest.raises(
+        FormatError,
+        match=rf"metadata\.json: dtype: expected one of \['float32', 'float16', 'bfloat16'\], "
+        rf"got '{dtype}'; read it with the version of saev_torch that wrote it, or a newer one, or write .* again",
+    ):
+        load(tmp_path, json.loads(TWO_LAYERS) | {"dtype": dtype})
+
+
+@pytest.mark.parametrize("old", ["1.0.0", "1.1"])
+def test_older_protocols_are_always_float32(tmp_path, old):
+    obj = OLD_1_0_0 if old == "1.0.0" else OLD_1_1
+    with pytest.raises(
+        FormatError, match=rf"metadata\.json: dtype: expected 'float32', all that protocol {old} has, got"
+    ):
+        load(tmp_path, obj | {"dtype": "bfloat16"})
+
+
 INT_FIELDS = ["content_tokens_per_example", "d_model", "n_examples", "max_tokens_per_shard"]
 TEXT_FIELDS = ["family", "ckpt", "data"]
 BAD_FIELDS = [
@@ -180,7 +227,7 @@ BAD_FIELDS = [
     *[("layers", value) for value in ([], (), 3, None, "37", [3, 3], [3.0], [True], ["3"], [None], [1 << 62])],
     *[("dataset", value) for value in (None, 3, b"/data", ["/data"], "\ud800")],
     *[("pixel_agg", value) for value in (None, "MAJORITY", "", 0, ["majority"])],
-    *[("dtype", value) for value in ("float16", "FLOAT32", None, 4, ["float32"])],
+    *[("dtype", value) for value in ("float8_e4m3fn", "float64", "FLOAT32", "", None, 4, ["float32"])],
     *[("protocol", value) for value in ("2.0", "2.2", "1.0", "", None, 2.1, ["2.1"], {})],
 ]
 

@@ -26,13 +26,14 @@ from saev_torch.order.selection import Selection
 from saev_torch.reading import direct as staging
 from saev_torch.reading import engine, source
 from saev_torch.reading import reader as reading
-from saev_torch.reading.compiled import find_scale_kernels
+from saev_torch.reading.compiled import find_convert_kernels
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import make_sample_extents
 from saev_torch.reading.ring import Ring
-from saev_torch.reading.source import ScalingReader, Source
+from saev_torch.reading.source import ConvertingReader, Source
 from saev_torch.reading.store import ShardStore
 
+SCALE = ("float32", "float32", True)
 SPEC = Spec(n_examples=120, content_tokens=9, d_model=16, examples_per_shard=40, labels=True)
 
 
@@ -53,13 +54,13 @@ def norms_of(batches) -> torch.Tensor:
     return torch.cat([torch.linalg.vector_norm(b["act"].double(), dim=-1).flatten() for b in batches])
 
 
-@pytest.fixture(params=["numpy", "compiled"])
+@pytest.fixture(params=["torch", "compiled"])
 def multiplying(request, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where numba is installed, activations are multiplied as they are read; else in batches."""
-    if request.param == "numpy":
-        monkeypatch.setattr(source, "find_scale_kernels", lambda: None)
+    if request.param == "torch":
+        monkeypatch.setattr(source, "find_convert_kernels", lambda *names: None)
     else:
-        assert find_scale_kernels() is not None
+        assert find_convert_kernels(*SCALE) is not None
     return request.param
 
 
@@ -104,7 +105,11 @@ def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch,
     monkeypatch.setattr(reading, "_CALL_S", 0.0 if where == "a slow disk" else 1e9)
     monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: where != "past the page cache")
     ways = set()
-    for owner, name in ((ScalingReader, "_read_scaling"), (ScalingReader, "_read_then_scale"), (DirectReader, "_read")):
+    for owner, name in (
+        (ConvertingReader, "_read_converting"),
+        (ConvertingReader, "_read_then_convert"),
+        (DirectReader, "_read"),
+    ):
         way = f"{owner.__name__}.{name}"
         monkeypatch.setattr(owner, name, noting(getattr(owner, name), functools.partial(ways.add, way)))
     # Several tasks, because only the first tells that the disk is slow.
@@ -112,11 +117,11 @@ def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch,
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1000)
     assert_scaled(config(shards, scale_norm=True))
     if where == "in time":
-        assert ways == {"ScalingReader._read_scaling"}
+        assert ways == {"ConvertingReader._read_converting"}
     elif where == "a slow disk":
-        assert ways == {"ScalingReader._read_scaling", "ScalingReader._read_then_scale"}
+        assert ways == {"ConvertingReader._read_converting", "ConvertingReader._read_then_convert"}
     elif Ring.open() is not None:
-        assert ways == {"DirectReader._read", "ScalingReader._read_then_scale"}
+        assert ways == {"DirectReader._read", "ConvertingReader._read_then_convert"}
 
 
 def noting(function, note):
@@ -129,20 +134,20 @@ def noting(function, note):
 
 def test_what_fails_is_read_again_and_multiplied_once(make_shards, monkeypatch) -> None:
     """Of each call some reads fail, come short, or find the end of the file."""
-    init, calls = ScalingReader.__init__, []
+    init, calls = ConvertingReader.__init__, []
 
-    def fail(read_and_scale, fds, *args):
+    def fail(read_and_convert, fds, *args):
         gone = np.full_like(fds, -1)
         kept = np.arange(len(fds)) % 3 != len(calls) % 3
-        read_and_scale(np.where(kept, fds, gone), *args)
+        read_and_convert(np.where(kept, fds, gone), *args)
         args[5][~kept] = (-1, 0, 8)[len(calls) % 3]
         calls.append(int((~kept).sum()))
 
     def wrapped(self, *args):
         init(self, *args)
-        self._read_and_scale = functools.partial(fail, self._read_and_scale)
+        self._read_and_convert = functools.partial(fail, self._read_and_convert)
 
-    monkeypatch.setattr(ScalingReader, "__init__", wrapped)
+    monkeypatch.setattr(ConvertingReader, "__init__", wrapped)
     # Wide rows, which are not worth reading over.
     wide = make_shards(Spec(n_examples=60, content_tokens=20, d_model=5000))
     assert_scaled(config(wide, scale_norm=True, block_size=2, buffer_size=2))
@@ -159,11 +164,11 @@ def test_a_file_that_became_shorter(shards) -> None:
 
 
 def test_what_is_compiled_is_there_before_workers_are_forked(shards) -> None:
-    find_scale_kernels.cache_clear()
+    find_convert_kernels.cache_clear()
     ShuffledActivations(config(shards))
-    assert not find_scale_kernels.cache_info().currsize
+    assert not find_convert_kernels.cache_info().currsize
     ShuffledActivations(config(shards, scale_norm=True))
-    assert find_scale_kernels.cache_info().currsize
+    assert find_convert_kernels.cache_info().currsize
 
 
 def test_a_stall_is_named(make_shards) -> None:
@@ -181,7 +186,7 @@ def test_a_stall_is_named(make_shards) -> None:
             told.append(reader.spot.where())
             got[i] = nbytes[i]
 
-    reader._read_and_scale = read
+    reader._read_and_convert = read
     reader.read(extents, 2, len(extents.nbytes))
     store.close()
     assert len(told) == 8
@@ -191,7 +196,7 @@ def test_a_stall_is_named(make_shards) -> None:
 def test_gaps_are_read_over_and_not_scaled(shards, monkeypatch) -> None:
     """What is read between two samples goes to one place, and would be multiplied again and again there."""
     ends = []
-    read, read_then_scale = DirectReader._read, ScalingReader._read_then_scale
+    read, read_then_convert = DirectReader._read, ConvertingReader._read_then_convert
     before = []
 
     def note_before(self, extents, *args):
@@ -199,12 +204,12 @@ def test_gaps_are_read_over_and_not_scaled(shards, monkeypatch) -> None:
         before.append(extents.trash.copy())
 
     def note(self, extents, start, stop):
-        read_then_scale(self, extents, start, stop)
+        read_then_convert(self, extents, start, stop)
         assert not before or np.array_equal(extents.trash, before.pop())
         ends.append(int((extents.vectors[:, 0] == extents.trash.ctypes.data).sum()))
 
     monkeypatch.setattr(DirectReader, "_read", note_before)
-    monkeypatch.setattr(ScalingReader, "_read_then_scale", note)
+    monkeypatch.setattr(ConvertingReader, "_read_then_convert", note)
     monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: False)
     assert_scaled(config(shards, scale_norm=True, ignore_labels=[1, 2, 4]))
     if Ring.open() is not None:

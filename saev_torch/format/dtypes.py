@@ -1,15 +1,43 @@
 """What a stored value is: how many bytes it has, and how numpy and torch name its type. Nothing else knows."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class ValueType(NamedTuple):
-    """A type of values: its name, also in torch, what numpy calls its little-endian bytes, and how many they are."""
+    """A type of values.
+
+    Attributes:
+        name: In metadata.json and in torch, as `getattr(torch, name)`.
+        storage: As what numpy reads its little-endian bytes. It has no bfloat16: those are their bits, `<u2`.
+        nbytes: Bytes of a value.
+        exponent: Bits that are all set in a value that is not finite, and in no other.
+    """
 
     name: str
     storage: str
     nbytes: int
+    exponent: int
+
+    def count_nonfinite(self, values: Any) -> int:
+        """Count what is not finite in an array or a buffer of stored values."""
+        bits: NDArray[Any] = np.frombuffer(values, f"<u{self.nbytes}")
+        return int(np.count_nonzero((bits & self.exponent) == self.exponent))
 
 
-DTYPES = {"float32": ValueType("float32", "<f4", 4)}
+DTYPES = {
+    "float32": ValueType("float32", "<f4", 4, 0x7F800000),
+    "float16": ValueType("float16", "<f2", 2, 0x7C00),
+    "bfloat16": ValueType("bfloat16", "<u2", 2, 0x7F80),
+}
 """Types by their name in metadata.json."""
+
+FLOAT32 = DTYPES["float32"]
+"""What all protocols before 2.1 store, and what a training step expects unless it asks for what is stored."""
+
+
+def loaded_type(stored: ValueType, act_dtype: str) -> ValueType:
+    """The type that values have in memory, of a directory that stores `stored`: with "stored" the same."""
+    return stored if act_dtype == "stored" else DTYPES[act_dtype]

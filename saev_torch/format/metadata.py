@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
-from saev_torch.format.dtypes import DTYPES, ValueType
+from saev_torch.format.dtypes import DTYPES, FLOAT32, ValueType
 from saev_torch.format.files import read_json, short, write_atomic, writing
 
 METADATA_NAME = "metadata.json"
@@ -65,7 +65,8 @@ class Metadata:
         data: Opaque description of the source data set; carried, and never unpickled.
         dataset: Root of the source data set; `Path()` where the protocol has none.
         pixel_agg: How pixel labels became token labels.
-        dtype: Always "float32", little-endian.
+        dtype: Type of the stored values, little-endian: "float32", "float16" or "bfloat16"; before protocol 2.1 always
+            "float32".
         protocol: "1.0.0", "1.1" or "2.1".
 
     Raises:
@@ -112,9 +113,7 @@ class Metadata:
         except ValueError as err:
             values = [agg.value for agg in PixelAgg]
             raise FormatError(f"pixel_agg: expected one of {values}, got {short(self.pixel_agg)}") from err
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise FormatError(f"dtype: expected 'float32', got {short(self.dtype)}; record the activations as float32")
-        _check_protocol(self.protocol)
+        _check_dtype(self.dtype, _check_protocol(self.protocol))
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -261,7 +260,7 @@ class Metadata:
 
     @property
     def shard_shape(self) -> tuple[int, int, int, int]:
-        """Shape of a full shard file, [examples_per_shard, n_layers, tokens_per_example, d_model] float32."""
+        """Shape of a full shard file, [examples_per_shard, n_layers, tokens_per_example, d_model] values."""
         return (self.examples_per_shard, self.n_layers, self.tokens_per_example, self.d_model)
 
 
@@ -280,6 +279,19 @@ def _check_protocol(value: object) -> str:
     if not isinstance(value, str) or value not in PROTOCOLS:
         raise FormatError(f"protocol: expected one of {list(PROTOCOLS)}, got {short(value)}; is there a newer version?")
     return value
+
+
+def _check_dtype(value: object, protocol: str) -> None:
+    if not isinstance(value, str) or value not in DTYPES:
+        raise FormatError(
+            f"dtype: expected one of {list(DTYPES)}, got {short(value)}; read it with the version of saev_torch that "
+            "wrote it, or a newer one, or write the activations again as one of these"
+        )
+    if protocol != PROTOCOL and value != FLOAT32.name:
+        raise FormatError(
+            f"dtype: expected {FLOAT32.name!r}, all that protocol {protocol} has, got {value!r}; protocol {PROTOCOL} "
+            "has the others"
+        )
 
 
 def _check_text(field: str, value: object) -> None:

@@ -209,7 +209,13 @@ class Examples:
             ConfigError: There are none, or they are no integers from 0 on.
         """
         given = np.asarray(numbers if isinstance(numbers, np.ndarray) else list(numbers))
-        if not given.size or given.ndim != 1 or given.dtype.kind not in "iu" or given.min() < 0 or given.max() > _MAX_EXAMPLE:
+        if (
+            not given.size
+            or given.ndim != 1
+            or given.dtype.kind not in "iu"
+            or given.min() < 0
+            or given.max() > _MAX_EXAMPLE
+        ):
             raise ConfigError(
                 f"Examples.only: expected numbers of examples, integers from 0 on, got {str(numbers)[:100]}; name at "
                 "least one."

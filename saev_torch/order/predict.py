@@ -58,7 +58,7 @@ def _make_plan(md: Metadata, cfg: ShuffledConfig) -> tuple[Selection, ShufflePla
             f"ignore_labels: expected none, because which tokens they leave is not in the metadata, got "
             f"{cfg.ignore_labels}; plan without."
         )
-    selection = Selection(md, cfg.tokens, cfg.layer)
+    selection = Selection(md, cfg.tokens, cfg.layer, act_dtype=cfg.act_dtype)
     plan = ShufflePlan(selection.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0)
     return selection, plan
 
@@ -96,7 +96,7 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
         uniform_distinct=expected_distinct(md.n_examples, per_example, batch_size),
         read_nbytes=read_nbytes,
         read_per_byte=read_per_byte,
-        memory_nbytes=n_open * slot_nbytes(plan.batch_size, selection.sample_nbytes),
+        memory_nbytes=n_open * slot_nbytes(plan.batch_size, selection.act_nbytes),
     )
 
 

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.config import LayerSpec, TokenKind
+from saev_torch.config import ActDtype, LayerSpec, TokenKind
 from saev_torch.errors import ConfigError, FormatError
+from saev_torch.format.dtypes import loaded_type
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.runs import expand_runs
 
@@ -81,7 +82,8 @@ class Selection:
         layer_idxs: Positions in `md.layers` of the layers that are read.
         layer_is_all: Whether every layer is a sample of its own.
         n_parts: Rows on disk that make one sample: the number of layers side by side, else 1.
-        sample_nbytes: Bytes of one sample's activations.
+        sample_nbytes: Bytes of one sample's activations on disk.
+        act_type, act_nbytes: Type of the values in memory, and bytes of one sample's activations there.
         has_parts: Whether layers are side by side in a sample, be it only one: then its parts are an axis of it.
         kept_digest: Digest of which content tokens are left of each example; None where no labels are ignored.
     """
@@ -93,6 +95,7 @@ class Selection:
         layer: LayerSpec,
         ignore_labels: Sequence[int] = (),
         read_labels: LabelRows | None = None,
+        act_dtype: ActDtype = "float32",
     ) -> None:
         self.md, self.tokens, self.ignore_labels = md, tokens, ignore_labels
         self.layer_idxs = resolve_layers(md, layer)
@@ -101,6 +104,8 @@ class Selection:
         self.n_parts = 1 if layer == "all" else len(self.layer_idxs)
         self.has_parts = isinstance(layer, tuple)
         self.sample_nbytes = self.n_parts * md.row_nbytes
+        self.act_type = loaded_type(md.value_type, act_dtype)
+        self.act_nbytes = self.n_parts * md.d_model * self.act_type.nbytes
         self.n_special = int(md.cls_token)
         if tokens == "special" and not md.cls_token:
             raise ConfigError(

@@ -49,8 +49,8 @@ class EngineOptions:
 class Engine:
     """Reads the batches of one reader ahead, from the store of `labels`, which is closed with the engine.
 
-    `next_batch` returns batches in order, then None. `close` must be called. `is_scaled` says whether batches are
-    multiplied when they come.
+    `next_batch` returns batches in order, then None, and `finish` converts what the readers did not. `close` must be
+    called.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Engine:
         self._labels, self._store = labels, labels.store
         self._selection, self._plan, self._options = selection, plan, options
         self._steps = make_steps(plan, share)
-        self._source = Source(self._store, scale=options.scale)
-        self.is_scaled = self._source.is_scaled
+        self._source = Source(self._store, scale=options.scale, loaded=selection.act_type)
+        self.finish = self._source.finish
         self._scheduler_spot = Spot()
-        pool = make_pool(slot_nbytes(plan.batch_size, selection.sample_nbytes))
+        pool = make_pool(slot_nbytes(plan.batch_size, selection.act_nbytes))
         max_open = count_open_slots(plan, share, options.buffer_size)
         self.batches = Batches(pool, max_open, options.timeout_s, options.n_fills)
         pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail

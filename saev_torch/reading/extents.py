@@ -131,14 +131,16 @@ def _join_places(places: _Int64s, begins: _Int64s, row_nbytes: int) -> tuple[_In
 def make_sample_extents(selection: Selection, cells: _Int64s, places: _Int64s) -> list[Extents]:
     """Work out the reads for samples: extents for each of the layers that a sample holds, in any order.
 
-    `cells`, `[n] int64`, are in the order of the disk; `places` are the addresses that the samples are read to.
+    `cells`, `[n] int64`, are in the order of the disk; `places` are the addresses that the samples go to. Rows that
+    become wider in memory are read to the back of their place, see `converting`.
     """
-    row_nbytes = selection.md.row_nbytes
+    row_nbytes, act_nbytes = selection.md.row_nbytes, selection.act_nbytes // selection.n_parts
+    places = places + (act_nbytes - row_nbytes)
     shards, rows = selection.disk_rows(cells)
     extents = []
     for part in range(selection.n_parts):
         shift = (selection.layer_idxs[part] - selection.layer_idxs[0]) * selection.md.tokens_per_example
-        extents.append(make_extents(shards, rows + shift, places + part * row_nbytes, row_nbytes))
+        extents.append(make_extents(shards, rows + shift, places + part * act_nbytes, row_nbytes))
     return extents
 
 
@@ -188,7 +190,7 @@ def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection) -> 
             part = slice(chunk.bounds[d], chunk.bounds[d + 1])
             batch, positions, rows = opened[number], chunk.dealt[part] + offset, chunk.rows[part]
             batch.cells[rows] = dealt[positions]
-            addresses[positions] = rows * selection.sample_nbytes + batch.slot.address
+            addresses[positions] = rows * selection.act_nbytes + batch.slot.address
             targets.append((batch, positions, rows))
         offset += len(chunk.dealt)
     addresses = addresses[on_disk]

@@ -2,7 +2,7 @@
 
 One `preadv` reads consecutive rows of a shard into as many separate places. That is one pass over each byte: there is
 no buffer in between and nothing to gather afterwards. numpy makes the arguments, and ctypes releases the interpreter
-lock. The other readers make many reads in one system call, or read past the page cache, or multiply what they read.
+lock. The other readers make many reads in one system call, or read past the page cache, or convert what they read.
 What any of them leaves unfinished is finished here, and tried again after errors that may pass.
 """
 
@@ -81,6 +81,8 @@ class Pace:
 
 class Reader(abc.ABC):
     """Reads for one thread at a time. It tells `pace` how long each read took, and `spot` what is read."""
+
+    has_ring: bool = False
 
     def __init__(self, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
         self.store, self.pace, self.spot = store, pace, spot or Spot()

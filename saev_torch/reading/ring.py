@@ -181,6 +181,8 @@ class Ring:
 class RingReader(CallReader):
     """Many reads in one call, on a ring of the thread's own; single calls for a few, and where answers may be short."""
 
+    has_ring = True
+
     def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
         super().__init__(store, pace, spot)
         self.ring = ring

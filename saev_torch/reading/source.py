@@ -1,12 +1,15 @@
-"""Where activations come from: which reader suits a store, decided in one place, and the reader that multiplies."""
+"""Where activations come from: which reader suits a store, decided in one place, and the reader that converts."""
 
 import dataclasses
 import functools
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from saev_torch.reading.compiled import ScaleKernels, find_scale_kernels
+from saev_torch.format.dtypes import ValueType
+from saev_torch.reading.compiled import ConvertKernels, find_convert_kernels
+from saev_torch.reading.converting import convert_batch
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Pace, Reader
@@ -17,19 +20,20 @@ from saev_torch.reading.store import ShardStore
 _PENDING = np.iinfo(np.int64).min
 
 
-class ScalingReader(Reader):
-    """Multiplies activations while the core that read them, by another reader, has them in its cache.
+class ConvertingReader(Reader):
+    """Converts activations, or multiplies them, or both, while the core that read them has them in its cache.
 
-    A pass over whole batches finds them in memory again and takes half as long as reading them did: 13.3 GB/s became
-    9.3. Here one extent is read and multiplied, then the next, in one compiled loop: 12.6 GB/s. The other reader reads
-    what fails here.
+    Another reader reads. A pass over whole batches finds them in memory again: to multiply them takes half as long as
+    reading them did, 13.3 GB/s became 9.3. Here one extent is read and converted, then the next, in one compiled loop:
+    12.6 GB/s. The other reader reads what fails here.
     """
 
-    def __init__(self, reader: Reader, by: float, kernels: ScaleKernels) -> None:
+    def __init__(self, reader: Reader, by: float, kernels: ConvertKernels) -> None:
         super().__init__(reader.store, reader.pace, reader.spot)
         self._reader = reader
+        self.has_ring = reader.has_ring
         self._by = np.float32(by)
-        self._scale_places, self._read_and_scale = kernels
+        self._convert_places, self._read_and_convert = kernels
 
     def announce(self, extents: Extents, start: int, stop: int) -> None:
         """Let the other reader announce."""
@@ -38,26 +42,26 @@ class ScalingReader(Reader):
     def _read(self, extents: Extents, start: int, stop: int) -> None:
         # One extent after the other, which a disk does not like.
         if isinstance(self._reader, DirectReader) or (self.pace is not None and self.pace.is_slow):
-            self._read_then_scale(extents, start, stop)
+            self._read_then_convert(extents, start, stop)
         else:
-            self._read_scaling(extents, start, stop)
+            self._read_converting(extents, start, stop)
 
-    def _read_then_scale(self, extents: Extents, start: int, stop: int) -> None:
+    def _read_then_convert(self, extents: Extents, start: int, stop: int) -> None:
         self._reader._read(extents, start, stop)
-        self._scale_places(extents.vectors_of(start, stop), extents.trash.ctypes.data, self._by)
+        self._convert_places(extents.vectors_of(start, stop), extents.trash.ctypes.data, self._by)
 
-    def _read_scaling(self, extents: Extents, start: int, stop: int) -> None:
+    def _read_converting(self, extents: Extents, start: int, stop: int) -> None:
         for first, last in extents.split(start, stop, stop - start):
             part = slice(first, last)
             got = np.full(last - first, _PENDING)
             with self.opened(extents, first, last) as fds:
                 self.spot.set(functools.partial(_where, extents, first, got))
-                self._read_and_scale(
+                self._read_and_convert(
                     fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part],
                     extents.nbytes[part], got, extents.trash.ctypes.data, self._by,
                 )  # fmt: skip
             for i in np.flatnonzero(got != extents.nbytes[part]).tolist():
-                self._read_then_scale(extents, first + i, first + i + 1)
+                self._read_then_convert(extents, first + i, first + i + 1)
 
 
 def _where(extents: Extents, first: int, got: NDArray[np.int64]) -> tuple[int, int]:
@@ -66,22 +70,39 @@ def _where(extents: Extents, first: int, got: NDArray[np.int64]) -> tuple[int, i
 
 @dataclasses.dataclass
 class Source:
-    """A store, whether to read past the page cache where the system can, and what to multiply by; None for nothing."""
+    """A store, what its values are to be in memory, and whether to read past the page cache where the system can.
+
+    Attributes:
+        loaded: Type of the values in memory; None for what is stored.
+        scale: What to multiply by, a number that float32 holds; None for nothing.
+    """
 
     store: ShardStore
     past_cache: bool = False
     scale: float | None = None
+    loaded: ValueType | None = None
 
-    @property
-    def is_scaled(self) -> bool:
-        """Whether readers multiply. Without a compiler they do not: it is faster done later, for whole batches."""
-        return self.scale is not None and find_scale_kernels() is not None
+    def __post_init__(self) -> None:
+        stored, scale = self.store.metadata.value_type, self.scale
+        loaded = self.loaded or stored
+        self._kernels: ConvertKernels | None = None
+        if loaded != stored or scale is not None:
+            # Compiled here: by one thread, and for all workers that are forked later.
+            self._kernels = find_convert_kernels(stored.name, loaded.name, scale is not None)
 
     def open_reader(self, pace: Pace | None = None) -> Reader:
-        """Make a reader for one thread."""
+        """Make a reader for one thread. It converts where a compiler is installed; else `finish` does that."""
         ring = Ring.open()
         reader: Reader = CallReader(self.store, pace) if ring is None else RingReader(ring, self.store, pace)
         if self.past_cache and isinstance(reader, RingReader):
             reader = DirectReader(reader)
-        kernels = None if self.scale is None else find_scale_kernels()
-        return reader if self.scale is None or kernels is None else ScalingReader(reader, self.scale, kernels)
+        return reader if self._kernels is None else ConvertingReader(reader, self.scale or 1.0, self._kernels)
+
+    def finish(self, act: torch.Tensor) -> None:
+        """Convert activations that were read, see `convert_batch`, unless the readers did."""
+        if self._kernels is None:
+            self.convert(act)
+
+    def convert(self, act: torch.Tensor) -> None:
+        """Convert activations that were read by a reader that does not."""
+        convert_batch(act, self.store.metadata.value_type, self.scale)

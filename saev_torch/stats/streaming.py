@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from saev_torch.format.dtypes import FLOAT32
 from saev_torch.order.selection import Selection
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.compiled import find_sum_kernel
@@ -44,9 +46,10 @@ class Pass:
     ) -> None:
         self._selection, self._samples, self._progress = selection, samples, progress
         self._n = selection.n_samples if samples is None else len(samples)
-        self._per_task = max(1, _TASK_NBYTES // selection.sample_nbytes)
-        self._sum_vectors = find_sum_kernel() if self._n * selection.sample_nbytes >= _MIN_COMPILED_NBYTES else None
-        self._source = Source(store, reads_past_cache(store, selection, is_only, Spot()))
+        sample_nbytes = selection.n_parts * selection.md.d_model * FLOAT32.nbytes
+        self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
+        self._sum_vectors = find_sum_kernel() if self._n * sample_nbytes >= _MIN_COMPILED_NBYTES else None
+        self._source = Source(store, reads_past_cache(store, selection, is_only, Spot()), loaded=FLOAT32)
         # What a thread reads to and measures with.
         self._threads = threading.local()
         self._lock = threading.Lock()
@@ -76,12 +79,13 @@ class Pass:
         if not hasattr(mine, "buffer"):
             mine.scratch = Scratch(md.d_model, self._sum_vectors)
             shape = (self._per_task * self._selection.n_parts, md.d_model)
-            mine.buffer = np.empty(shape, dtype=md.value_type.storage)
+            mine.buffer = np.empty(shape, dtype=FLOAT32.storage)
         start = number * self._per_task
         stop = min(self._n, start + self._per_task)
         samples = np.arange(start, stop, dtype=np.int64) if self._samples is None else self._samples[start:stop]
         extents, groups = _plan(self._selection, samples, mine.buffer.ctypes.data)
         reader.read(extents, 0, len(extents.nbytes))
+        self._source.finish(torch.from_numpy(mine.buffer[: len(samples) * self._selection.n_parts]))
         measured = [(group, *measure(mine.buffer[rows], mine.scratch)) for group, rows in groups]
         with self._lock:
             self._done[number] = measured
@@ -109,12 +113,13 @@ def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents
         shift = (np.array(selection.layer_idxs) - selection.layer_idxs[0])[:, None] * md.tokens_per_example
         rows, group = (rows + shift).ravel(), (group + 2 * parts).ravel()
         shards = np.tile(shards, selection.n_parts)
-    row_nbytes = md.row_nbytes
-    places = np.arange(address, address + len(rows) * row_nbytes, row_nbytes, dtype=np.int64)
+    width = md.d_model * FLOAT32.nbytes
+    # What is stored goes to the back of a row, where it is converted.
+    places = address + width - md.row_nbytes + width * np.arange(len(rows), dtype=np.int64)
     counts = np.bincount(group)
     if counts[-1] != len(rows):
         in_order = places.copy()
         places[np.argsort(group, kind="stable")] = in_order
     ends = np.cumsum(counts).tolist()
     groups = [(g, slice(ends[g] - n, ends[g])) for g, n in enumerate(counts.tolist()) if n]
-    return make_extents(shards, rows, places, row_nbytes), groups
+    return make_extents(shards, rows, places, md.row_nbytes), groups

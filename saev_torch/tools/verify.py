@@ -238,7 +238,7 @@ class _Verification:
                 ]
         if self.finite and piece.file.idx != LABELS_IDX:
             for i, block in enumerate(blocks):
-                n_bad = int(np.count_nonzero(~np.isfinite(np.frombuffer(block, self.md.value_type.storage))))
+                n_bad = self.md.value_type.count_nonfinite(block)
                 if n_bad:
                     bad.append((i, f"expected finite values, got {n_bad} that are not"))
         return [

@@ -21,6 +21,8 @@ def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.f
     """Return activations as a contiguous little-endian array on the host."""
     if not isinstance(activations, torch.Tensor | np.ndarray):
         raise WriteError(f"activations: expected a tensor or an array, got {type(activations).__name__}")
+    if md.dtype != "float32":
+        raise WriteError(f"dtype: expected float32, all that is written so far, got {md.dtype}")
     if activations.dtype not in (torch.float32, np.dtype(np.float32)):
         raise WriteError(f"activations: expected float32, got {activations.dtype}; convert it, as with .float()")
     shape = (md.n_layers, md.tokens_per_example, md.d_model)
