@@ -27,7 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "bench": Command("bench.command", "measure how fast the loaders are here; --doctor recommends options", "bench"),
     "demo": Command(
-        "demo.command", "record a real model, train a sparse autoencoder on it, draw what it found", "demo"
+        "tools.demo.command", "record a real model, train a sparse autoencoder on it, draw what it found", "demo"
     ),
     "inspect": Command("tools.inspect", "say what is in a shard directory, with a picture if wanted", "demo"),
     "plan": Command("tools.plan", "predict how well a configuration mixes, reads and fits in memory", "plot"),

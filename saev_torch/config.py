@@ -4,13 +4,15 @@ Field names, defaults and meanings are those of the published `saev.data` API; f
 """
 
 import dataclasses
+import difflib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from saev_torch.errors import ConfigError
+from saev_torch.format import plain
 
 ActDtype: TypeAlias = Literal["float32", "stored"]
 """What activations are in memory: float32 whatever is stored, or what is stored."""
@@ -36,18 +38,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_layer(value: Any) -> bool:
-    if isinstance(value, tuple):
+    if isinstance(value, list):
         return len(value) > 0 and all(map(is_integer, value)) and len(set(value)) == len(value)
     return value == "all" or is_integer(value)
 
 
 def _is_labels(value: Any) -> bool:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-    return is_list and all(is_integer(label, 0, 255) for label in value)
+    return isinstance(value, list) and all(is_integer(label, 0, 255) for label in value)
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
-"""What is expected of a field, and whether a value is that."""
+"""What is expected of a field, and whether a value is that; it is asked of values as `plain.as_plain` returns them."""
 
 
 def _count(most: int = 2**31 - 1) -> _Rule:
@@ -59,7 +60,7 @@ _SECONDS: _Rule = "a number above 0.0", lambda value: _is_number(value) and valu
 # By the name of the field, which means the same in every config.
 _RULES: dict[str, _Rule] = {
     "tokens": ("'special', 'content' or 'all'", lambda value: value in ("special", "content", "all")),
-    "layer": ("an integer, 'all', or a tuple of distinct integers", _is_layer),
+    "layer": ("an integer, 'all', or a sequence of distinct integers", _is_layer),
     "act_dtype": ("'float32' or 'stored'", lambda value: value in ("float32", "stored")),
     "batch_size": _count(),
     "buffer_size": _count(),
@@ -80,7 +81,8 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@plain.told_simply
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Config:
     """The fields that every config begins with; all fields are checked when it is made."""
 
@@ -90,14 +92,48 @@ class _Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", self._expand_shards())
-        if isinstance(self.layer, list):
-            object.__setattr__(self, "layer", tuple(self.layer))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in _RULES and not (value is None and field.default is None):
                 expected, is_right = _RULES[field.name]
+                value = plain.as_plain(value)
                 if not is_right(value):
                     raise self._refuse(field.name, expected)
+                # A list is a copy of our own: the caller's may change after it was checked.
+                is_several = field.name == "layer" and isinstance(value, list)
+                object.__setattr__(self, field.name, tuple(value) if is_several else value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields with JSON's types only, for `from_dict`: a path as a string, infinity as "inf"."""
+        return {field.name: _as_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """Make a config from what `to_dict` returned; what is left out has its default.
+
+        Raises:
+            ConfigError: There is another key than the fields, or a field has a bad value.
+        """
+        if not isinstance(fields, Mapping):
+            raise ConfigError(f"{cls.__name__}.from_dict: expected a dict of fields, got {type(fields).__name__}.")
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = [_name_unknown(key, names) for key in fields if key not in names]
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__}.from_dict: expected the fields of {cls.__name__}, got unknown {', '.join(unknown)}; "
+                "rename or remove them."
+            )
+        return cls(**{key: _from_json(key, value) for key, value in fields.items()})
+
+    def __eq__(self, other: object) -> bool:
+        return self._values() == other._values() if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        values = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
     def _expand_shards(self) -> Path:
         if isinstance(self.shards, str | os.PathLike) and os.fspath(self.shards):
@@ -111,7 +147,27 @@ class _Config:
         return ConfigError(f"{type(self).__name__}.{field}: expected {expected}, got {got!r}; change that field.")
 
 
-@dataclasses.dataclass(frozen=True)
+def _as_json(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [_as_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return "inf" if value == math.inf else value
+
+
+def _from_json(field: str, value: Any) -> Any:
+    return math.inf if value == "inf" and _RULES.get(field) is _SECONDS else value
+
+
+def _name_unknown(key: Any, names: list[str]) -> str:
+    near = difflib.get_close_matches(key, names, 1) if isinstance(key, str) else []
+    return f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key)
+
+
+@plain.told_simply
+@dataclasses.dataclass(frozen=True, eq=False)
 class IndexedConfig(_Config):
     """Random access by sample number; see `IndexedDataset`.
 
@@ -130,7 +186,8 @@ class IndexedConfig(_Config):
     act_dtype: ActDtype = "float32"
 
 
-@dataclasses.dataclass(frozen=True)
+@plain.told_simply
+@dataclasses.dataclass(frozen=True, eq=False)
 class OrderedConfig(_Config):
     """Batches in file order; see `OrderedActivations`.
 
@@ -151,7 +208,8 @@ class OrderedConfig(_Config):
     act_dtype: ActDtype = "float32"
 
 
-@dataclasses.dataclass(frozen=True)
+@plain.told_simply
+@dataclasses.dataclass(frozen=True, eq=False)
 class ShuffledConfig(_Config):
     """Batches in a seeded random order; see `ShuffledActivations`.
 
@@ -204,8 +262,6 @@ class ShuffledConfig(_Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A copy of our own: the caller's list may change after it was checked.
-        object.__setattr__(self, "ignore_labels", list(self.ignore_labels))
         if self.ignore_labels and self.tokens == "special":
             raise ConfigError(
                 "ShuffledConfig.ignore_labels: expected an empty list with tokens='special', "

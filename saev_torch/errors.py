@@ -13,12 +13,24 @@ class ConfigError(SaevTorchError, ValueError):
     """A field of a config has a bad value, or one that this shard directory cannot serve."""
 
 
+class LabelsNotFoundError(ConfigError, FileNotFoundError):
+    """A config asks for labels, and the shard directory has none; `saev` says the same with a `FileNotFoundError`."""
+
+
 class FormatError(SaevTorchError, ValueError):
     """A shard directory exists, but its content does not follow the format."""
 
 
-class ShardsNotFoundError(SaevTorchError, FileNotFoundError):
-    """A shard directory, or a file that it must hold, is not there."""
+class EmptyShardError(FormatError, FileNotFoundError):
+    """A shard file that should hold examples is empty; `saev` says the same with a `FileNotFoundError`."""
+
+
+class ShardsNotFoundError(SaevTorchError, FileNotFoundError, RuntimeError):
+    """A shard directory, or a file that it must hold, is not there; for a directory `saev` raises a `RuntimeError`."""
+
+
+class UntrustedError(SaevTorchError, RuntimeError):
+    """What was asked for would run code that a stranger may have put into a shard directory."""
 
 
 class ReadError(SaevTorchError, OSError):

@@ -15,6 +15,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+# The content tokens of an example, the examples, and the budget of a shard.
+_NAMES = {
+    "patches": ("patches_per_ex", "n_ex", "patches_per_shard"),
+    "n_content": ("n_content_tokens_per_example", "n_examples", "max_tokens_per_shard"),
+    "today": ("content_tokens_per_example", "n_examples", "max_tokens_per_shard"),
+}
+
 
 class Geometry(Protocol):
     """What `oracle` needs to know; `Spec` and `saev_torch.Metadata` both have it."""
@@ -52,6 +59,12 @@ class Spec:
     dtype: str = "float32"
     data: Any = None
     """The value of the key `data` in metadata.json; None for one that suits the protocol."""
+    names: str = "today"
+    """How protocol 2.0 calls its fields: "patches", "n_content" or "today"."""
+    pixel_agg: str | None = "majority"
+    """From protocol 2.0 on; "" for no such key."""
+    has_dataset: bool = True
+    """From protocol 2.0 on, whether there is that key."""
 
     @property
     def content_tokens_per_example(self) -> int:
@@ -72,22 +85,26 @@ class Spec:
 
     def metadata(self) -> dict[str, Any]:
         """Return the object of metadata.json, keys in the order in which saev writes them."""
-        if self.protocol == "2.1":
-            return {
+        if self.protocol[0] == "2":
+            content, examples, budget = _NAMES[self.names]
+            data = "b3BhcXVl" if self.protocol == "2.1" else {"root": "/data", "__class__": "ImgFolder"}
+            obj = {
                 "family": "clip",
                 "ckpt": "ViT-B-16/openai",
                 "layers": list(self.layers),
-                "content_tokens_per_example": self.content_tokens,
+                content: self.content_tokens,
                 "cls_token": self.cls,
                 "d_model": self.d_model,
-                "n_examples": self.n_examples,
-                "max_tokens_per_shard": self.max_tokens_per_shard,
-                "data": "b3BhcXVl" if self.data is None else self.data,
+                examples: self.n_examples,
+                budget: self.max_tokens_per_shard,
+                "data": data if self.data is None else self.data,
                 "dataset": "/data/images",
-                "pixel_agg": "majority",
+                "pixel_agg": self.pixel_agg,
                 "dtype": self.dtype,
-                "protocol": "2.1",
+                "protocol": self.protocol,
             }
+            lacks = ["dataset"] * (not self.has_dataset) + ["pixel_agg"] * (self.pixel_agg == "")
+            return {key: value for key, value in obj.items() if key not in lacks}
         data = "Imagenet(name='x')" if self.protocol == "1.0.0" else {"root": "/data", "__class__": "ImageFolder"}
         return {
             "vit_family": "clip",
@@ -108,7 +125,8 @@ class Spec:
         is_old = self.protocol != "2.1"
         raw = json.dumps(self.metadata(), separators=(",", ":"), sort_keys=is_old, ensure_ascii=is_old)
         digest = hashlib.sha256(raw.encode()).hexdigest()
-        return digest if is_old else digest[:8]
+        # The first days of 2.1 had no pixel_agg but for segmented images, and names of full length.
+        return digest if is_old or not self.pixel_agg else digest[:8]
 
     def shards(self) -> list[tuple[str, int]]:
         """Return the table of shards.json as (name, examples)."""
@@ -169,7 +187,7 @@ def make_shards(root: Path, spec: Spec | None = None, **fields: Any) -> Path:
     # saev wrote metadata.json with an indent of 4 before protocol 2.1.
     indent = 2 if spec.protocol == "2.1" else 4
     (shards_dir / "metadata.json").write_text(json.dumps(spec.metadata(), indent=indent))
-    key = "n_examples" if spec.protocol == "2.1" else "n_imgs"
+    key = _NAMES[spec.names][1] if spec.protocol[0] == "2" else "n_imgs"
     entries = [{"name": name, key: n_examples} for name, n_examples in spec.shards()]
     (shards_dir / "shards.json").write_text(json.dumps(entries, indent=2))
     acts = oracle(spec) if spec.dtype == "float32" else oracle_bits(spec)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saev_torch import ShardInfo
-from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
+from saev_torch.errors import FormatError, ShardsNotFoundError, UntrustedError, WriteError
 from saev_torch.format.metadata import Metadata, PixelAgg
 
 FIELDS = {
@@ -119,6 +119,18 @@ OLD_1_1 = {
 }
 
 
+# Fields of `factory.Spec`, one of each kind of directory that there is.
+PROTOCOLS = [
+    {"protocol": "2.1"},
+    {"protocol": "1.1"},
+    {"protocol": "1.0.0"},
+    *[{"protocol": "2.0", "names": names} for names in ("patches", "n_content", "today")],
+    {"protocol": "2.0", "names": "patches", "has_dataset": False, "pixel_agg": None},
+    {"protocol": "2.1", "pixel_agg": None},
+    {"protocol": "2.1", "pixel_agg": ""},
+]
+
+
 def load(directory: Path, obj: object) -> Metadata:
     raw = obj.encode() if isinstance(obj, str) else json.dumps(obj, indent=4).encode()
     (directory / "metadata.json").write_bytes(raw)
@@ -165,9 +177,9 @@ def test_load_takes_a_string(make_shards):
     assert Metadata.load(str(shards_dir)) == Metadata.load(shards_dir)
 
 
-@pytest.mark.parametrize("protocol", ["2.1", "1.1", "1.0.0"])
-def test_factory_agrees(make_shards, protocol):
-    spec = factory.Spec(protocol=protocol)
+@pytest.mark.parametrize("fields", PROTOCOLS)
+def test_factory_agrees(make_shards, fields):
+    spec, protocol = factory.Spec(**fields), fields["protocol"]
     md = Metadata.load(make_shards(spec))
     assert md.hash == spec.hash()
     assert md.shard_shape == (spec.examples_per_shard, len(spec.layers), spec.tokens_per_example, spec.d_model)
@@ -228,7 +240,7 @@ BAD_FIELDS = [
     *[("dataset", value) for value in (None, 3, b"/data", ["/data"], "\ud800")],
     *[("pixel_agg", value) for value in (None, "MAJORITY", "", 0, ["majority"])],
     *[("dtype", value) for value in ("float8_e4m3fn", "float64", "FLOAT32", "", None, 4, ["float32"])],
-    *[("protocol", value) for value in ("2.0", "2.2", "1.0", "", None, 2.1, ["2.1"], {})],
+    *[("protocol", value) for value in ("2", "2.2", "1.0", "", None, 2.1, ["2.1"], {})],
 ]
 
 
@@ -242,6 +254,8 @@ def test_bad_field(field, value):
 @pytest.mark.parametrize("field", [*INT_FIELDS, *TEXT_FIELDS, "cls_token", "layers", "dataset", "pixel_agg", "dtype"])
 @pytest.mark.parametrize("value", [None, {}, [[]], 1.5])
 def test_bad_field_in_a_file_names_the_file(tmp_path, field, value):
+    if (field, value) == ("pixel_agg", None):
+        return  # As the first days of the protocol have it.
     with pytest.raises(FormatError, match=rf"/metadata\.json: {field}: expected"):
         load(tmp_path, json.loads(TWO_LAYERS) | {field: value})
 
@@ -292,7 +306,7 @@ def test_geometry(content, cls_token, n_layers, d_model, n_examples, extra):
     assert (md.n_shards - 1) * md.examples_per_shard < n_examples <= md.n_shards * md.examples_per_shard
 
 
-@pytest.mark.parametrize("key", list(json.loads(TWO_LAYERS)))
+@pytest.mark.parametrize("key", [key for key in json.loads(TWO_LAYERS) if key != "pixel_agg"])
 def test_missing_key(tmp_path, key):
     obj = json.loads(TWO_LAYERS)
     del obj[key]
@@ -407,6 +421,157 @@ def test_old_protocols_are_not_written(tmp_path):
     assert Metadata.load(new.dump(tmp_path / "root")) == new
 
 
+# October 2025: protocol 2.0, as three versions of its writer wrote it, with an indent of 4 and then of 2.
+EARLIEST_2_0 = """\
+{
+    "family": "dinov2",
+    "ckpt": "dinov2_vitb14_reg",
+    "layers": [
+        7,
+        11
+    ],
+    "patches_per_ex": 6,
+    "cls_token": true,
+    "d_model": 8,
+    "n_ex": 11,
+    "patches_per_shard": 69,
+    "data": {
+        "root": "/data/images",
+        "__class__": "ImgFolder"
+    },
+    "pixel_agg": null,
+    "dtype": "float32",
+    "protocol": "2.0"
+}"""
+WITH_DATASET_2_0 = EARLIEST_2_0.replace("null", '"prefer-fg"').replace(
+    '    "pixel_agg"', '    "dataset": "/data/images",\n    "pixel_agg"'
+)
+N_CONTENT_2_0 = """\
+{
+  "family": "dinov2",
+  "ckpt": "dinov2_vitb14_reg",
+  "layers": [
+    7,
+    11
+  ],
+  "n_content_tokens_per_example": 6,
+  "cls_token": true,
+  "d_model": 8,
+  "n_examples": 11,
+  "max_tokens_per_shard": 69,
+  "data": {
+    "root": "/data/images",
+    "__class__": "ImgFolder"
+  },
+  "dataset": "/data/images",
+  "pixel_agg": "majority",
+  "dtype": "float32",
+  "protocol": "2.0"
+}"""
+TODAYS_NAMES_2_0 = N_CONTENT_2_0.replace("n_content_", "content_").replace('  "pixel_agg": "majority",\n', "")
+EARLY_2_1 = TWO_LAYERS.replace('"majority"', "null")
+WITHOUT_AGG_2_1 = TWO_LAYERS.replace('  "pixel_agg": "majority",\n', "")
+OCTOBER = [  # metadata.json, hash, dataset, pixel_agg
+    (EARLIEST_2_0, "cb6cc02f6c1c29d3e140d886a91b5905b1f859c4d8dfb69d3bf9379efe619e3f", "", PixelAgg.MAJORITY),
+    (
+        WITH_DATASET_2_0,
+        "8317cfd7ad73e648a70c41dc5b8eeba28f416062beac0e8bc2388a307198db64",
+        "/data/images",
+        PixelAgg.PREFER_FG,
+    ),
+    (
+        N_CONTENT_2_0,
+        "c094156c4e9ec2216e177bfaee8351f509ef2b7ef84545dd551e0344149fec54",
+        "/data/images",
+        PixelAgg.MAJORITY,
+    ),
+    (
+        TODAYS_NAMES_2_0,
+        "ea3c20c0a493b2f4067eb9ddc805e9d1dc36a2177e3734f358f935f6d95bbec5",
+        "/data/images",
+        PixelAgg.MAJORITY,
+    ),
+    (
+        EARLY_2_1,
+        "3faaec22e184e020879a8c5c4db4dcc71a87d100628a0264779252169e67f10e",
+        "/data/images/two-layers-labelled",
+        PixelAgg.MAJORITY,
+    ),
+    (
+        WITHOUT_AGG_2_1,
+        "13aa2496535b3709436081da570449e99031e3050d04103fa49aa75d99ae1a58",
+        "/data/images/two-layers-labelled",
+        PixelAgg.MAJORITY,
+    ),
+]
+
+
+@pytest.mark.parametrize(("raw", "name", "dataset", "agg"), OCTOBER)
+def test_october_2025(tmp_path, raw, name, dataset, agg):
+    md = load(tmp_path, raw)
+    assert md.hash == name
+    assert len(name) == 64
+    assert (md.dataset, md.pixel_agg) == (Path(dataset), agg)
+    assert (md.content_tokens_per_example, md.n_examples, md.n_layers, md.d_model) == (6, 11, 2, 8)
+    assert md.shard_shape == (4, 2, 7, 8)
+    obj = json.loads(raw)
+    assert md.protocol == obj["protocol"]
+    assert md.data == ('{"root":"/data/images","__class__":"ImgFolder"}' if md.protocol == "2.0" else "b3BhcXVl")
+    # It is read, not written: today's writer has the next protocol, and other names for directories.
+    with pytest.raises(WriteError, match=r"protocol: expected '2\.1'.*dataclasses\.replace"):
+        md.dump(tmp_path / "root")
+    new = dataclasses.replace(md, protocol="2.1")
+    assert len(new.hash) == 8
+    assert Metadata.load(new.dump(tmp_path / "root")) == new
+    assert pickle.loads(pickle.dumps(md)).hash == md.hash
+    # The order of the keys in the file says nothing.
+    assert load(tmp_path, json.dumps(obj, sort_keys=True)).hash == name
+
+
+@pytest.mark.parametrize("raw", [EARLIEST_2_0, WITH_DATASET_2_0, N_CONTENT_2_0, TODAYS_NAMES_2_0])
+def test_missing_key_of_2_0(tmp_path, raw):
+    obj = json.loads(raw)
+    for key in set(obj) - {"dataset", "pixel_agg"}:
+        # Without the one key that differs, nothing says which set of names it was.
+        said = key.removeprefix("n_")
+        with pytest.raises(FormatError, match=rf"metadata\.json: expected the key '(n_)?{said}', got none"):
+            load(tmp_path, {k: v for k, v in obj.items() if k != key})
+
+
+@pytest.mark.parametrize("raw", [N_CONTENT_2_0, EARLY_2_1])
+@pytest.mark.parametrize("value", ["MAJORITY", 3, [], {}, True])
+def test_bad_pixel_agg_of_october(tmp_path, raw, value):
+    with pytest.raises(FormatError, match=r"metadata\.json: pixel_agg: expected one of"):
+        load(tmp_path, json.loads(raw) | {"pixel_agg": value})
+
+
+def test_early_2_1_with_what_no_metadata_have(tmp_path):
+    for value in (10**400, "\ud800"):
+        with pytest.raises(FormatError, match=r"metadata\.json: "):
+            load(tmp_path, json.loads(EARLY_2_1) | {"d_model": value})
+
+
+def test_2_0_made_by_hand_has_a_hash():
+    md = Metadata(**FIELDS | {"protocol": "2.0"})
+    assert len(md.hash) == 64
+    assert md.hash != dataclasses.replace(md, d_model=9).hash
+
+
+def test_make_data_cfg_says_how_and_why_not(tmp_path):
+    with pytest.raises(
+        UntrustedError, match=r"runs any code.*pickle\.loads\(base64\.b64decode\(md\.data\)\)"
+    ) as caught:
+        Metadata(**FIELDS).make_data_cfg()
+    assert isinstance(caught.value, RuntimeError)
+    md = Metadata(**FIELDS | {"data": base64.b64encode(pickle.dumps({"root": "/data"})).decode()})
+    said = str(caught.value).split("`")[-2]
+    names = {"md": md}
+    exec(said, names)
+    assert names["cfg"] == {"root": "/data"}
+    with pytest.raises(UntrustedError, match=r"in protocol 1\.1 it is no pickle: look at md\.data"):
+        load(tmp_path, OLD_1_1).make_data_cfg()
+
+
 def test_data_is_never_unpickled(tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -468,7 +633,7 @@ JSON = st.recursive(
 )
 
 
-@given(st.sampled_from([json.loads(TWO_LAYERS), OLD_1_0_0, OLD_1_1]), st.data())
+@given(st.sampled_from([*map(json.loads, (TWO_LAYERS, EARLIEST_2_0, EARLY_2_1)), OLD_1_0_0, OLD_1_1]), st.data())
 def test_any_values(tmp_path_factory, base, data):
     """Whatever stands in metadata.json, it loads as itself or is refused."""
     directory = tmp_path_factory.mktemp("any")

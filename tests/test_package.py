@@ -39,7 +39,6 @@ PACKAGES = [
     "writing",
     "tools",
     "bench",
-    "demo",
     "__init__",
     "__main__",
 ]
@@ -105,7 +104,7 @@ def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = imports_of(module)
     # These do without where it is not installed.
     is_exempt = module in ("reading.compiled", "writing.progress")
-    is_exempt |= module.startswith(("demo.", "lightning")) or module.endswith("figure")
+    is_exempt |= module.startswith(("tools.demo.", "lightning")) or module.endswith("figure")
     own = {"psutil"} if module.startswith("bench.") else set()
     assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own
 
@@ -184,7 +183,7 @@ def test_help_lists_the_commands_and_imports_none() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ +demo +\w", done.stdout, re.MULTILINE)
-    assert "saev_torch.demo.command" not in done.stdout.split()
+    assert "saev_torch.tools.demo.command" not in done.stdout.split()
 
 
 def test_a_command_has_help_of_its_own() -> None:

@@ -1,45 +1,27 @@
 """metadata.json: what produced the activations of a shard directory, and the geometry of its files.
 
-Three protocols are read, 1.0.0, 1.1 and 2.1; only 2.1 is written. The older two have other names for the same
-fields, and a `Metadata` always has the names of 2.1.
+Protocols 1.0.0, 1.1, 2.0 and 2.1 are read; only 2.1 is written. The older ones have other names for the same fields,
+see `protocols`, and a `Metadata` always has the names of 2.1.
 """
 
 import dataclasses
 import enum
-import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import ClassVar, NoReturn
 
 import orjson
 
-from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
+from saev_torch.errors import FormatError, ShardsNotFoundError, UntrustedError, WriteError
 from saev_torch.format.dtypes import DTYPES, FLOAT32, ValueType
 from saev_torch.format.files import read_json, short, write_atomic, writing
+from saev_torch.format.plain import as_plain
+from saev_torch.format.protocols import PROTOCOL, check_protocol, name_of_directory, read_fields
 
 METADATA_NAME = "metadata.json"
-PROTOCOL = "2.1"
-PROTOCOLS = ("1.0.0", "1.1", PROTOCOL)
 
 MAX_NBYTES = 1 << 62
 """Bound of any size in bytes and of any count, so that no sum or product of offsets leaves int64."""
-
-# The names of protocols 1.0.0 and 1.1, in their order.
-_OLD_NAMES = {
-    "vit_family": "family",
-    "vit_ckpt": "ckpt",
-    "layers": "layers",
-    "n_patches_per_img": "content_tokens_per_example",
-    "cls_token": "cls_token",
-    "d_vit": "d_model",
-    "n_imgs": "n_examples",
-    "max_patches_per_shard": "max_tokens_per_shard",
-    "data": "data",
-    "dtype": "dtype",
-    "protocol": "protocol",
-}
-_OLD_DEFAULTS: dict[str, object] = {"dtype": "float32", "protocol": "1.0.0"}
 
 
 class PixelAgg(enum.Enum):
@@ -67,7 +49,7 @@ class Metadata:
         pixel_agg: How pixel labels became token labels.
         dtype: Type of the stored values, little-endian: "float32", "float16" or "bfloat16"; before protocol 2.1 always
             "float32".
-        protocol: "1.0.0", "1.1" or "2.1".
+        protocol: "1.0.0", "1.1", "2.0" or "2.1".
 
     Raises:
         FormatError: A field has another type, is out of range, or the fields do not fit each other.
@@ -86,8 +68,9 @@ class Metadata:
     pixel_agg: PixelAgg = PixelAgg.MAJORITY
     dtype: str = "float32"
     protocol: str = PROTOCOL
-    # Older hashes cover the JSON object as it was written, which these fields cannot give back. `replace` drops it.
-    _recorded_hash: str | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    # Older hashes cover the JSON object as it was written, which these fields cannot give back. It is no field, so that
+    # `replace` drops it, and `asdict` does not show it.
+    _recorded_hash: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         for field in ("family", "ckpt", "data"):
@@ -100,11 +83,14 @@ class Metadata:
             value = _check_int(field, getattr(self, field))
             if value < 1:
                 raise FormatError(f"{field}: expected at least 1, got {value}")
+            object.__setattr__(self, field, value)
+        object.__setattr__(self, "cls_token", as_plain(self.cls_token))
         if not isinstance(self.cls_token, bool):
             raise FormatError(f"cls_token: expected true or false, got {short(self.cls_token)}")
-        if not isinstance(self.layers, list | tuple):
+        recorded = as_plain(self.layers)
+        if not isinstance(recorded, list):
             raise FormatError(f"layers: expected a list of integers, got {short(self.layers)}")
-        layers = tuple(_check_int("layers", layer) for layer in self.layers)
+        layers = tuple(_check_int("layers", layer) for layer in recorded)
         if not layers or len(set(layers)) < len(layers):
             raise FormatError(f"layers: expected one or more layers, each once, got {short(list(layers))}")
         object.__setattr__(self, "layers", layers)
@@ -113,7 +99,8 @@ class Metadata:
         except ValueError as err:
             values = [agg.value for agg in PixelAgg]
             raise FormatError(f"pixel_agg: expected one of {values}, got {short(self.pixel_agg)}") from err
-        _check_dtype(self.dtype, _check_protocol(self.protocol))
+        check_protocol(self.protocol)
+        _check_dtype(self.dtype, self.protocol)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
@@ -162,19 +149,10 @@ class Metadata:
     def _from_json(cls, obj: object) -> "Metadata":
         if not isinstance(obj, dict):
             raise FormatError(f"expected a JSON object, got {short(obj)}")
-        is_oldest = "protocol" not in obj and "vit_family" in obj
-        protocol = _check_protocol("1.0.0" if is_oldest else _require(obj, ["protocol"])["protocol"])
-        if protocol == PROTOCOL:
-            names = [field.name for field in dataclasses.fields(cls) if field.init]
-            unknown = sorted(set(obj) - set(names))
-            if unknown:
-                raise FormatError(f"expected the keys of protocol 2.1, got unknown {short(unknown)}; remove them")
-            return cls(**_require(obj, names))
-        kwargs = {_OLD_NAMES[old]: value for old, value in _require(_OLD_DEFAULTS | obj, list(_OLD_NAMES)).items()}
-        if isinstance(kwargs["data"], dict):
-            kwargs["data"] = json.dumps(kwargs["data"], separators=(",", ":"), ensure_ascii=False)
-        md = cls(**kwargs, dataset=Path())
-        object.__setattr__(md, "_recorded_hash", _old_hash(obj))
+        fields, recorded_hash = read_fields(obj)
+        md = cls(**{"dataset": Path()} | fields)
+        if recorded_hash is not None:
+            object.__setattr__(md, "_recorded_hash", recorded_hash)
         return md
 
     def dump(self, shards_root: Path) -> Path:
@@ -202,9 +180,10 @@ class Metadata:
         Raises:
             WriteError: The protocol is an older one, which is only read.
         """
-        if self.protocol != PROTOCOL:
+        if self.protocol != PROTOCOL or self._recorded_hash is not None:
+            early = ", as it was without pixel_agg" if self.protocol == PROTOCOL else ""
             raise WriteError(
-                f"protocol: expected {PROTOCOL!r}, the only one that is written, got {self.protocol!r}; "
+                f"protocol: expected {PROTOCOL!r}, the only one that is written, got {self.protocol!r}{early}; "
                 "use dataclasses.replace(md, protocol='2.1', dataset=...)"
             )
         return orjson.dumps(self._json_object(), option=orjson.OPT_INDENT_2)
@@ -215,13 +194,26 @@ class Metadata:
 
     @property
     def hash(self) -> str:
-        """Name of the directory: 8 hex digits of a SHA-256 (all 64 for protocols before 2.1)."""
-        obj = self._json_object()
+        """Name of the directory: 8 hex digits of a SHA-256 (all 64 up to November 2025)."""
+        return self._recorded_hash or name_of_directory(self._json_object())
+
+    def make_data_cfg(self) -> NoReturn:
+        """Refuse: in `saev` this unpickles `data`, which runs whatever code the writer of a directory put there.
+
+        Raises:
+            UntrustedError: Always; it says how to do so by hand.
+        """
         if self.protocol == PROTOCOL:
-            # saev asks orjson to sort keys, but orjson sorts no dataclass fields: every directory in the world is
-            # named by the fields in the order of their declaration.
-            return hashlib.sha256(orjson.dumps(obj)).hexdigest()[:8]
-        return self._recorded_hash or _old_hash({old: obj[new] for old, new in _OLD_NAMES.items()})
+            by_hand = (
+                "if you trust who wrote this directory, and can import what is in it (saev.data.datasets), then: "
+                "`import base64, pickle; cfg = pickle.loads(base64.b64decode(md.data))`"
+            )
+        else:
+            by_hand = f"in protocol {self.protocol} it is no pickle: look at md.data, a text or JSON"
+        raise UntrustedError(
+            "Metadata.make_data_cfg: expected that `data` is only carried along, got a call to unpickle it, which runs "
+            f"any code that was put there; {by_hand}."
+        )
 
     @property
     def n_layers(self) -> int:
@@ -264,23 +256,6 @@ class Metadata:
         return (self.examples_per_shard, self.n_layers, self.tokens_per_example, self.d_model)
 
 
-def _old_hash(obj: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _require(obj: dict[str, object], names: list[str]) -> dict[str, Any]:
-    missing = [name for name in names if name not in obj]
-    if missing:
-        raise FormatError(f"expected the key {missing[0]!r}, got none (missing: {', '.join(missing)})")
-    return {name: obj[name] for name in names}
-
-
-def _check_protocol(value: object) -> str:
-    if not isinstance(value, str) or value not in PROTOCOLS:
-        raise FormatError(f"protocol: expected one of {list(PROTOCOLS)}, got {short(value)}; is there a newer version?")
-    return value
-
-
 def _check_dtype(value: object, protocol: str) -> None:
     if not isinstance(value, str) or value not in DTYPES:
         raise FormatError(
@@ -304,6 +279,7 @@ def _check_text(field: str, value: object) -> None:
 
 
 def _check_int(field: str, value: object) -> int:
+    value = as_plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise FormatError(f"{field}: expected an integer, got {short(value)}")
     if abs(value) >= MAX_NBYTES:

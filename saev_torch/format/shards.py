@@ -11,9 +11,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from saev_torch.errors import FormatError
+from saev_torch.errors import EmptyShardError, FormatError
 from saev_torch.format.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
 from saev_torch.format.metadata import METADATA_NAME, Metadata
+from saev_torch.format.protocols import COUNT_NAMES
 
 SHARDS_NAME = "shards.json"
 LABELS_NAME = "labels.bin"
@@ -44,7 +45,8 @@ def check_nbytes(path: Path, md: Metadata, n_examples: int, nbytes: int) -> None
         return
     expected = f"{exact} bytes" if exact == full else f"{exact} bytes (or {full}, preallocated)"
     what = "truncated" if nbytes < exact else "not of this data set, or damaged"
-    raise FormatError(
+    error = FormatError if nbytes else EmptyShardError
+    raise error(
         f"{path}: expected {expected} for {n_examples} examples, got {nbytes}: it is {what}; copy or write it again"
     )
 
@@ -96,7 +98,7 @@ class ShardInfo(Sequence[Shard]):
 
     @classmethod
     def load(cls, shards_dir: Path) -> "ShardInfo":
-        """Load the shards.json of a directory; older protocols count `n_imgs`.
+        """Load the shards.json of a directory; older protocols count `n_imgs` or `n_ex`.
 
         Raises:
             ShardsNotFoundError: The directory or its shards.json does not exist.
@@ -109,12 +111,13 @@ class ShardInfo(Sequence[Shard]):
             raise FormatError(f"{path}: expected a list of shards, got {short(entries)}")
         info = cls()
         for i, entry in enumerate(entries):
-            if not isinstance(entry, dict) or set(entry) not in ({"name", "n_examples"}, {"name", "n_imgs"}):
+            counts = [name for name in COUNT_NAMES if isinstance(entry, dict) and set(entry) == {"name", name}]
+            if not counts:
                 raise FormatError(
                     f"{path}: entry {i}: expected an object with the keys name and n_examples, got {short(entry)}"
                 )
             try:
-                info.append(Shard(entry["name"], entry["n_examples" if "n_examples" in entry else "n_imgs"]))
+                info.append(Shard(entry["name"], entry[counts[0]]))
             except FormatError as err:
                 raise FormatError(f"{path}: entry {i}: {err}") from err
         return info

@@ -12,14 +12,12 @@ is drawn for each group, so that a fraction is met on average however small it i
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError
+from saev_torch.format.examples import Examples
 from saev_torch.order.permute import hashed, make_key
 
 _Int64s = NDArray[np.int64]
@@ -31,7 +29,6 @@ _FRACTION = 6
 _BYTES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _BIT_COUNTS = _BYTES.sum(axis=1).astype(np.int64)
 _BIT_PLACES = np.argsort(_BYTES == 0, axis=1, kind="stable")
-_MAX_EXAMPLE = 1 << 48
 
 
 class Subset(abc.ABC):
@@ -158,120 +155,22 @@ def _count_bits(masks: NDArray[np.uint64]) -> _Int64s:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Which examples to use. Make one by `span`, `fraction` or `only`; a config takes it as `examples`.
+def make_subset(examples: Examples, n_examples: int) -> Subset:
+    """What is selected of so many examples.
 
-    Attributes:
-        kind: "span", "fraction" or "only".
-        bounds: Start and stop (-1 for the end), or low and high, or starts and stops of ranges in turn.
-        seed: Seed of a fraction.
+    Raises:
+        ConfigError: It names examples that are not there, or selects none.
     """
-
-    kind: str
-    bounds: tuple[int | float, ...]
-    seed: int = 0
-
-    @classmethod
-    def span(cls, start: int, stop: int | None = None) -> "Examples":
-        """The examples `start` to `stop - 1`; without `stop` to the end.
-
-        Raises:
-            ConfigError: They are no such integers.
-        """
-        is_right = is_integer(start, 0, _MAX_EXAMPLE) and (stop is None or is_integer(stop, start + 1, _MAX_EXAMPLE))
-        if not is_right:
-            raise ConfigError(f"Examples.span: expected integers 0 <= start < stop, got {start!r} and {stop!r}.")
-        return cls("span", (int(start), -1 if stop is None else int(stop)))
-
-    @classmethod
-    def fraction(cls, low: float, high: float, seed: int = 0) -> "Examples":
-        """A share of the examples, `low` to `high` of 0.0 to 1.0, drawn by hashing their numbers.
-
-        Fractions of one seed that do not overlap share no example, and together they are all. Which examples belong to
-        one does not change when others are added behind them.
-
-        Raises:
-            ConfigError: They are no such numbers.
-        """
-        is_right = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (low, high))
-        if not is_right or not 0 <= low < high <= 1:
-            raise ConfigError(f"Examples.fraction: expected 0.0 <= low < high <= 1.0, got {low!r} and {high!r}.")
-        if not is_integer(seed):
-            raise ConfigError(f"Examples.fraction: seed: expected an integer, got {seed!r}.")
-        return cls("fraction", (float(low), float(high)), int(seed))
-
-    @classmethod
-    def only(cls, numbers: Iterable[int]) -> "Examples":
-        """These examples, in the order of the disk; their numbers may come in any order, and more than once.
-
-        Raises:
-            ConfigError: There are none, or they are no integers from 0 on.
-        """
-        given = np.asarray(numbers if isinstance(numbers, np.ndarray) else list(numbers))
-        if (
-            not given.size
-            or given.ndim != 1
-            or given.dtype.kind not in "iu"
-            or given.min() < 0
-            or given.max() > _MAX_EXAMPLE
-        ):
+    if examples.kind == "fraction":
+        low, high = examples.bounds
+        found: Subset = Fraction(low, high, examples.seed, n_examples)
+    else:
+        bounds = np.array([n_examples if x == -1 else x for x in examples.bounds], dtype=np.int64)
+        if bounds[-1] > n_examples or bounds[0] >= n_examples:
             raise ConfigError(
-                f"Examples.only: expected numbers of examples, integers from 0 on, got {str(numbers)[:100]}; name at "
-                "least one."
+                f"examples: expected numbers below {n_examples}, the examples in the data, got {examples}; name others."
             )
-        sorted_ = np.unique(given.astype(np.int64))
-        heads = np.flatnonzero(np.diff(sorted_, prepend=-2) != 1)
-        tails = np.append(heads[1:], len(sorted_)) - 1
-        return cls("only", tuple(np.stack((sorted_[heads], sorted_[tails] + 1), axis=1).ravel().tolist()))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a dict of JSON's types; `from_dict` takes it back."""
-        return {"kind": self.kind, "bounds": list(self.bounds), "seed": self.seed}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Examples":
-        """Make one of what `to_dict` returned.
-
-        Raises:
-            ConfigError: It is something else.
-        """
-        try:
-            kind, bounds, seed = fields["kind"], list(fields["bounds"]), fields.get("seed", 0)
-            if kind == "span" and len(bounds) == 2:
-                return cls.span(bounds[0], None if bounds[1] == -1 else bounds[1])
-            if kind == "fraction" and len(bounds) == 2:
-                return cls.fraction(*bounds, seed=seed)
-            starts, stops = bounds[::2], bounds[1::2]
-            is_right = all(is_integer(x, 0, _MAX_EXAMPLE) for x in bounds) and bounds == sorted(set(bounds))
-            if kind == "only" and starts and len(starts) == len(stops) and is_right:
-                return cls("only", tuple(bounds))
-        except (KeyError, TypeError, AttributeError):
-            pass
-        raise ConfigError(f"examples: expected what Examples.to_dict() returned, got {str(fields)[:100]}.")
-
-    def subset(self, n_examples: int) -> Subset:
-        """What this selects of so many examples.
-
-        Raises:
-            ConfigError: It names examples that are not there, or selects none.
-        """
-        if self.kind == "fraction":
-            low, high = self.bounds
-            found: Subset = Fraction(low, high, self.seed, n_examples)
-        else:
-            bounds = np.array([n_examples if x == -1 else x for x in self.bounds], dtype=np.int64)
-            if bounds[-1] > n_examples or bounds[0] >= n_examples:
-                raise ConfigError(
-                    f"examples: expected numbers below {n_examples}, the examples in the data, got {self}; name others."
-                )
-            found = Ranges(bounds[::2], bounds[1::2])
-        if not found.n:
-            raise ConfigError(f"examples: expected that some of {n_examples} are selected, got none by {self}.")
-        return found
-
-    def __str__(self) -> str:
-        shown = ", ".join(str(x) for x in self.bounds[:6]) + (", ..." if len(self.bounds) > 6 else "")
-        return f"Examples.{self.kind}({shown})"
-
-    __repr__ = __str__
+        found = Ranges(bounds[::2], bounds[1::2])
+    if not found.n:
+        raise ConfigError(f"examples: expected that some of {n_examples} are selected, got none by {examples}.")
+    return found

@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 
 from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError, SaevTorchError, StateError
+from saev_torch.format.plain import as_plain
 from saev_torch.order.steps import Share
 from saev_torch.processes.epochs import EpochCounter
 from saev_torch.processes.page import is_spawning
@@ -106,6 +107,7 @@ class Cursor:
     """
 
     def __init__(self, n_batches: int, drop_last: bool, rank: int | None = None, world_size: int | None = None) -> None:
+        rank, world_size = as_plain(rank), as_plain(world_size)
         check_world(rank, world_size)
         self._n_batches, self._drop_last = n_batches, drop_last
         self._rank, self._world_size = rank, world_size
@@ -273,6 +275,7 @@ class Cursor:
 
 
 def _check_count(name: str, value: int) -> int:
-    if not is_integer(value, 0, MAX_COUNT):
+    count = as_plain(value)
+    if not is_integer(count, 0, MAX_COUNT):
         raise ConfigError(f"{name}: expected an integer from 0 on, got {value!r}; count from 0.")
-    return value
+    return int(count)

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
-from saev_torch.format.metadata import PROTOCOL, Metadata
+from saev_torch.format.metadata import Metadata
+from saev_torch.format.protocols import PROTOCOL
 from saev_torch.reading.extents import make_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.source import Source

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from saev_torch.demo.corpus import Corpus
+from saev_torch.tools.demo.corpus import Corpus
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

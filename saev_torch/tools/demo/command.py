@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
-from saev_torch.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
-from saev_torch.demo.figure import Firings, draw, find_meanings
-from saev_torch.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
+from saev_torch.tools.demo.figure import Firings, draw, find_meanings
+from saev_torch.tools.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 
 _N_WORKERS = 2
 _BATCH_SIZE = 2048

@@ -1,0 +1,70 @@
+"""Values that come from elsewhere as plain Python has them, and types of fields as other packages understand them."""
+
+import inspect
+import sys
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+_TEXT = (str, bytes, bytearray, memoryview)
+
+_Class = TypeVar("_Class")
+# By the name of a class and of a field: the simple type and the true one.
+_simplified: dict[tuple[str, str], tuple[Any, Any]] = {}
+
+
+def as_plain(value: Any) -> Any:
+    """Return a number or a text as exactly `int`, `float`, `bool` or `str`, and a sequence as a list of such.
+
+    Numbers and arrays of numpy, tensors, and subclasses count as what they hold. Any other value is returned as it is.
+    """
+    plain = _as_scalar(value)
+    if isinstance(plain, Sequence) and not isinstance(plain, _TEXT):
+        return [_as_scalar(item) for item in plain]
+    return plain
+
+
+def _as_scalar(value: Any) -> Any:
+    # What numpy and torch have in common. Looked up in the class, as other objects may answer to any name.
+    to_list = getattr(type(value), "tolist", None)
+    value = value if to_list is None else to_list(value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    for kind in (int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def told_simply(cls: type[_Class]) -> type[_Class]:
+    """Let `typing.get_type_hints` tell simple types of a dataclass, whose module has to import this one as `plain`.
+
+    OmegaConf asks there, and knows neither Literal nor a union with sequences.
+    """
+    for name, kind in inspect.get_annotations(cls).items():
+        simple = _simplify(kind)
+        if simple is not kind:
+            _simplified[cls.__name__, name] = simple, kind
+            # Text is worked out when it is asked for, and by then it is known who may be asking.
+            cls.__annotations__[name] = f"plain.told({cls.__name__!r}, {name!r})"
+    return cls
+
+
+def _simplify(kind: Any) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return str
+    if origin is Sequence:
+        return types.GenericAlias(list, arguments)
+    is_hard = any(get_origin(one) is not None for one in arguments)
+    return Any if origin in (Union, types.UnionType) and is_hard else kind
+
+
+def told(cls: str, field: str) -> Any:
+    """Return the simple type of a field; in what it is annotated with, tyro finds the true one for its command line."""
+    simple, kind = _simplified[cls, field]
+    # Who asks for types without what they are annotated with, as OmegaConf does, never sees it.
+    tyro = sys.modules.get("tyro")
+    return simple if tyro is None else Annotated[simple, tyro.conf.arg(constructor=kind)]
