@@ -15,6 +15,7 @@ from saev_torch.errors import (
     WorkerLostError,
     WriteError,
 )
+from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.format.shards import Shard, ShardInfo
 from saev_torch.indexed import IndexedDataset, UniformBatches
@@ -37,6 +38,7 @@ __all__ = [
     "ConfigError",
     "DevicePrefetcher",
     "EndedError",
+    "Examples",
     "FormatError",
     "Index",
     "IndexMap",

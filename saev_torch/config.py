@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from saev_torch.errors import ConfigError
 from saev_torch.format import plain
+from saev_torch.format.examples import Examples
 
 ActDtype: TypeAlias = Literal["float32", "stored"]
 """What activations are in memory: float32 whatever is stored, or what is stored."""
@@ -76,6 +77,7 @@ _RULES: dict[str, _Rule] = {
     "scale_norm": _FLAG,
     "debug": _FLAG,
     "use_tmpdir": _FLAG,
+    "examples": ("Examples", lambda value: isinstance(value, Examples)),
     "order": ("'blocks' or 'uniform'", lambda value: value in ("blocks", "uniform")),
     "ignore_labels": ("a list of integers from 0 to 255", _is_labels),
 }
@@ -91,7 +93,12 @@ class _Config:
     layer: LayerSpec = -2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shards", self._expand_shards())
+        object.__setattr__(self, "shards", self._expand("shards"))
+        # These stand behind the published fields of each config.
+        if getattr(self, "mask", None) is not None:
+            object.__setattr__(self, "mask", self._expand("mask"))
+        if isinstance(examples := getattr(self, "examples", None), Mapping):
+            object.__setattr__(self, "examples", Examples.from_dict(examples))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in _RULES and not (value is None and field.default is None):
@@ -135,12 +142,13 @@ class _Config:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
-    def _expand_shards(self) -> Path:
-        if isinstance(self.shards, str | os.PathLike) and os.fspath(self.shards):
-            expanded = os.path.expandvars(os.fspath(self.shards))
+    def _expand(self, field: str) -> Path:
+        value = getattr(self, field)
+        if isinstance(value, str | os.PathLike) and os.fspath(value):
+            expanded = os.path.expandvars(os.fspath(value))
             if isinstance(expanded, str) and "\0" not in expanded:
                 return Path(expanded).expanduser()
-        raise self._refuse("shards", "a path")
+        raise self._refuse(field, "a path")
 
     def _refuse(self, field: str, expected: str) -> ConfigError:
         got = getattr(self, field)
@@ -177,6 +185,9 @@ class IndexedConfig(_Config):
         layer: A recorded layer, "all", or a tuple of layers that each sample holds side by side.
         debug: Log what is opened and read.
         act_dtype: "float32", or "stored" for activations of the type that the shards have.
+        examples: Which examples to use; None for all. Their numbers in batches stay those of the directory.
+        mask: A `.npy` file of bool `[n_examples, content_tokens_per_example]`: content tokens that are False are left
+            out. `$VARS` and `~` are expanded; None for no mask.
 
     Raises:
         ConfigError: A field has a bad value (it is a `ValueError`).
@@ -184,6 +195,8 @@ class IndexedConfig(_Config):
 
     debug: bool = False
     act_dtype: ActDtype = "float32"
+    examples: Examples | None = None
+    mask: Path | None = None
 
 
 @plain.told_simply
@@ -192,7 +205,7 @@ class OrderedConfig(_Config):
     """Batches in file order; see `OrderedActivations`.
 
     Attributes:
-        shards, tokens, layer, act_dtype: What to read; see `IndexedConfig`.
+        shards, tokens, layer, act_dtype, examples, mask: What to read; see `IndexedConfig`.
         buffer_size: Batches that may be read ahead by the whole job.
         batch_size, batch_timeout_s, drop_last, debug, log_every_s: As in `ShuffledConfig`.
 
@@ -206,6 +219,8 @@ class OrderedConfig(_Config):
     debug: bool = False
     log_every_s: float = 30.0
     act_dtype: ActDtype = "float32"
+    examples: Examples | None = None
+    mask: Path | None = None
 
 
 @plain.told_simply
@@ -237,6 +252,7 @@ class ShuffledConfig(_Config):
             samples, and reads each sample alone: perfect mixing without a buffer, fast where memory holds the data.
             Then `buffer_size`, `n_lanes` and `block_size` do not matter.
         act_dtype: "float32", or "stored" for the type that the shards have: 16 bits take half the memory.
+        examples, mask: Which examples and tokens to use; see `IndexedConfig`. With `ignore_labels` both must keep it.
 
     Errors are those of `IndexedConfig`.
     """
@@ -259,6 +275,8 @@ class ShuffledConfig(_Config):
     scale_samples: int | None = None
     order: OrderKind = "blocks"
     act_dtype: ActDtype = "float32"
+    examples: Examples | None = None
+    mask: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from saev_torch.config import IndexedConfig, is_integer
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
-from saev_torch.order.selection import IndexMap, Selection
+from saev_torch.order.selection import IndexMap
 from saev_torch.order.steps import slot_nbytes
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.order.weighted import WeightedDraw
@@ -27,6 +27,7 @@ from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.reader import CallReader, Pace, Reader
+from saev_torch.reading.selecting import select
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
@@ -109,7 +110,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         self.cfg = cfg
         self._store = ShardStore(cfg.shards)
         self.metadata = self._store.metadata
-        self._selection = Selection(self.metadata, cfg.tokens, cfg.layer, act_dtype=cfg.act_dtype)
+        self._selection = select(self._store, cfg)
         self.index_map = IndexMap(self.metadata, cfg.tokens, cfg.layer)
         self._begin()
         if cfg.debug:

@@ -23,6 +23,7 @@ from saev_torch.processes.world import require_shared_once
 from saev_torch.reading.direct import fits_page_cache
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
+from saev_torch.reading.selecting import select
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
@@ -93,8 +94,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
     def __init__(self, cfg: BatchConfig, store: ShardStore, rank: int | None, world_size: int | None) -> None:
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
-        # A worker that counts again must find the same.
-        self._kept_digest: str | None = None
+        self._kept: tuple[str | None, str | None] | None = None
         self.recording = Recording.of(store, self._own_selection())
         self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
@@ -106,15 +106,12 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
-            cfg = self.cfg
-            ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
             with contextlib.closing(self._store.clone()) as store:
-                labels = Labels(store)
-                selection = Selection(self.metadata, cfg.tokens, cfg.layer, ignored, labels.of_examples, cfg.act_dtype)
-                if self._kept_digest not in (None, selection.kept_digest):
-                    raise labels_changed(store.path(LABELS_IDX))
-                labels.expect(selection)
-                self._selection, self._kept_digest = selection, selection.kept_digest
+                selection = select(store, self.cfg)
+            # A worker that counts again must find the same.
+            if self._kept not in (None, selection.digests):
+                raise labels_changed(store.path(LABELS_IDX))
+            self._selection, self._kept = selection, selection.digests
         return self._selection
 
     def _compile(self) -> None:

@@ -13,7 +13,7 @@ _MAX_EXAMPLE = 1 << 48
 
 
 def _is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
 @dataclasses.dataclass(frozen=True)

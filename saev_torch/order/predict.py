@@ -53,12 +53,14 @@ class Prediction:
 
 
 def _make_plan(md: Metadata, cfg: ShuffledConfig) -> tuple[Selection, ShufflePlan]:
-    if cfg.ignore_labels:
-        raise ConfigError(
-            f"ignore_labels: expected none, because which tokens they leave is not in the metadata, got "
-            f"{cfg.ignore_labels}; plan without."
-        )
-    selection = Selection(md, cfg.tokens, cfg.layer, act_dtype=cfg.act_dtype)
+    unknown = {"ignore_labels": cfg.ignore_labels or None, "mask": cfg.mask}
+    for name, value in unknown.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name}: expected none, because which tokens it leaves is not in the metadata, got {value}; plan "
+                "without."
+            )
+    selection = Selection(md, cfg.tokens, cfg.layer, act_dtype=cfg.act_dtype, examples=cfg.examples)
     plan = ShufflePlan(selection.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0)
     return selection, plan
 
@@ -82,7 +84,7 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
         ConfigError: The configuration does not fit the metadata, or has ignored labels.
     """
     selection, plan = _make_plan(md, cfg)
-    per_example = selection.n_samples // md.n_examples
+    per_example = selection.n_samples // selection.n_examples
     if cfg.order == "uniform":
         return _predict_uniform(selection, cfg, n_readers, per_example)
     batch_size = min(plan.batch_size, plan.n_samples)
@@ -92,8 +94,8 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
     return Prediction(
         cfg=dataclasses.replace(cfg, block_size=plan.block_size),
         n_readers=n_readers,
-        distinct_examples=min(_predict_distinct(plan, md.n_examples, per_example), float(batch_size)),
-        uniform_distinct=expected_distinct(md.n_examples, per_example, batch_size),
+        distinct_examples=min(_predict_distinct(plan, selection.n_examples, per_example), float(batch_size)),
+        uniform_distinct=expected_distinct(selection.n_examples, per_example, batch_size),
         read_nbytes=read_nbytes,
         read_per_byte=read_per_byte,
         memory_nbytes=n_open * slot_nbytes(plan.batch_size, selection.act_nbytes),
@@ -106,7 +108,7 @@ def _predict_uniform(selection: Selection, cfg: ShuffledConfig, n_readers: int, 
     size = min(plan.batch_size, plan.n_samples)
     n_reads, over = _scatter(size, size / max(1, plan.n_samples), MAX_GAP_NBYTES // md.row_nbytes)
     n_open = count_open_slots(plan, Share(0, n_readers, plan.n_batches), cfg.buffer_size)
-    distinct = expected_distinct(md.n_examples, per_example, size)
+    distinct = expected_distinct(selection.n_examples, per_example, size)
     return Prediction(
         cfg=cfg,
         n_readers=n_readers,
@@ -156,7 +158,7 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
     common = math.gcd(n_readers, plan.n_lanes)
     # Lanes of one reader are neighbours on disk, and read together where there is room for it.
     lanes = plan.n_lanes // common if plan.reads_lanes_together else 1
-    per_example = selection.n_samples // md.n_examples // selection.n_grid_layers
+    per_example = selection.n_samples // selection.n_examples // selection.n_grid_layers
     run = min(plan.block_size * lanes, plan.n_samples)
     gap = 0 if len(md.layers) == 1 or selection.layer_is_all else (len(md.layers) - 1) * md.tokens_per_example
     gap += md.tokens_per_example - per_example

@@ -32,6 +32,12 @@ def expand_runs(starts: _Int64s, lengths: _Int64s) -> _Int64s:
     return runs
 
 
+def find_runs(numbers: _Int64s) -> tuple[_Int64s, _Int64s]:
+    """Starts and lengths of the runs of consecutive numbers: the inverse of `expand_runs`."""
+    firsts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
+    return numbers[firsts], np.diff(np.append(firsts, len(numbers)))
+
+
 def divisor_at_most(n: int, limit: int) -> int:
     """The largest divisor of `n` that is at most `limit` (and at least 1)."""
     return max((d for d in range(1, min(n, max(1, limit)) + 1) if n % d == 0), default=1)

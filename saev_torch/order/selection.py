@@ -9,9 +9,8 @@ grid has one layer; with `layer="all"` it has all of them.
 
 import copy
 import dataclasses
-import hashlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +18,13 @@ from numpy.typing import NDArray
 from saev_torch.config import ActDtype, LayerSpec, TokenKind
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.dtypes import loaded_type
+from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata
+from saev_torch.order.examples import make_subset
+from saev_torch.order.kept import Filter, LabelRows, MaskRows
 from saev_torch.order.runs import expand_runs
 
 _Int64s = NDArray[np.int64]
-
-LabelRows = Callable[[_Int64s], NDArray[np.uint8]]
-"""Reads the labels of examples: `[m] int64` example numbers to `[m, content_tokens_per_example] uint8`."""
 
 
 def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
@@ -46,46 +45,21 @@ def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
     return tuple(found)
 
 
-def count_kept(md: Metadata, ignore_labels: Sequence[int], read: LabelRows) -> tuple[_Int64s, str]:
-    """Count the content tokens that are left of each example, `[n_examples]`, and digest which: 16 hex digits."""
-    keep, digest = _keep(ignore_labels), hashlib.sha256()
-    counts = np.empty(md.n_examples, dtype=np.int64)
-    # 4 MB of labels at a time, so that memory does not follow the data.
-    step = max(1, (4 << 20) // md.content_tokens_per_example)
-    for start in range(0, md.n_examples, step):
-        examples = np.arange(start, min(md.n_examples, start + step), dtype=np.int64)
-        is_kept = keep[read(examples)]
-        counts[examples] = is_kept.sum(axis=1)
-        digest.update(np.packbits(is_kept).tobytes())
-    return counts, digest.hexdigest()[:16]
-
-
-def _keep(ignore_labels: Sequence[int]) -> NDArray[np.bool_]:
-    keep = np.ones(256, dtype=np.bool_)
-    keep[list(ignore_labels)] = False
-    return keep
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """What `ignore_labels` leaves: labels, `[256] bool`, and how many samples are before each example, and in all."""
-
-    keep: NDArray[np.bool_]
-    first_sample: _Int64s
-    read: LabelRows
-
-
 class Selection:
-    """The samples that (tokens, layer, ignored labels) select. A `ConfigError` names what was not recorded.
+    """The samples that (tokens, layer, ignored labels, examples, mask) select.
+
+    A `ConfigError` names what was not recorded. Examples that are selected, *members*, are counted by *ordinals*.
 
     Attributes:
+        n_examples: Examples that are selected.
         layer_idxs: Positions in `md.layers` of the layers that are read.
         layer_is_all: Whether every layer is a sample of its own.
         n_parts: Rows on disk that make one sample: the number of layers side by side, else 1.
         sample_nbytes: Bytes of one sample's activations on disk.
         act_type, act_nbytes: Type of the values in memory, and bytes of one sample's activations there.
         has_parts: Whether layers are side by side in a sample, be it only one: then its parts are an axis of it.
-        kept_digest: Digest of which content tokens are left of each example; None where no labels are ignored.
+        kept_digest: Digest of which content tokens the labels leave of each example; None where none are ignored.
+        mask_digest: The same of the mask; None without one.
     """
 
     def __init__(
@@ -96,8 +70,10 @@ class Selection:
         ignore_labels: Sequence[int] = (),
         read_labels: LabelRows | None = None,
         act_dtype: ActDtype = "float32",
+        examples: Examples | None = None,
+        read_mask: MaskRows | None = None,
     ) -> None:
-        self.md, self.tokens, self.ignore_labels = md, tokens, ignore_labels
+        self.md, self.tokens, self.ignore_labels, self.examples = md, tokens, ignore_labels, examples
         self.layer_idxs = resolve_layers(md, layer)
         self.layer_is_all = layer == "all"
         self.n_grid_layers = len(self.layer_idxs) if layer == "all" else 1
@@ -115,29 +91,59 @@ class Selection:
         self._first_token = self.n_special if tokens == "content" else 0
         n_tokens = {"special": 1, "content": md.content_tokens_per_example, "all": md.tokens_per_example}
         self._n_tokens = n_tokens[tokens]
-        self.n_samples = md.n_examples * self.n_grid_layers * self._n_tokens
+        self._subset = None if examples is None else make_subset(examples, md.n_examples)
+        self.n_examples = md.n_examples if self._subset is None else self._subset.n
+        self.n_samples = self.n_examples * self.n_grid_layers * self._n_tokens
         self.kept_digest: str | None = None
-        self._kept: _Kept | None = None
-        if ignore_labels:
-            if read_labels is None:
-                raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
-            counts, self.kept_digest = count_kept(md, ignore_labels, read_labels)
-            counts += self.n_special if tokens == "all" else 0
-            first_sample = np.append(0, np.cumsum(counts)) * self.n_grid_layers
-            self._kept = _Kept(_keep(ignore_labels), first_sample, read_labels)
-            self.n_samples = int(first_sample[-1])
-            if not self.n_samples:
-                raise ConfigError(
-                    f"ignore_labels: expected that samples are left, got {sorted(set(ignore_labels))}, which are the "
-                    "labels of all tokens; ignore fewer."
-                )
+        self.mask_digest: str | None = None
+        self._filter: Filter | None = None
+        # Samples before each member, and in all.
+        self._first_sample = np.empty(0, dtype=np.int64)
+        # Special tokens are left alone.
+        read_mask = None if tokens == "special" else read_mask
+        if ignore_labels and read_labels is None:
+            raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
+        if ignore_labels or read_mask is not None:
+            self._count(Filter(ignore_labels, read_labels, read_mask))
+
+    def _count(self, found: Filter) -> None:
+        counts, digests = found.count(self.n_examples, self.md.content_tokens_per_example, self._members)
+        self.kept_digest = digests[0] if found.ignore_labels else None
+        self.mask_digest = None if found.read_mask is None else digests[-1]
+        counts += self.n_special if self.tokens == "all" else 0
+        self._filter, self._first_sample = found, np.append(0, np.cumsum(counts)) * self.n_grid_layers
+        self.n_samples = int(self._first_sample[-1])
+        if not self.n_samples:
+            if self.mask_digest is not None:
+                raise ConfigError("mask: expected that samples are left, got a mask that drops all; make another.")
+            raise ConfigError(
+                f"ignore_labels: expected that samples are left, got {sorted(set(found.ignore_labels))}, which are the "
+                "labels of all tokens; ignore fewer."
+            )
+
+    @property
+    def digests(self) -> tuple[str | None, str | None]:
+        """Of what labels and a mask leave."""
+        return self.kept_digest, self.mask_digest
 
     def reading_with(self, read_labels: LabelRows) -> "Selection":
         """The same selection, which reads labels with another function."""
         other = copy.copy(self)
-        if self._kept is not None:
-            other._kept = dataclasses.replace(self._kept, read=read_labels)
+        if self._filter is not None:
+            other._filter = self._filter.reading_with(read_labels)
         return other
+
+    def digest_kept(self, read_labels: LabelRows) -> str:
+        """Digest which content tokens these labels leave; see `kept_digest`."""
+        by_labels = Filter(self.ignore_labels, read_labels)
+        return by_labels.count(self.n_examples, self.md.content_tokens_per_example, self._members)[1][0]
+
+    def _members(self, ordinals: _Int64s) -> _Int64s:
+        """The examples of these ordinals, `[m] int64`; fastest where equal ones are neighbours."""
+        if self._subset is None or not len(ordinals):
+            return ordinals
+        heads = np.flatnonzero(np.diff(ordinals, prepend=ordinals[0] - 1))
+        return np.repeat(self._subset.members(ordinals[heads]), np.diff(np.append(heads, len(ordinals))))
 
     def cells(self, samples: _Int64s) -> _Int64s:
         """Map sample numbers `[m]` to cells `[m]`.
@@ -145,55 +151,62 @@ class Selection:
         With ignored labels this reads the labels of the examples concerned, once for each run of samples that stay
         in one example, so samples in blocks are cheap.
         """
-        if self._kept is not None:
-            return self._kept_cells(self._kept, samples)
-        if self._n_tokens == self.md.tokens_per_example:
+        if self._filter is not None:
+            return self._kept_cells(self._filter, samples)
+        width = self.md.tokens_per_example
+        if self._subset is None and self._n_tokens == width:
             return samples
-        rows = samples // self._n_tokens
-        return samples + rows * (self.md.tokens_per_example - self._n_tokens) + self._first_token
+        pages = samples // self._n_tokens
+        shift = pages * (width - self._n_tokens) + self._first_token
+        if self._subset is not None:
+            ordinals = pages // self.n_grid_layers
+            shift += (self._members(ordinals) - ordinals) * (self.n_grid_layers * width)
+        return samples + shift
 
-    def _kept_cells(self, kept: _Kept, samples: _Int64s) -> _Int64s:
+    def _kept_cells(self, kept: Filter, samples: _Int64s) -> _Int64s:
         if not len(samples):
             return samples
         n_layers, width = self.n_grid_layers, self.md.tokens_per_example
         heads = np.flatnonzero(np.diff(samples, prepend=samples[0] - 2) != 1)
         starts = samples[heads]
         stops = starts + np.diff(np.append(heads, len(samples)))
-        # Each run of samples is cut where another page, one layer of one example, begins.
-        first_page, last_page = self._pages(kept, starts), self._pages(kept, stops - 1)
+        # Each run of samples is cut where another page, one layer of one member, begins.
+        first_page, last_page = self._pages(starts), self._pages(stops - 1)
         n_pages = last_page - first_page + 1
         pages = expand_runs(first_page, n_pages)
-        examples, layers = np.divmod(pages, n_layers)
-        group_starts = np.flatnonzero(np.diff(examples, prepend=-1))
-        mask = self._mask(kept, examples[group_starts])
+        ordinals, layers = np.divmod(pages, n_layers)
+        group_starts = np.flatnonzero(np.diff(ordinals, prepend=-1))
+        members = self._members(ordinals[group_starts])
+        mask = self._mask(kept, ordinals[group_starts], members)
         tokens = np.flatnonzero(mask)
         per_group = mask.sum(axis=1)
-        n_examples = np.diff(np.append(group_starts, len(pages)))
-        group_first = np.repeat(np.cumsum(per_group) - per_group, n_examples)
-        per_page = np.repeat(per_group, n_examples)
-        first = kept.first_sample[examples] + layers * per_page
+        n_members = np.diff(np.append(group_starts, len(pages)))
+        group_first = np.repeat(np.cumsum(per_group) - per_group, n_members)
+        per_page = np.repeat(per_group, n_members)
+        first = self._first_sample[ordinals] + layers * per_page
         start = np.maximum(first, np.repeat(starts, n_pages))
         length = np.minimum(first + per_page, np.repeat(stops, n_pages)) - start
         # `tokens` counts on from group to group, cells from page to page.
-        shift = (pages - np.repeat(np.arange(len(group_starts)), n_examples)) * width
+        groups = np.repeat(np.arange(len(group_starts)), n_members)
+        shift = (np.repeat(members, n_members) * n_layers + layers - groups) * width
         cells: _Int64s = tokens[expand_runs(group_first + start - first, length)] + np.repeat(shift, length)
         return cells
 
-    def _pages(self, kept: _Kept, samples: _Int64s) -> _Int64s:
-        """The page, `example * n_grid_layers + layer`, that each sample is on."""
-        examples = np.searchsorted(kept.first_sample, samples, side="right") - 1
+    def _pages(self, samples: _Int64s) -> _Int64s:
+        """The page, `ordinal * n_grid_layers + layer`, that each sample is on."""
+        ordinals = np.searchsorted(self._first_sample, samples, side="right") - 1
         if self.n_grid_layers == 1:
-            return examples
-        first = kept.first_sample[examples]
-        per_page = (kept.first_sample[examples + 1] - first) // self.n_grid_layers
-        return examples * self.n_grid_layers + (samples - first) // per_page
+            return ordinals
+        first = self._first_sample[ordinals]
+        per_page = (self._first_sample[ordinals + 1] - first) // self.n_grid_layers
+        return ordinals * self.n_grid_layers + (samples - first) // per_page
 
-    def _mask(self, kept: _Kept, examples: _Int64s) -> NDArray[np.bool_]:
-        """Which stored tokens of these examples are selected: `[m, tokens_per_example] bool`."""
-        mask = np.zeros((len(examples), self.md.tokens_per_example), dtype=np.bool_)
-        mask[:, self.n_special :] = kept.keep[kept.read(examples)]
+    def _mask(self, kept: Filter, ordinals: _Int64s, members: _Int64s) -> NDArray[np.bool_]:
+        """Which stored tokens of these members are selected: `[m, tokens_per_example] bool`."""
+        mask = np.zeros((len(members), self.md.tokens_per_example), dtype=np.bool_)
+        mask[:, self.n_special :] = kept.rows(members)
         mask[:, : self.n_special] = self.tokens == "all"
-        counted = kept.first_sample[examples + 1] - kept.first_sample[examples]
+        counted = self._first_sample[ordinals + 1] - self._first_sample[ordinals]
         if not np.array_equal(mask.sum(axis=1) * self.n_grid_layers, counted):
             raise labels_changed()
         return mask
@@ -201,15 +214,21 @@ class Selection:
     def samples(self, cells: _Int64s) -> _Int64s:
         """Map cells `[m] int64` back to sample numbers `[m] int64`; -1 where a cell is not selected."""
         example, layer, token = self.split(cells)
-        if self._kept is None:
+        ordinals = example if self._subset is None else self._subset.ordinals(example)
+        found = np.full(len(cells), -1, dtype=np.int64)
+        (is_in,) = np.nonzero(ordinals >= 0)
+        ordinals, layer, token = ordinals[is_in], layer[is_in], token[is_in]
+        if self._filter is None:
             offset = token - self._first_token
-            found = (example * self.n_grid_layers + layer) * self._n_tokens + offset
-            return np.where((offset >= 0) & (offset < self._n_tokens), found, -1)
-        mask = self._mask(self._kept, example)
-        rank = np.cumsum(mask, axis=1)
-        at = np.arange(len(cells))
-        found = self._kept.first_sample[example] + layer * rank[:, -1] + rank[at, token] - 1
-        return np.where(mask[at, token], found, -1)
+            number = (ordinals * self.n_grid_layers + layer) * self._n_tokens + offset
+            found[is_in] = np.where((offset >= 0) & (offset < self._n_tokens), number, -1)
+        else:
+            mask = self._mask(self._filter, ordinals, example[is_in])
+            rank = np.cumsum(mask, axis=1)
+            at = np.arange(len(ordinals))
+            number = self._first_sample[ordinals] + layer * rank[:, -1] + rank[at, token] - 1
+            found[is_in] = np.where(mask[at, token], number, -1)
+        return found
 
     def split(self, cells: _Int64s) -> tuple[_Int64s, _Int64s, _Int64s]:
         """Split cells `[m]` into example numbers, grid layers and stored tokens (0 is [CLS] if there is one)."""

@@ -2,15 +2,14 @@
 
 import os
 import threading
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ConfigError
 from saev_torch.format.shards import LABELS_NAME, identify
-from saev_torch.order.runs import expand_runs
-from saev_torch.order.selection import Selection, count_kept, labels_changed
+from saev_torch.order.runs import expand_runs, find_runs
+from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Spot
 from saev_torch.reading.store import LABELS_IDX, ShardStore
@@ -35,15 +34,14 @@ class Labels:
         self._nbytes = store.metadata.n_examples * self._width
         self._lock = threading.Lock()
         self._kept: _Labels | None = None
-        self._ignored: Sequence[int] = ()
-        self._digest: str | None = None
+        self._selection: Selection | None = None
         self._identity = None if store.identities is None else tuple(store.identities[LABELS_IDX].tolist())
         if selection is not None:
             self.expect(selection)
 
     def expect(self, selection: Selection) -> None:
         """Refuse labels, from now on, that select something else."""
-        self._ignored, self._digest = selection.ignore_labels, selection.kept_digest
+        self._selection = None if selection.kept_digest is None else selection
 
     def of_examples(self, examples: _Int64s) -> _Labels:
         """Read the labels of examples, `[m, content_tokens_per_example] uint8`; fastest where examples ascend.
@@ -58,7 +56,7 @@ class Labels:
         kept = self._whole(None)
         if kept is not None:
             return kept.reshape(-1, self._width)[examples]
-        starts, lengths = _find_runs(examples)
+        starts, lengths = find_runs(examples)
         return self.of_runs(starts * self._width, lengths * self._width).reshape(len(examples), self._width)
 
     def of_runs(self, starts: _Int64s, lengths: _Int64s, spot: Spot | None = None) -> _Labels:
@@ -72,7 +70,7 @@ class Labels:
         tokens = tokens - selection.n_special
         content = tokens >= 0
         labels = np.zeros(len(cells), dtype=np.uint8)
-        labels[content] = self.of_runs(*_find_runs((examples * self._width + tokens)[content]), spot)
+        labels[content] = self.of_runs(*find_runs((examples * self._width + tokens)[content]), spot)
         return labels
 
     def _whole(self, spot: Spot | None) -> _Labels | None:
@@ -88,7 +86,7 @@ class Labels:
         labels = np.empty(int(lengths.sum()), dtype=np.uint8)
         extents = Extents.in_a_row(labels, np.full(len(starts), LABELS_IDX), starts, lengths)
         CallReader(self.store, spot=spot).read(extents, 0, len(starts))
-        if self._digest is not None:
+        if self._selection is not None:
             self._check_identity()
         return labels
 
@@ -100,12 +98,9 @@ class Labels:
             return
         # Not with this one's own method: it keeps what was read, and comes here again.
         fresh = Labels(self.store)
-        if count_kept(self.store.metadata, self._ignored, fresh.of_examples)[1] != self._digest:
+        if (
+            self._selection is not None
+            and self._selection.digest_kept(fresh.of_examples) != self._selection.kept_digest
+        ):
             raise labels_changed(self.store.shards_dir / LABELS_NAME)
         self._identity = identity
-
-
-def _find_runs(numbers: _Int64s) -> tuple[_Int64s, _Int64s]:
-    """Starts and lengths of the runs of consecutive numbers: the inverse of `expand_runs`."""
-    firsts = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
-    return numbers[firsts], np.diff(np.append(firsts, len(numbers)))

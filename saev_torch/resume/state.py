@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -115,22 +116,28 @@ class Recording:
         table: Digest of which files hold which examples.
         checksums: Digest of the checksums of all values; None where there are none.
         kept: Digest of which tokens `ignore_labels` leaves; None where it leaves all.
+        mask: Digest of which tokens the mask leaves; None without one.
+        examples: Digest of which examples are selected; None for all.
     """
 
     n_samples: int
     table: str
     checksums: str | None
     kept: str | None
+    mask: str | None
+    examples: str | None
 
     @classmethod
     def of(cls, store: ShardStore, selection: Selection) -> "Recording":
         """Describe what is selected of a store."""
         table = repr([(shard.name, shard.n_examples) for shard in store.shards if shard.n_examples])
         checksums = checksums_digest(store.shards_dir)
-        return cls(selection.n_samples, _digest(table), checksums, selection.kept_digest)
+        chosen = selection.examples
+        examples = None if chosen is None else _digest(json.dumps(chosen.to_dict()))
+        return cls(selection.n_samples, _digest(table), checksums, *selection.digests, examples)
 
 
-_RECORDING = tuple(field.name for field in dataclasses.fields(Recording))
+_RECORDING = "n_samples", "table", "checksums", "kept"
 
 
 def _digest(text: str) -> str:
@@ -172,9 +179,10 @@ def load_state(md: Metadata, recording: Recording, cfg: BatchConfig, state: Any)
     if version > _VERSION:
         raise StateError(f"state: version: expected at most {_VERSION}, got {version}; use a newer saev_torch.")
     expected = _fingerprint(md, cfg)
-    # States of before do not say which recording they belong to.
-    if any(key in state for key in _RECORDING):
-        expected |= vars(recording)
+    # States of before do not say which recording they belong to, and there were no subsets.
+    later = {"mask": recording.mask, "examples": recording.examples}
+    expected |= vars(recording) if any(key in state for key in _RECORDING) else later
+    state = dict.fromkeys(later) | state
     missing = [key for key in (*expected, "epoch", "batch", "digest", "rank", "world_size") if key not in state]
     if missing:
         raise StateError(f"state: expected the keys {missing}, got none of them; it is incomplete.")

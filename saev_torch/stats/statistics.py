@@ -26,6 +26,7 @@ from saev_torch.format.shards import LABELS_NAME
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
+from saev_torch.reading.selecting import select
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.moments import Moments
 from saev_torch.stats.streaming import Pass, Progress
@@ -161,11 +162,8 @@ def compute_statistics(
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
-    ignore_labels = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
     with contextlib.closing(ShardStore(cfg.shards)) as store:
-        labels = Labels(store)
-        selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, labels.of_examples)
-        labels.expect(selection)
+        selection = select(store, cfg)
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
 
 
@@ -198,7 +196,11 @@ def _compute(
 ) -> Statistics:
     """Find kept statistics, or make and keep them; of several processes that ask at once, one makes them."""
     ignored = sorted(set(selection.ignore_labels))
-    what = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, ignored]
+    what: list[Any] = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, ignored]
+    if selection.examples is not None:
+        what.append(selection.examples.to_dict())
+    if selection.mask_digest is not None:
+        what.append(f"mask {selection.mask_digest}")
     if n_sampled is not None and n_sampled < selection.n_samples:
         what += [n_sampled, seed]
     else:
