@@ -25,6 +25,7 @@ from saev_torch.order.mixing import batch_metrics
 from saev_torch.order.selection import Index, IndexMap
 from saev_torch.resume.state import StreamDigest
 from saev_torch.stats.statistics import Statistics, compute_statistics
+from saev_torch.tools.mask import MaskReport, make_mask
 from saev_torch.tools.repack import repack
 from saev_torch.tools.verify import verify
 from saev_torch.writing.labels import pixel_to_token_labels
@@ -45,6 +46,7 @@ __all__ = [
     "IndexedConfig",
     "IndexedDataset",
     "LayerSpec",
+    "MaskReport",
     "Metadata",
     "OrderedActivations",
     "OrderedConfig",
@@ -70,6 +72,7 @@ __all__ = [
     "__version__",
     "batch_metrics",
     "compute_statistics",
+    "make_mask",
     "make_ordered_config",
     "pixel_to_token_labels",
     "record",

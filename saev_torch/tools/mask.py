@@ -1,0 +1,259 @@
+"""`python -m saev_torch mask DIR -o keep.npy`: which content tokens to train on, by position, norm and label."""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from saev_torch.config import OrderedConfig, is_integer
+from saev_torch.errors import ConfigError
+from saev_torch.format.files import sync_dir, writing
+from saev_torch.iterable import OrderedActivations
+from saev_torch.reading.labels import Labels
+from saev_torch.reading.store import ShardStore
+from saev_torch.stats.statistics import compute_statistics
+from saev_torch.tools.arguments import check_new_file
+from saev_torch.writing.progress import Progress
+
+_IN_MEDIANS = "x-median"
+# So many give the median to some 0.2 %.
+_N_SAMPLED = 1 << 18
+_TOKENS_AT_ONCE = 1 << 14
+
+_Hits = NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskReport:
+    """What a mask drops.
+
+    Attributes:
+        path: The mask.
+        n_tokens: Content tokens in all.
+        n_dropped: Those that any rule drops.
+        by_rule: Those that each rule drops, by what it says; several may drop the same.
+        median_norm: Median norm of the content tokens that limits are multiples of; None where none is.
+    """
+
+    path: Path
+    n_tokens: int
+    n_dropped: int
+    by_rule: dict[str, int]
+    median_norm: float | None
+
+    @property
+    def share(self) -> float:
+        """Share of the content tokens that is dropped."""
+        return self.n_dropped / self.n_tokens
+
+    def __str__(self) -> str:
+        rules = "; ".join(f"{what}: {n / self.n_tokens:.3%}" for what, n in self.by_rule.items())
+        median = "" if self.median_norm is None else f" The median norm is {self.median_norm:.4g}."
+        return f"{self.path}: drops {self.n_dropped:,} of {self.n_tokens:,} tokens, {self.share:.3%} ({rules}).{median}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What is known of the content tokens of some examples, `[m, content_tokens_per_example]` each."""
+
+    shape: tuple[int, int]
+    norms: NDArray[np.float32]
+    labels: NDArray[np.uint8]
+
+
+_Rules = dict[str, Callable[[_Rows], _Hits]]
+
+
+def make_mask(
+    shards: Path | str,
+    path: Path | str,
+    *,
+    layer: int | None = None,
+    positions: Sequence[int] = (),
+    norm_above: float | str | None = None,
+    norm_below: float | str | None = None,
+    labels: Sequence[int] = (),
+    progress: bool | None = False,
+) -> MaskReport:
+    """Write a mask of content tokens, for `mask=` of the configs: what any of the rules names is dropped.
+
+    Special tokens are left alone. Activations are read once, in file order, if there is a rule about norms.
+
+    Args:
+        shards: The shard directory.
+        path: Where the mask goes, a `.npy` of bool `[n_examples, content_tokens_per_example]`; True stays. A file that
+            is there is replaced.
+        layer: The layer whose norms count; needed where several are recorded.
+        positions: Content tokens to drop in every example, from 0; negative ones count from the end.
+        norm_above: Drop tokens whose L2 norm is above a number; or above a multiple of the median, as "10x-median". The
+            median is that of all content tokens, or of 262,144 that are drawn with a fixed seed.
+        norm_below: The same for tokens whose norm is below.
+        labels: Drop tokens with these labels.
+        progress: Show progress; None for where stderr is a terminal.
+
+    Returns:
+        How much is dropped, and by which rule.
+
+    Raises:
+        ConfigError: A bad rule, or none; or the mask would drop all tokens.
+        WriteError: The mask cannot be written.
+        FormatError, ReadError, ShardsNotFoundError: The shards cannot be read.
+    """
+    path = Path(path)
+    with contextlib.closing(ShardStore(Path(shards))) as store:
+        md, width = store.metadata, store.metadata.content_tokens_per_example
+        by_norm = {"above": norm_above, "below": norm_below}
+        needs_norms = any(limit is not None for limit in by_norm.values())
+        if needs_norms and layer is None and len(md.layers) > 1:
+            raise ConfigError(f"layer: expected one of {list(md.layers)}, whose norms count, got none; choose one.")
+        cfg = OrderedConfig(store.shards_dir, layer=md.layers[0] if layer is None else layer)
+        median = _find_median(cfg) if any(str(limit).endswith(_IN_MEDIANS) for limit in by_norm.values()) else None
+        rules = _position_rules(positions, width) | _norm_rules(by_norm, median) | _label_rules(labels, store)
+        if not rules:
+            raise ConfigError("make_mask: expected a rule (positions, norm_above, norm_below, labels), got none.")
+        counts, n_dropped = dict.fromkeys(rules, 0), 0
+        with (
+            _replacing(path, (md.n_examples, width)) as file,
+            Progress(md.n_examples, f"mask of {store.shards_dir.name}", "examples", progress) as shown,
+        ):
+            for rows in _read(store, cfg, needs_norms, bool(labels)):
+                dropped = np.zeros(rows.shape, dtype=np.bool_)
+                for what, rule in rules.items():
+                    hits = np.broadcast_to(rule(rows), rows.shape)
+                    counts[what] += int(hits.sum())
+                    dropped |= hits
+                n_dropped += int(dropped.sum())
+                with writing(path):
+                    file.write((~dropped).tobytes())
+                shown.update(len(dropped))
+            if n_dropped == md.n_examples * width:
+                raise ConfigError(f"make_mask: expected that tokens are left, got none by {list(rules)}; drop fewer.")
+    return MaskReport(path, md.n_examples * width, n_dropped, counts, median)
+
+
+def _position_rules(positions: Sequence[int], width: int) -> _Rules:
+    if not all(is_integer(at, -width, width - 1) for at in positions):
+        raise ConfigError(f"positions: expected integers from {-width} to {width - 1}, got {list(positions)}.")
+    hits = np.isin(np.arange(width), [at % width for at in positions])
+    return {f"positions {list(positions)}": lambda rows: hits} if len(positions) else {}
+
+
+def _norm_rules(by_norm: dict[str, float | str | None], median: float | None) -> _Rules:
+    rules: _Rules = {}
+    for side, given in by_norm.items():
+        if given is None:
+            continue
+        limit = math.nan
+        with contextlib.suppress(ValueError, TypeError):
+            is_multiple = isinstance(given, str) and given.endswith(_IN_MEDIANS)
+            limit = float(str(given).removesuffix(_IN_MEDIANS)) * (median or 1.0 if is_multiple else 1.0)
+        if not 0 <= limit < math.inf:
+            raise ConfigError(f"norm_{side}: expected a number from 0 on, or one as '10x-median', got {given!r}.")
+        # A norm that is not a number is on neither side, and is dropped by both.
+        bound, is_above = np.float32(limit), side == "above"
+        rules[f"norm {side} {given}"] = lambda rows, bound=bound, is_above=is_above: (
+            ~(  # type: ignore[misc]
+                rows.norms <= bound if is_above else rows.norms >= bound
+            )
+        )
+    return rules
+
+
+def _label_rules(labels: Sequence[int], store: ShardStore) -> _Rules:
+    if not all(is_integer(label, 0, 255) for label in labels):
+        raise ConfigError(f"labels: expected integers from 0 to 255, got {list(labels)}.")
+    if len(labels) and not store.has_labels:
+        raise ConfigError(f"labels: expected shards with labels.bin, got {store.shards_dir} without; leave them out.")
+    return {f"labels {list(labels)}": lambda rows: np.isin(rows.labels, list(labels))} if len(labels) else {}
+
+
+def _find_median(cfg: OrderedConfig) -> float:
+    sampled = compute_statistics(dataclasses.replace(cfg), n_sampled=_N_SAMPLED)
+    return sampled.total.norm_quantiles[0.5]
+
+
+def _read(store: ShardStore, cfg: OrderedConfig, norms: bool, labels: bool) -> Iterator[_Rows]:
+    """Read what rules look at, some whole examples at a time."""
+    md, width = store.metadata, store.metadata.content_tokens_per_example
+    step = max(1, _TOKENS_AT_ONCE // width)
+    read_labels = Labels(store).of_examples
+    found = iter(OrderedActivations(dataclasses.replace(cfg, batch_size=step * width), rank=0, world_size=1))
+    no_norms, no_labels = np.empty((0, width), dtype=np.float32), np.empty((0, width), dtype=np.uint8)
+    for start in range(0, md.n_examples, step):
+        examples = np.arange(start, min(md.n_examples, start + step), dtype=np.int64)
+        shape = len(examples), width
+        measured = torch.linalg.vector_norm(next(found)["act"], dim=1).numpy().reshape(shape) if norms else no_norms
+        yield _Rows(shape, measured, read_labels(examples) if labels else no_labels)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, shape: tuple[int, int]) -> Iterator[BinaryIO]:
+    """Write a `.npy` of bool, its header first, that has its name only when it is complete."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|b1", "fortran_order": False, "shape": shape})
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with contextlib.ExitStack() as stack:
+            with writing(path):
+                file = stack.enter_context(open(temp, "xb"))
+                file.write(header.getvalue())
+            yield file
+            with writing(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with writing(path):
+            os.replace(temp, path)
+            sync_dir(path.absolute().parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        raise
+
+
+# The command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("dir", type=Path, help="the shard directory")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="MASK.npy", help="where the mask goes")
+    parser.add_argument("--layer", type=int, help="the layer whose norms count")
+    parser.add_argument("--positions", type=int, nargs="+", default=[], help="content tokens to drop in every example")
+    for side in ("above", "below"):
+        parser.add_argument(
+            f"--norm-{side}", metavar="NORM", help="drop tokens with such a norm; a number or 10x-median"
+        )
+    parser.add_argument("--labels", type=int, nargs="+", default=[], help="drop tokens with these labels")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the mask, and say what share it drops."""
+    check_new_file("--out", args.out)
+    report = make_mask(
+        args.dir,
+        args.out,
+        layer=args.layer,
+        positions=args.positions,
+        norm_above=_number(args.norm_above),
+        norm_below=_number(args.norm_below),
+        labels=args.labels,
+        progress=None,
+    )
+    print(report)
+    return 0
+
+
+def _number(text: str | None) -> float | str | None:
+    with contextlib.suppress(ValueError):
+        return None if text is None else float(text)
+    return text
