@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
+from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, tell_counted_layers
 from saev_torch.errors import ConfigError
 from saev_torch.format.localcopy import LocalCopy, local_copy
 from saev_torch.format.metadata import Described
@@ -105,6 +105,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         # A worker that counts again must find the same.
         self._kept_digest: str | None = None
         self.recording = Recording.of(store, self._own_selection())
+        tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
         self.counters = Counters()

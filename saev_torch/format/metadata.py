@@ -14,7 +14,7 @@ import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, UntrustedError, WriteError
 from saev_torch.format.dtypes import DTYPES, ValueType
-from saev_torch.format.files import read_json, short, write_atomic, writing
+from saev_torch.format.files import NOT_SAVED, read_json, short, write_atomic, writing
 from saev_torch.format.plain import as_plain
 from saev_torch.format.protocols import PROTOCOL, check_protocol, name_of_directory, read_fields
 
@@ -134,8 +134,8 @@ class Metadata:
             if not shards_dir.is_dir():
                 raise
             raise ShardsNotFoundError(
-                f"{path}: does not exist. It is written last, so either writing {shards_dir} was not finished (go on "
-                "with ShardWriter(..., resume=True), or delete the directory and write it again), or this is not a "
+                f"{NOT_SAVED} {path}: does not exist. It is written last, so either writing {shards_dir} was not finished "
+                "(go on with ShardWriter(..., resume=True), or delete the directory and write it again), or this is not a "
                 "shard directory (they are <shards_root>/<hash>)"
             ) from err
         try:

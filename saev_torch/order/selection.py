@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.config import LayerSpec, TokenKind
-from saev_torch.errors import ConfigError, FormatError
+from saev_torch.errors import ConfigError, FormatError, LabelsNotFoundError
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.runs import expand_runs
 
@@ -115,7 +115,9 @@ class Selection:
         self._kept: _Kept | None = None
         if ignore_labels:
             if read_labels is None:
-                raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
+                raise LabelsNotFoundError(
+                    "ignore_labels: expected labels.bin with the shards, got none; leave it empty"
+                )
             counts, self.kept_digest = count_kept(md, ignore_labels, read_labels)
             counts += self.n_special if tokens == "all" else 0
             first_sample = np.append(0, np.cumsum(counts)) * self.n_grid_layers
@@ -295,6 +297,10 @@ class IndexMap:
         tokens: "special", "content" or "all".
         layer: A layer, "all", or a tuple of layers (the index then names the first).
 
+    Attributes:
+        md, tokens, layer: As given.
+        layer_idx_lookup: Position in a shard of each recorded layer.
+
     Raises:
         ConfigError: The layer was not recorded, or special tokens are asked for and none were recorded.
     """
@@ -303,6 +309,7 @@ class IndexMap:
         if tokens not in ("special", "content", "all"):
             raise ConfigError(f"tokens: expected 'special', 'content' or 'all', got {tokens!r}; choose one of them.")
         self.md, self.tokens, self.layer = md, tokens, layer
+        self.layer_idx_lookup = {recorded: i for i, recorded in enumerate(md.layers)}
         self._selection = Selection(md, tokens, layer)
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, tell_counted_layers
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
@@ -166,6 +166,7 @@ def compute_statistics(
         labels = Labels(store)
         selection = Selection(store.metadata, cfg.tokens, cfg.layer, ignore_labels, labels.of_examples)
         labels.expect(selection)
+        tell_counted_layers(cfg, store.metadata.layers)
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
 
 

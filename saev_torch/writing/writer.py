@@ -49,6 +49,9 @@ class ShardWriter:
     that is given again is compared with what is there, as other data may have the same metadata. A finished directory
     is left as it is. Data is forced to disk every 256 MB or 10 s, in the background.
 
+    Without `with`, the first batch opens the writer, and `close()` ends it as the end of the block would. What is there
+    after an exception then stays until somebody removes it.
+
     Threads may share a writer: their batches are checked side by side, and written one after the other.
 
     Several processes may write one directory, each its own `example_range`; the last one to finish publishes. What is
@@ -94,6 +97,7 @@ class ShardWriter:
         self._given, self._done = Ranges(), Ranges()
         self._has_labels: bool | None = None
         self._is_open, self._pid = False, 0
+        self._was_opened, self._opening = False, threading.Lock()
 
     @property
     def published(self) -> bool:
@@ -115,8 +119,13 @@ class ShardWriter:
         self._checkpoints = _Checkpoints(self._unfinished, self._threads)
         # Held while files and what is known of them change. A signal handler may ask for a checkpoint meanwhile.
         self._lock = threading.RLock()
-        self._is_open, self._pid = True, os.getpid()
+        self._is_open, self._pid, self._was_opened = True, os.getpid(), True
         return self
+
+    def _open_once(self) -> None:
+        with self._opening:
+            if not self._was_opened:
+                self.__enter__()
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
         """Publish the directory if all of it is there; after an exception remove or keep what was written.
@@ -124,12 +133,32 @@ class ShardWriter:
         Raises:
             WriteError: Examples are missing, or the system refused; nothing is published.
         """
-        if os.getpid() != self._pid:
-            # A forked child leaves the block: all there is belongs to its parent.
+        if os.getpid() != self._pid or not self._is_open:
+            # A forked child leaves the block, and all there is belongs to its parent; or it was closed inside.
             return
         with self._lock:
             self._is_open = False
             self._close(exc_type)
+
+    def close(self) -> None:
+        """Do what the end of a `with` block does; nothing, where the writer was closed before.
+
+        Raises:
+            WriteError: Examples are missing, or the system refused; nothing is published.
+        """
+        self._open_once()
+        self.__exit__(None)
+
+    def flush(self) -> None:
+        """Force to disk what was written, and publish the directory if nothing is missing. May take seconds.
+
+        Raises:
+            WriteError: The writer is not open, or the system refused.
+        """
+        self.checkpoint()
+        with self._lock:
+            if not self.published and not self.missing():
+                self._unfinished.publish()
 
     def _close(self, exc_type: type[BaseException] | None) -> None:
         try:
@@ -175,6 +204,7 @@ class ShardWriter:
             WriteError: Wrong shape, dtype or range, an example that was written before, other values than those on disk
                 that they should continue, or the system refused.
         """
+        self._open_once()
         self._require_open()
         acts = check_activations(self.md, activations)
         start = check_start(start_idx, len(acts), self.example_range)
@@ -243,7 +273,8 @@ class ShardWriter:
 
     def _require_open(self) -> None:
         if not self._is_open:
-            raise WriteError(f"{self.shards_dir}: expected an open writer; use `with ShardWriter(...) as writer:`")
+            remedy = "make another" if self._was_opened else "write a batch first, or use `with`"
+            raise WriteError(f"{self.shards_dir}: expected an open writer, got one that is not: {remedy}")
         if os.getpid() != self._pid:
             raise WriteError(
                 f"{self.shards_dir}: expected the process that opened the writer, got a child of it; open one there, "
