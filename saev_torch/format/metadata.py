@@ -134,9 +134,9 @@ class Metadata:
             if not shards_dir.is_dir():
                 raise
             raise ShardsNotFoundError(
-                f"{NOT_SAVED} {path}: does not exist. It is written last, so either writing {shards_dir} was not finished "
-                "(go on with ShardWriter(..., resume=True), or delete the directory and write it again), or this is not a "
-                "shard directory (they are <shards_root>/<hash>)"
+                f"{NOT_SAVED} {path}: does not exist. It is written last, so either writing {shards_dir} was not "
+                "finished (go on with ShardWriter(..., resume=True), or delete the directory and write it again), or "
+                "this is not a shard directory (they are <shards_root>/<hash>)"
             ) from err
         try:
             return cls._from_json(obj)
