@@ -188,7 +188,7 @@ def _busy_threads():
 @pytest.mark.usefixtures("_busy_threads")
 def test_several_threads(tmp_path, monkeypatch):
     """Batches of all shards from eight threads at once, with checkpoints and questions between them."""
-    monkeypatch.setattr("saev_torch.writing.writer._SYNC_NBYTES", 2000)
+    monkeypatch.setattr("saev_torch.writing.checkpoints._SYNC_NBYTES", 2000)
     md = metadata(n_examples=200, examples_per_shard=3)
     acts, labels = oracle(md), oracle_labels(md)
     expected = content(factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3)))

@@ -45,8 +45,8 @@ def install() -> None:
     Raises:
         ConfigError: The `saev.data` of that package was imported before, so that some code has its classes.
     """
-    data = sys.modules.get("saev.data", None)
-    if getattr(data, "ShuffledConfig", ShuffledConfig) is not ShuffledConfig:
+    data = sys.modules.get("saev.data")
+    if data is not None and getattr(data, "ShuffledConfig", None) is not ShuffledConfig:
         raise ConfigError(
             "saev_torch.compat.install: expected to be called before anything imports saev.data, got a process where "
             "that is imported; call it first."
