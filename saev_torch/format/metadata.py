@@ -189,7 +189,7 @@ class Metadata:
         return orjson.dumps(self._json_object(), option=orjson.OPT_INDENT_2)
 
     def _json_object(self) -> dict[str, object]:
-        obj = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        obj = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return obj | {"dataset": str(self.dataset), "pixel_agg": self.pixel_agg.value}
 
     @property
