@@ -39,6 +39,8 @@ from saev_torch import (
     ShuffledConfig,
     ShuffledDataLoader,
     compute_statistics,
+    repack,
+    verify,
 )
 from saev_torch.compat.shards import pixel_to_patch_labels
 
@@ -527,6 +529,42 @@ def test_directories_of_every_protocol_are_read(make_shards, fields):
     # A state says which directory it belongs to, by that hash.
     state = loader.state_dict()
     data.ShuffledDataLoader(loader.cfg).load_state_dict(state)
+
+
+@pytest.mark.parametrize("fields", PROTOCOLS[1:], ids=lambda fields: "-".join(map(str, fields.values())))
+def test_directories_of_older_protocols_are_written_anew(make_shards, tmp_path, fields):
+    shards = make_shards(**fields)
+    assert verify(shards).ok
+    written = repack(shards, tmp_path / "root")
+    md = Metadata.load(written)
+    assert (md.protocol, len(md.hash), md.hash) == ("2.1", 8, written.name)
+    assert verify(written).ok
+    old, new = (next(iter(OrderedActivations(OrderedConfig(path, layer="all")))) for path in (shards, written))
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_the_rest_of_the_names(make_shards, tmp_path):
+    shards = make_shards()
+    info = data.shards.ShardInfo.load(shards)
+    copy = data.shards.ShardInfo()
+    for shard in info:
+        copy.append(data.shards.Shard(name=shard.name, n_examples=shard.n_examples))
+    copy.dump(tmp_path)
+    assert (tmp_path / "shards.json").read_bytes() == (shards / "shards.json").read_bytes()
+    shuffled = data.ShuffledConfig(shards, layer=3, batch_size=5, seed=3)
+    assert data.make_ordered_config(shuffled, drop_last=True) == data.OrderedConfig(
+        shards, layer=3, batch_size=5, drop_last=True
+    )
+    at = data.shards.IndexMap(data.Metadata.load(shards), "all", "all").from_global(20)
+    assert at == data.shards.Index(
+        idx=20,
+        example_idx=1,
+        content_token_idx=5,
+        shard_idx=0,
+        example_idx_in_shard=1,
+        layer_idx_in_shard=0,
+        token_idx_in_shard=6,
+    )
 
 
 def test_the_published_default_of_shards_is_a_path(monkeypatch):
