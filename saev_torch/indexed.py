@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import IndexedConfig, is_integer
+from saev_torch.config import IndexedConfig, is_integer, tell_counted_layers
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
@@ -43,11 +43,11 @@ _MIN_PARALLEL = 512
 _OF_PROCESS = ("_labels", "_source", "_pace", "_pool")
 
 
-class _Sample(dict[str, Any]):
+class Sample(dict[str, Any]):
     """One sample of `IndexedDataset`; lists of them are collated at once."""
 
 
-class _Samples(Sequence[_Sample]):
+class _Samples(Sequence[Sample]):
     """The samples of one call, made when they are looked at; `DataLoader` collates them without looking."""
 
     def __init__(self, batch: ActivationBatch) -> None:
@@ -59,7 +59,7 @@ class _Samples(Sequence[_Sample]):
     def __getitem__(self, i: int | slice) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        sample = _Sample(act=self.batch["act"][i])
+        sample = Sample(act=self.batch["act"][i])
         for key, column in self.batch.items():
             if key != "act":
                 sample[key] = int(column[i])
@@ -80,7 +80,7 @@ def _collate_samples(samples: Any, *, collate_fn_map: Any = None) -> Any:
     return torch.utils.data.default_collate([dict(sample) for sample in samples])
 
 
-default_collate_fn_map[_Sample] = _collate_samples
+default_collate_fn_map[Sample] = _collate_samples
 
 
 def _read_to(slot: Slot, extents: Extents, start: int, stop: int, reader: Reader) -> None:
@@ -106,12 +106,15 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     Errors are those of `OrderedActivations`.
     """
 
+    Example = Sample
+
     def __init__(self, cfg: IndexedConfig) -> None:
         self.cfg = cfg
         self._store = ShardStore(cfg.shards)
         self.metadata = self._store.metadata
         self._selection = select(self._store, cfg)
         self.index_map = IndexMap(self.metadata, cfg.tokens, cfg.layer)
+        tell_counted_layers(cfg, self.metadata.layers)
         self._begin()
         if cfg.debug:
             log_to_stderr()
@@ -132,8 +135,16 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self._selection.n_samples
 
+    def transform(self, act: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
+        """Make the `act` of a sample of what was read, `[d_model] float32`: here a copy.
+
+        A subclass may make something else of it. Then it is called for each sample, which takes much longer than a
+        batch at once; where it is not overridden, it is not called at all.
+        """
+        return torch.from_numpy(act.copy())
+
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample: dict[str, Any] = self._read(np.array([operator.index(i)], dtype=np.int64))[0]
+        sample: dict[str, Any] = self._transformed(self._read(np.array([operator.index(i)], dtype=np.int64)))[0]
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
@@ -153,7 +164,12 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         numbers = np.asarray(indices)
         if numbers.dtype.kind not in "iu" and len(numbers):
             raise TypeError(f"indices: expected integers, got {numbers.dtype}; number samples from 0.")
-        return self._read(numbers.astype(np.int64))
+        return self._transformed(self._read(numbers.astype(np.int64)))
+
+    def _transformed(self, samples: _Samples) -> Sequence[dict[str, Any]]:
+        if type(self).transform is IndexedDataset.transform:
+            return samples
+        return [Sample(sample, act=self.transform(sample["act"].numpy())) for sample in samples]
 
     @property
     def has_labels(self) -> bool:

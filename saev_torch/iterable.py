@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
+from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, tell_counted_layers
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Described
 from saev_torch.order.selection import Selection, labels_changed
@@ -96,6 +96,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self._selection: Selection | None = None
         self._kept: tuple[str | None, str | None] | None = None
         self.recording = Recording.of(store, self._own_selection())
+        tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
         self.counters = Counters()

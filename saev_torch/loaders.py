@@ -12,6 +12,7 @@ from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import EndedError, SaevTorchError
 from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
+from saev_torch.processes.counters import Reservoir
 from saev_torch.processes.epochs import PLACE
 from saev_torch.processes.page import SharedPage
 from saev_torch.resume.cursor import Iteration
@@ -27,6 +28,10 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     """A `DataLoader` of whole batches that knows its config, counts what is taken, and can be shut down."""
 
     dataset: OrderedActivations | ShuffledActivations
+
+    ExampleBatch = ActivationBatch
+    manager_pid = -1
+    """No process of its own reads for a loader, as one does in `saev`: `DataLoader` knows its workers."""
 
     # So Accelerate leaves it alone, which would share its batches among the ranks again, and saves its state.
     _is_accelerate_prepared = use_stateful_dataloader = True
@@ -60,6 +65,11 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_iterations()
+
+    @property
+    def reservoir(self) -> Reservoir:
+        """How full the buffers of this rank's readers are: `reservoir.fill()`."""
+        return Reservoir(self.counters, self.cursor.world.rank)
 
     @property
     def sampler(self) -> Iterable[Any]:  # type: ignore[override]

@@ -185,7 +185,7 @@ def test_doctor(make_shards: Make, tmp_path: Path) -> None:
         (["shards", "--json", "no/such/folder/a.json"], "--json: expected a file in a folder"),
         (["--make-gb", "1", "--folder", "no/such/folder"], "--folder: expected a folder"),
         (["--make-gb", "1e9"], "--make-gb: expected room"),
-        (["no/such/shards"], "no/such/shards: expected a shard directory"),
+        (["no/such/shards"], "Activations are not saved at no/such/shards: expected a shard directory"),
     ],
 )
 def test_bench_refuses_in_one_line(args: list[str], message: str) -> None:

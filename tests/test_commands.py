@@ -86,10 +86,16 @@ def test_verify(shards_dir):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("verify", "nowhere"), "nowhere: expected a shard directory, but it does not exist"),
-        (("inspect", "tests"), "tests/metadata.json: does not exist"),
+        (
+            ("verify", "nowhere"),
+            "Activations are not saved at nowhere: expected a shard directory",
+        ),
+        (("inspect", "tests"), "Activations are not saved at tests/metadata.json: does not exist"),
         (("inspect", "tests", "--plot", "no/such/folder.png"), "--plot: expected a file in a folder that exists"),
-        (("repack", "nowhere", "target"), "nowhere: expected a shard directory, but it does not exist"),
+        (
+            ("repack", "nowhere", "target"),
+            "Activations are not saved at nowhere: expected a shard directory",
+        ),
     ],
 )
 def test_errors_are_one_line(args, message):

@@ -21,7 +21,7 @@ from factory import Spec, oracle, oracle_labels
 from saev_torch.errors import ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import ShardInfo
-from saev_torch.writing import writer as writer_module
+from saev_torch.writing import checkpoints
 from saev_torch.writing.writer import ShardWriter
 
 SPEC = Spec(n_examples=120, examples_per_shard=17, d_model=16)
@@ -105,7 +105,7 @@ def check_readers(shards_dir, expected):
 @pytest.mark.parametrize("ranges", [[None], [(0, 50), (50, 120)]], ids=["one", "two"])
 def test_killed_at_random_moments(tmp_path, monkeypatch, expected, ranges):
     """200 kills -9 in all, each at a random moment of what is left to write; then one run to the end."""
-    monkeypatch.setattr(writer_module, "_SYNC_NBYTES", 20_000)
+    monkeypatch.setattr(checkpoints, "_SYNC_NBYTES", 20_000)
     generator = random.Random(len(ranges))
     started = time.perf_counter()
     write_all(tmp_path / "timed")
@@ -132,7 +132,7 @@ def test_killed_at_random_moments(tmp_path, monkeypatch, expected, ranges):
 
 
 def test_what_is_there_is_not_written_again(tmp_path, monkeypatch, expected):
-    monkeypatch.setattr(writer_module, "_SYNC_NBYTES", 1)
+    monkeypatch.setattr(checkpoints, "_SYNC_NBYTES", 1)
 
     def until_60():
         with ShardWriter(tmp_path, MD, resume=True) as writer:

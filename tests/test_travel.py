@@ -19,6 +19,7 @@ import pytest
 import torch
 import tyro
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader, TensorDataset
 
 from saev_torch import (
     ConfigError,
@@ -29,6 +30,7 @@ from saev_torch import (
     ShuffledActivations,
     ShuffledConfig,
     ShuffledDataLoader,
+    record,
 )
 from saev_torch.format.plain import as_plain
 
@@ -433,6 +435,19 @@ def test_metadata_of_numpy():
     assert [type(layer) for layer in md.layers] == [int, int]
     assert type(md.d_model) is int
     assert Metadata(layers=OmegaConf.create([3, 7]), cls_token=True, **fields, **numbers) == plain
+
+
+@pytest.mark.parametrize(
+    "layers", [np.array([0, 2]), OmegaConf.create([0, 2]), [np.int64(0), 2]], ids=lambda x: type(x).__name__
+)
+def test_layers_to_record_are_any_sequence(tmp_path, layers):
+    blocks = [torch.nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, batch_first=True) for _ in range(3)]
+    loader = DataLoader(TensorDataset(torch.randn(4, 5, 8)), batch_size=2)
+    names = {"family": "plain", "ckpt": "x", "dataset": "noise"}
+    recorded = record(
+        torch.nn.Sequential(*blocks), loader, layers=layers, shards_root=tmp_path, cls_token=True, **names
+    )
+    assert Metadata.load(recorded).layers == (0, 2)
 
 
 def test_a_data_set_of_numpy_layers(make_shards):

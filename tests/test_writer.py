@@ -188,7 +188,7 @@ def _busy_threads():
 @pytest.mark.usefixtures("_busy_threads")
 def test_several_threads(tmp_path, monkeypatch):
     """Batches of all shards from eight threads at once, with checkpoints and questions between them."""
-    monkeypatch.setattr("saev_torch.writing.writer._SYNC_NBYTES", 2000)
+    monkeypatch.setattr("saev_torch.writing.checkpoints._SYNC_NBYTES", 2000)
     md = metadata(n_examples=200, examples_per_shard=3)
     acts, labels = oracle(md), oracle_labels(md)
     expected = content(factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3)))
@@ -387,18 +387,91 @@ def test_exception_in_the_block(tmp_path, error):
     assert Metadata.load(writer.shards_dir) == md
 
 
-def test_not_open(tmp_path):
+def test_a_closed_writer_stays_closed(tmp_path):
     md = metadata()
     writer = ShardWriter(tmp_path, md)
-    with pytest.raises(WriteError, match="expected an open writer; use `with"):
-        writer.write_batch(oracle(md), 0)
+    with pytest.raises(WriteError, match="expected an open writer, got one that is not: write a batch first"):
+        writer.flush()
     assert list(tmp_path.iterdir()) == []
     with writer:
         writer.write_batch(oracle(md), 0)
-    with pytest.raises(WriteError, match="expected an open writer"):
-        writer.write_batch(oracle(md), 0)
+    for method in (writer.flush, writer.checkpoint, lambda: writer.write_batch(oracle(md), 0)):
+        with pytest.raises(WriteError, match="expected an open writer"):
+            method()
     with pytest.raises(WriteError, match="got a finished one"):
         writer.__enter__()
+    # As one may do in any case, to be sure.
+    writer.close()
+
+
+def test_without_a_block(tmp_path):
+    md = metadata()
+    with ShardWriter(tmp_path / "block", md) as writer:
+        writer.write_batch(oracle(md), 0, oracle_labels(md))
+    expected = {path.name: path.read_bytes() for path in writer.shards_dir.iterdir()}
+    for end in ("close", "flush"):
+        writer = ShardWriter(tmp_path / end, md)
+        assert not (tmp_path / end).exists()
+        writer.write_batch(oracle(md)[:5], 0, oracle_labels(md)[:5])
+        if end == "flush":
+            writer.flush()
+            assert not writer.published
+        writer.write_batch(oracle(md)[5:], 5, oracle_labels(md)[5:])
+        assert not (writer.shards_dir / "metadata.json").exists()
+        getattr(writer, end)()
+        assert writer.published
+        assert {path.name: path.read_bytes() for path in writer.shards_dir.iterdir()} == expected
+        writer.close()
+        writer.close()
+
+
+def test_flush_inside_a_block(tmp_path):
+    md = metadata()
+    with ShardWriter(tmp_path, md) as writer:
+        writer.write_batch(oracle(md), 0)
+        writer.flush()
+        assert Metadata.load(writer.shards_dir) == md
+        with pytest.raises(WriteError, match="were written before"):
+            writer.write_batch(oracle(md)[:1], 0)
+    assert ShardInfo.load(writer.shards_dir)
+    with ShardWriter(tmp_path / "closed", md) as writer:
+        writer.write_batch(oracle(md), 0)
+        writer.close()
+    assert Metadata.load(writer.shards_dir) == md
+
+
+@pytest.mark.parametrize("n_written", [0, 3])
+def test_closing_too_early(tmp_path, n_written):
+    md = metadata()
+    writer = ShardWriter(tmp_path, md)
+    if n_written:
+        writer.write_batch(oracle(md)[:n_written], 0)
+    with pytest.raises(WriteError, match=rf"{md.n_examples - n_written} are missing"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flushing_one_of_two_ranges(tmp_path):
+    md = metadata()
+    writers = [ShardWriter(tmp_path, md, example_range=(start, stop)) for start, stop in ((0, 5), (5, md.n_examples))]
+    for writer in writers:
+        writer.write_batch(oracle(md)[slice(*writer.example_range)], writer.example_range[0])
+    writers[0].flush()
+    assert not writers[0].published
+    writers[1].flush()
+    assert writers[1].published
+    for writer in writers:
+        writer.close()
+    assert Metadata.load(writers[0].shards_dir) == md
+
+
+def test_threads_open_a_writer_once(tmp_path):
+    md = metadata()
+    writer = ShardWriter(tmp_path, md)
+    with ThreadPoolExecutor(md.n_examples) as threads:
+        list(threads.map(lambda i: writer.write_batch(oracle(md)[i : i + 1], i), range(md.n_examples)))
+    writer.close()
+    assert Metadata.load(writer.shards_dir) == md
 
 
 def test_nested(tmp_path):

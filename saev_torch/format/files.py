@@ -22,6 +22,9 @@ from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError, Write
 MAX_JSON_BYTES = 3 << 20
 """Default bound of `read_json`: hostile JSON takes 30 times its bytes while it is parsed, real metadata is a few KB."""
 
+NOT_SAVED = "Activations are not saved at"
+"""How a `ShardsNotFoundError` begins: as `saev` does, whose users may look for it."""
+
 _NAME_MAX_BYTES = 255
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
@@ -97,8 +100,10 @@ def open_regular(directory: Path, name: str) -> int:
     except (FileNotFoundError, NotADirectoryError) as err:
         if not directory.is_dir():
             what = "is not a directory" if directory.exists() else "does not exist"
-            raise ShardsNotFoundError(f"{directory}: expected a shard directory, but it {what}") from err
-        raise ShardsNotFoundError(f"{path}: expected a file, but it does not exist; is the copy complete?") from err
+            raise ShardsNotFoundError(f"{NOT_SAVED} {directory}: expected a shard directory, but it {what}") from err
+        raise ShardsNotFoundError(
+            f"{NOT_SAVED} {path}: expected a file, but it does not exist; is the copy complete?"
+        ) from err
     except OSError as err:
         if err.errno == errno.ELOOP and path.is_symlink():
             raise FormatError(_not_regular(path, "a symbolic link")) from err

@@ -14,7 +14,7 @@ import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, UntrustedError, WriteError
 from saev_torch.format.dtypes import DTYPES, FLOAT32, ValueType
-from saev_torch.format.files import read_json, short, write_atomic, writing
+from saev_torch.format.files import NOT_SAVED, read_json, short, write_atomic, writing
 from saev_torch.format.plain import as_plain
 from saev_torch.format.protocols import PROTOCOL, check_protocol, name_of_directory, read_fields
 
@@ -134,9 +134,9 @@ class Metadata:
             if not shards_dir.is_dir():
                 raise
             raise ShardsNotFoundError(
-                f"{path}: does not exist. It is written last, so either writing {shards_dir} was not finished (go on "
-                "with ShardWriter(..., resume=True), or delete the directory and write it again), or this is not a "
-                "shard directory (they are <shards_root>/<hash>)"
+                f"{NOT_SAVED} {path}: does not exist. It is written last, so either writing {shards_dir} was not "
+                "finished (go on with ShardWriter(..., resume=True), or delete the directory and write it again), or "
+                "this is not a shard directory (they are <shards_root>/<hash>)"
             ) from err
         try:
             return cls._from_json(obj)
@@ -189,7 +189,7 @@ class Metadata:
         return orjson.dumps(self._json_object(), option=orjson.OPT_INDENT_2)
 
     def _json_object(self) -> dict[str, object]:
-        obj = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        obj = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return obj | {"dataset": str(self.dataset), "pixel_agg": self.pixel_agg.value}
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.config import ActDtype, LayerSpec, TokenKind
-from saev_torch.errors import ConfigError, FormatError
+from saev_torch.errors import ConfigError, FormatError, LabelsNotFoundError
 from saev_torch.format.dtypes import loaded_type
 from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata
@@ -102,7 +102,7 @@ class Selection:
         # Special tokens are left alone.
         read_mask = None if tokens == "special" else read_mask
         if ignore_labels and read_labels is None:
-            raise ConfigError("ignore_labels: expected labels.bin with the shards, got none; leave it empty.")
+            raise LabelsNotFoundError("ignore_labels: expected labels.bin with the shards, got none; leave it empty")
         if ignore_labels or read_mask is not None:
             self._count(Filter(ignore_labels, read_labels, read_mask))
 
@@ -319,6 +319,10 @@ class IndexMap:
         tokens: "special", "content" or "all".
         layer: A layer, "all", or a tuple of layers (the index then names the first).
 
+    Attributes:
+        md, tokens, layer: As given.
+        layer_idx_lookup: Position in a shard of each recorded layer.
+
     Raises:
         ConfigError: The layer was not recorded, or special tokens are asked for and none were recorded.
     """
@@ -327,6 +331,7 @@ class IndexMap:
         if tokens not in ("special", "content", "all"):
             raise ConfigError(f"tokens: expected 'special', 'content' or 'all', got {tokens!r}; choose one of them.")
         self.md, self.tokens, self.layer = md, tokens, layer
+        self.layer_idx_lookup = {recorded: i for i, recorded in enumerate(md.layers)}
         self._selection = Selection(md, tokens, layer)
 
     def __len__(self) -> int:

@@ -71,8 +71,8 @@ class Counters:
         """Rates of the readers of a rank since the last call, or since the iteration began.
 
         `loader/samples_per_s` and `loader/bytes_per_s` (of activations), as the readers finish batches;
-        `loader/read_mb`, all megabytes so far, and `loader/read_mb_s`, as `saev` has them; `loader/buffer_fill`, the
-        share of the batches that may be open that are; `loader/wait_disk`, `loader/wait_plan` and
+        `loader/read_mb`, all megabytes so far, and `loader/read_mb_s`, as `saev` has them; `loader/buffer_fill`, see
+        `Reservoir.fill`; `loader/wait_disk`, `loader/wait_plan` and
         `loader/wait_consumer`, the share of the readers' time in which a batch was awaited from the disk or from
         planning, or nothing was left to read until the consumer took one; `loader/n_readers`, those at work.
         """
@@ -91,6 +91,21 @@ class Counters:
         for name, key in _WAITS.items():
             found[f"loader/{name}"] = min(1.0, per_s[key] / max(1.0, sums["n_active"]))
         return found
+
+
+class Reservoir:
+    """What stands where the loaders of `saev` have their buffer, for what their trainer logs of it."""
+
+    def __init__(self, counters: Counters, rank: int) -> None:
+        self._counters, self._rank = counters, rank
+
+    def fill(self) -> float:
+        """The share of the buffer that was loaded when the latest batch was handed out, from 0.0 to 1.0.
+
+        Samples are dealt to batches to come as others are taken, so a shuffle that is read as fast as it is used stays
+        between a half and 0.9. It is 0.0 where nothing is iterated, and near it where the disk is waited for.
+        """
+        return self._counters.sums(self._rank)["fill"]
 
 
 _log = logging.getLogger("saev_torch")

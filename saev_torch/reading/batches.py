@@ -21,10 +21,11 @@ _POLL_S = 0.002
 
 @dataclasses.dataclass
 class Running:
-    """A step, and how many of its tasks are left."""
+    """A step, how many of its tasks are left, and how many samples they read."""
 
     step: Step
     n_tasks: int
+    n_samples: int = 0
 
 
 class Batches:
@@ -46,6 +47,8 @@ class Batches:
         self._running: collections.deque[Running] = collections.deque()
         self._ready: collections.deque[int] = collections.deque()
         self._taken: list[Slot] = []
+        # Samples that were read and not handed out, and those of a full batch.
+        self._n_loaded = self._batch_size = 0
         self._all_scheduled = self._stopped = self._is_full = False
         self._error: BaseException | None = None
 
@@ -80,6 +83,7 @@ class Batches:
         labels = np.empty(size, dtype=np.uint8) if has_labels else None
         slot = self._pool.acquire(self._max_open + _N_SPARE)
         with self._lock:
+            self._batch_size = max(self._batch_size, size)
             self.open[number] = OpenBatch(slot, size, np.empty(size, dtype=np.int64), labels)
 
     def begin(self, running: Running) -> None:
@@ -101,6 +105,7 @@ class Batches:
         with self._lock:
             running.n_tasks -= 1
             if not running.n_tasks:
+                self._n_loaded += running.n_samples
                 self._has_batch.notify_all()
 
     def fail(self, err: BaseException) -> None:
@@ -128,6 +133,7 @@ class Batches:
                     self._fills_wanted = 0
                     opened = self.open.pop(self._ready.popleft())
                     self._taken.append(opened.slot)
+                    self._n_loaded -= opened.size
                     self.waits.nbytes += opened.size * sample_nbytes
                     self._has_room.notify()
                     return opened
@@ -150,8 +156,8 @@ class Batches:
 
     @property
     def fill(self) -> float:
-        """Share of the batches that may be open that are."""
-        return min(1.0, len(self.open) / max(1, self._max_open))
+        """Share of the buffer, the batches that may be open, that has been read and not handed out."""
+        return min(1.0, max(0, self._n_loaded) / max(1, self._max_open * self._batch_size))
 
     @property
     def is_stalled(self) -> bool:

@@ -106,6 +106,7 @@ class Engine:
         if not step.loads:
             return
         placed = place(step, self.batches.open, self._selection)
+        running.n_samples = len(placed.cells)
         self._check(placed)
         if self._store.has_labels:
             yield Task(functools.partial(self._read_labels, placed, running))

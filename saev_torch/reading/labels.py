@@ -6,7 +6,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.errors import ConfigError
+from saev_torch.errors import LabelsNotFoundError
 from saev_torch.format.shards import LABELS_NAME, identify
 from saev_torch.order.runs import expand_runs, find_runs
 from saev_torch.order.selection import Selection, labels_changed
@@ -46,10 +46,10 @@ class Labels:
     def of_examples(self, examples: _Int64s) -> _Labels:
         """Read the labels of examples, `[m, content_tokens_per_example] uint8`; fastest where examples ascend.
 
-        Raises `ConfigError` where there is no labels.bin.
+        Raises `LabelsNotFoundError` where there is no labels.bin.
         """
         if not self.store.has_labels:
-            raise ConfigError(
+            raise LabelsNotFoundError(
                 f"{self.store.shards_dir / LABELS_NAME}: expected labels, because labels are asked for, got no such "
                 "file; leave ignore_labels empty, or use shards with labels."
             )

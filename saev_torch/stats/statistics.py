@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, tell_counted_layers
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
@@ -164,6 +164,7 @@ def compute_statistics(
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
     with contextlib.closing(ShardStore(cfg.shards)) as store:
         selection = select(store, cfg)
+        tell_counted_layers(cfg, store.metadata.layers)
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
 
 

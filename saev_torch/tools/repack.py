@@ -73,7 +73,7 @@ def repack(
         max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
         protocol=PROTOCOL,
     )
-    if new == old:
+    if new.hash == old.hash:
         raise ConfigError("layers, examples, max_tokens_per_shard: expected a change, got what the source has.")
     source = _Examples(store, [old.layers.index(layer) for layer in layers])
     n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from saev_torch.errors import ConfigError
 from saev_torch.format.files import short
+from saev_torch.format.plain import as_plain
 
 
 class Batches:
@@ -102,6 +103,7 @@ class Taps:
     def __init__(
         self, model: nn.Module, layers: Sequence[int] | Mapping[int, str], blocks: str | None, batch_dim: int
     ) -> None:
+        layers = layers if isinstance(layers, Mapping) else as_plain(layers)
         self.layers = tuple(layers)
         self._batch_dim = batch_dim
         self._modules = [model.get_submodule(name) for name in _names(model, layers, blocks)]

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
@@ -17,6 +17,7 @@ from saev_torch.format.checksums import ALGORITHM, block_checksums
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
+from saev_torch.writing.checkpoints import Checkpoints
 from saev_torch.writing.incoming import (
     check_activations,
     check_example_range,
@@ -28,8 +29,6 @@ from saev_torch.writing.incoming import (
 from saev_torch.writing.journal import Entry, Ranges
 from saev_torch.writing.unfinished import Unfinished
 
-_SYNC_NBYTES = 256 << 20  # At most about so much is written again after a kill, or
-_SYNC_S = 10.0  # what took so long.
 _SMALL_NBYTES = 1 << 20  # Below this a thread for the checksums costs more than it saves.
 
 
@@ -48,6 +47,9 @@ class ShardWriter:
     written again, nor is it an error to give it again; `missing()` says what need not even be computed. The first batch
     that is given again is compared with what is there, as other data may have the same metadata. A finished directory
     is left as it is. Data is forced to disk every 256 MB or 10 s, in the background.
+
+    Without `with`, the first batch opens the writer, and `close()` ends it as the end of the block would. What is there
+    after an exception then stays until somebody removes it.
 
     Threads may share a writer: their batches are checked side by side, and written one after the other.
 
@@ -94,6 +96,7 @@ class ShardWriter:
         self._given, self._done = Ranges(), Ranges()
         self._has_labels: bool | None = None
         self._is_open, self._pid = False, 0
+        self._was_opened, self._opening = False, threading.Lock()
 
     @property
     def published(self) -> bool:
@@ -112,11 +115,16 @@ class ShardWriter:
         self._done, self._has_labels = self._unfinished.open()
         self._given, self._is_compared = Ranges(), False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="ShardWriter")
-        self._checkpoints = _Checkpoints(self._unfinished, self._threads)
+        self._checkpoints = Checkpoints(self._unfinished, self._threads)
         # Held while files and what is known of them change. A signal handler may ask for a checkpoint meanwhile.
         self._lock = threading.RLock()
-        self._is_open, self._pid = True, os.getpid()
+        self._is_open, self._pid, self._was_opened = True, os.getpid(), True
         return self
+
+    def _open_once(self) -> None:
+        with self._opening:
+            if not self._was_opened:
+                self.__enter__()
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
         """Publish the directory if all of it is there; after an exception remove or keep what was written.
@@ -124,12 +132,32 @@ class ShardWriter:
         Raises:
             WriteError: Examples are missing, or the system refused; nothing is published.
         """
-        if os.getpid() != self._pid:
-            # A forked child leaves the block: all there is belongs to its parent.
+        if os.getpid() != self._pid or not self._is_open:
+            # A forked child leaves the block, and all there is belongs to its parent; or it was closed inside.
             return
         with self._lock:
             self._is_open = False
             self._close(exc_type)
+
+    def close(self) -> None:
+        """Do what the end of a `with` block does; nothing, where the writer was closed before.
+
+        Raises:
+            WriteError: Examples are missing, or the system refused; nothing is published.
+        """
+        self._open_once()
+        self.__exit__(None)
+
+    def flush(self) -> None:
+        """Force to disk what was written, and publish the directory if nothing is missing. May take seconds.
+
+        Raises:
+            WriteError: The writer is not open, or the system refused.
+        """
+        self.checkpoint()
+        with self._lock:
+            if not self.published and not self.missing():
+                self._unfinished.publish()
 
     def _close(self, exc_type: type[BaseException] | None) -> None:
         try:
@@ -175,6 +203,7 @@ class ShardWriter:
             WriteError: Wrong shape, dtype or range, an example that was written before, other values than those on disk
                 that they should continue, or the system refused.
         """
+        self._open_once()
         self._require_open()
         acts = check_activations(self.md, activations)
         start = check_start(start_idx, len(acts), self.example_range)
@@ -201,34 +230,19 @@ class ShardWriter:
             raise WriteError(f"patch_labels: expected them for all batches or for none, got a batch {got} them")
         self._checkpoints.raise_failed()
         if not self._is_compared:
-            self._compare(acts, start, labels)
+            again = range(*(self._done.overlap(start, stop) or (0, 0)))
+            _require_same(self.shards_dir, self.md, self._unfinished.parts.read, again, acts, start, labels)
+            self._is_compared = len(again) > 0
         entries = []
         for low, high in self._done.gaps(stop, start):
             rows = slice(low - start, high - start)
-            entries.append(self._write(acts[rows], low, None if labels is None else labels[rows]))
+            given = acts[rows], low, None if labels is None else labels[rows]
+            entries.append(_write(self._unfinished, self.md, self._threads, *given))
         # Only now, so that a batch that failed on the way can be written again.
         self._given.add(start, stop)
         self._done.add(start, stop)
         self._has_labels = labels is not None
         self._checkpoints.add(entries, sum(shard_nbytes(self.md, entry.stop - entry.start) for entry in entries))
-
-    def _compare(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> None:
-        """Refuse to continue what was written of other data, by the first examples that are given again."""
-        read, md = self._unfinished.parts.read, self.md
-        for i in range(*(self._done.overlap(start, start + len(acts)) or (0, 0))):
-            given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
-            raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
-            wrong = None if is_same(given, np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)) else "values"
-            if labels is not None and wrong is None:
-                n_labels = md.content_tokens_per_example
-                wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
-            if wrong is not None:
-                raise WriteError(
-                    f"{self.shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
-                    "those are of other data or another model under the same names; give another ckpt, data or "
-                    "dataset, or delete the directory"
-                )
-            self._is_compared = True
 
     def checkpoint(self) -> None:
         """Force to disk what was written, so that a resumed writer need not write it again; may take seconds.
@@ -243,67 +257,59 @@ class ShardWriter:
 
     def _require_open(self) -> None:
         if not self._is_open:
-            raise WriteError(f"{self.shards_dir}: expected an open writer; use `with ShardWriter(...) as writer:`")
+            remedy = "make another" if self._was_opened else "write a batch first, or use `with`"
+            raise WriteError(f"{self.shards_dir}: expected an open writer, got one that is not: {remedy}")
         if os.getpid() != self._pid:
             raise WriteError(
                 f"{self.shards_dir}: expected the process that opened the writer, got a child of it; open one there, "
                 "with its own example_range"
             )
 
-    def _write(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> Entry:
-        # The checksums are computed while the kernel copies: both let go of Python's lock.
-        checksums: Future[bytes] | None = None
-        if acts.nbytes >= _SMALL_NBYTES:
-            checksums = self._threads.submit(block_checksums, acts, labels)
-        done = 0
-        while done < len(acts):
-            shard_idx, row = divmod(start + done, self.md.examples_per_shard)
-            n_fit = min(self.md.examples_per_shard - row, len(acts) - done)
-            self._unfinished.parts.write(shard_name(shard_idx), acts[done : done + n_fit], shard_nbytes(self.md, row))
-            done += n_fit
-        if labels is not None:
-            self._unfinished.parts.write(LABELS_NAME, labels, start * self.md.content_tokens_per_example)
-        packed = block_checksums(acts, labels) if checksums is None else checksums.result()
-        return Entry(start, start + len(acts), labels is not None, ALGORITHM, packed)
+
+_Acts = npt.NDArray[np.float32]
+_Labels = npt.NDArray[np.uint8] | None
 
 
-class _Checkpoints:
-    """What was written and may not be on disk yet, and the thread that forces it there."""
+def _require_same(
+    shards_dir: Path,
+    md: Metadata,
+    read: Callable[[str, int, int], bytes],
+    again: range,
+    acts: _Acts,
+    start: int,
+    labels: _Labels,
+) -> None:
+    """Refuse to continue what was written of other data, by examples that are given again, those from `start` on."""
+    for i in again:
+        given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
+        raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
+        wrong = None if is_same(given, np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)) else "values"
+        if labels is not None and wrong is None:
+            n_labels = md.content_tokens_per_example
+            wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
+        if wrong is not None:
+            raise WriteError(
+                f"{shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
+                "those are of other data or another model under the same names; give another ckpt, data or dataset, or "
+                "delete the directory"
+            )
 
-    def __init__(self, unfinished: Unfinished, threads: ThreadPoolExecutor) -> None:
-        self._unfinished, self._threads = unfinished, threads
-        self._entries: list[Entry] = []
-        self._nbytes, self._since = 0, time.monotonic()
-        self._running: Future[None] | None = None
 
-    def add(self, entries: list[Entry], nbytes: int) -> None:
-        """Add what the journal is to say of so many bytes more, and begin a checkpoint if they have become much."""
-        self._entries += entries
-        self._nbytes += nbytes
-        if self._nbytes < _SYNC_NBYTES and time.monotonic() - self._since < _SYNC_S:
-            return
-        # Bounded, as what is not on disk yet would all have to be written again.
-        if self._running is None or self._running.done() or self._nbytes >= 4 * _SYNC_NBYTES:
-            self.join()
-            self._running = self._threads.submit(self._unfinished.sync, *self._take())
-
-    def force(self) -> None:
-        """Force to disk all that was added, and wait for it."""
-        self.join()
-        self._unfinished.sync(*self._take())
-
-    def raise_failed(self) -> None:
-        """Raise what a checkpoint that has ended has raised, if any."""
-        if self._running is not None and self._running.done():
-            self._running.result()
-
-    def join(self) -> None:
-        if self._running is not None:
-            self._running.result()
-            self._running = None
-
-    def _take(self) -> tuple[set[str], list[Entry]]:
-        # By the thread that writes, so that no write to these files is under way.
-        entries, self._entries = self._entries, []
-        self._nbytes, self._since = 0, time.monotonic()
-        return self._unfinished.parts.take_changed(), entries
+def _write(
+    unfinished: Unfinished, md: Metadata, threads: ThreadPoolExecutor, acts: _Acts, start: int, labels: _Labels
+) -> Entry:
+    """Write consecutive examples from `start` on, and say what the journal is to say of them."""
+    # The checksums are computed while the kernel copies: both let go of Python's lock.
+    checksums: Future[bytes] | None = None
+    if acts.nbytes >= _SMALL_NBYTES:
+        checksums = threads.submit(block_checksums, acts, labels)
+    done = 0
+    while done < len(acts):
+        shard_idx, row = divmod(start + done, md.examples_per_shard)
+        n_fit = min(md.examples_per_shard - row, len(acts) - done)
+        unfinished.parts.write(shard_name(shard_idx), acts[done : done + n_fit], shard_nbytes(md, row))
+        done += n_fit
+    if labels is not None:
+        unfinished.parts.write(LABELS_NAME, labels, start * md.content_tokens_per_example)
+    packed = block_checksums(acts, labels) if checksums is None else checksums.result()
+    return Entry(start, start + len(acts), labels is not None, ALGORITHM, packed)
