@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import wait_until
 from torch.utils.data import DataLoader
 
 from saev_torch import FormatError, IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig
@@ -206,13 +207,12 @@ def test_an_interrupt_leaves_no_data(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "saev_torch", "bench", "--make-gb", "0.02", "--folder", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*/*/*.part")) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(lambda: process.poll() is not None or list(tmp_path.glob("*/*/*.part")))
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=200)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130, errors.decode()
     assert list(tmp_path.iterdir()) == []
 

@@ -105,7 +105,7 @@ def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytes
             return read(*args)
         turn = next(turns)
         if turn < 4:
-            together.wait(30)
+            together.wait(60)
         time.sleep(0.002 * (turn % 3 == 0))
         return read(*args)
 
@@ -268,7 +268,7 @@ def test_more_threads_than_cores_work_only_where_a_disk_is_waited_for(make_shard
         names.add(threading.get_ident())
         # The first read, which tells that it is slow, is made alone.
         if next(turns) in (2, 3) and slow:
-            together.wait(30)
+            together.wait(60)
         read(*args)
 
     monkeypatch.setattr(Reader, "read", read_later)
