@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
+from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, require_config
 from saev_torch.errors import ConfigError
 from saev_torch.format.localcopy import LocalCopy, local_copy
 from saev_torch.format.metadata import Described
@@ -282,6 +282,7 @@ class OrderedActivations(Activations):
     cfg: OrderedConfig
 
     def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        require_config("OrderedActivations", cfg, OrderedConfig)
         super().__init__(cfg, ShardStore(cfg.shards), rank, world_size)
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
@@ -297,6 +298,7 @@ class ShuffledActivations(Activations):
     cfg: ShuffledConfig
 
     def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        require_config("ShuffledActivations", cfg, ShuffledConfig)
         store, copy = ShardStore(cfg.shards), None
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:

@@ -7,6 +7,7 @@ link, a FIFO that never answers, or a device. Everything that reads a shard dire
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import reprlib
@@ -23,6 +24,7 @@ MAX_JSON_BYTES = 3 << 20
 """Default bound of `read_json`: hostile JSON takes 30 times its bytes while it is parsed, real metadata is a few KB."""
 
 _NAME_MAX_BYTES = 255
+_MAX_LOOKED_AT, _MAX_NAMED = 1000, 3
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
     (stat.S_ISDIR, "a directory"),
@@ -122,6 +124,17 @@ def _not_regular(path: Path, kind: str) -> str:
         # What huggingface_hub downloads into its cache is a folder of links, so name the way out.
         remedy = "links are not followed: copy the files themselves (Hugging Face: download with local_dir=...)"
     return f"{path}: expected a regular file, got {kind}; {remedy}"
+
+
+def folders_with(name: str, root: Path) -> str:
+    """Name a few of the folders in a folder that have a file of this name; empty if there are none."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        for entry in itertools.islice(entries, _MAX_LOOKED_AT):
+            if os.path.isfile(os.path.join(entry.path, name)):
+                found.append(entry.name)
+    more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+    return ", ".join(map(short, sorted(found)[:_MAX_NAMED])) + more
 
 
 def read_regular(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:

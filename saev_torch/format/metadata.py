@@ -16,7 +16,7 @@ import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.dtypes import DTYPES, ValueType
-from saev_torch.format.files import read_json, short, write_atomic, writing
+from saev_torch.format.files import folders_with, read_json, short, write_atomic, writing
 
 METADATA_NAME = "metadata.json"
 PROTOCOL = "2.1"
@@ -147,6 +147,11 @@ class Metadata:
         except ShardsNotFoundError as err:
             if not shards_dir.is_dir():
                 raise
+            inside = folders_with(METADATA_NAME, shards_dir)
+            if inside:
+                raise ShardsNotFoundError(
+                    f"{shards_dir}: expected a shard directory, got a folder with {inside} in it; add that name"
+                ) from err
             raise ShardsNotFoundError(
                 f"{path}: does not exist. It is written last, so either writing {shards_dir} was not finished (go on "
                 "with ShardWriter(..., resume=True), or delete the directory and write it again), or this is not a "

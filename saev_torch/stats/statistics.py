@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, require_config
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
@@ -158,6 +158,7 @@ def compute_statistics(
         ConfigError: A bad value, or a cache folder inside the shard directory.
         ShardsNotFoundError, FormatError, ReadError: The shards cannot be read.
     """
+    require_config("compute_statistics", cfg, OrderedConfig, ShuffledConfig, IndexedConfig)
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")

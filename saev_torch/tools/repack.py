@@ -46,7 +46,7 @@ def repack(
         layers: Recorded layers to keep, by value, in the new order; all by default.
         examples: Examples to keep, in the new order; all by default.
         max_tokens_per_shard: Activations (token x layer) in a file; as in the source by default.
-        progress: Draw a progress bar; None for where stderr is a terminal.
+        progress: Draw a progress bar; None for where stderr is a terminal, and elsewhere a line a minute.
 
     Returns:
         The new directory.
@@ -78,8 +78,8 @@ def repack(
     n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
     with (
         contextlib.closing(store),
-        ShardWriter(Path(shards_root), new) as writer,
         Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
+        ShardWriter(Path(shards_root), new) as writer,
     ):
         for start in range(0, len(numbers), n_fit):
             acts, labels = source.read(numbers[start : start + n_fit])

@@ -104,7 +104,7 @@ def verify(
     Args:
         shards_dir: The directory.
         finite: Also look for NaN and infinity.
-        progress: Draw a progress bar; None for where stderr is a terminal.
+        progress: Draw a progress bar; None for where stderr is a terminal, and elsewhere a line a minute.
         n_threads: Reading threads; as many as there are cores by default, but 4 to 8, as disks want several.
 
     Returns:

@@ -137,9 +137,15 @@ class ShardWriter:
                 missing = self.missing()
                 if missing:
                     n_missing = sum(stop - start for start, stop in missing)
+                    kept = (
+                        "what was written stays: write the rest with ShardWriter(..., resume=True)"
+                        if self._keeps
+                        else "what was written is removed: ShardWriter(..., resume=True) keeps it, to go on later"
+                    )
                     raise WriteError(
                         f"{self.shards_dir}: expected {self.example_range[1] - self.example_range[0]} examples, as "
-                        f"announced, {n_missing} are missing: {short(missing)} (ends excluded); nothing was published"
+                        f"announced, got {n_missing} less: {short(missing)} (ends excluded) are missing; nothing was "
+                        f"published, and {kept}"
                     )
                 self._checkpoints.force()
                 self._unfinished.publish()
