@@ -21,10 +21,9 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from saev_torch.bench.sides import Loader, Side, make_loader
@@ -32,6 +31,9 @@ from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.iterable import ShuffledActivations
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
+
+if TYPE_CHECKING:
+    import psutil
 
 PROCESS_NBYTES = 350_000_000
 _N_BATCHES_PER_PROCESS = 6
@@ -59,14 +61,18 @@ class Measured:
         return self.nbytes / self.seconds / 1e9
 
 
-def family() -> list[psutil.Process]:
+def family() -> "list[psutil.Process]":
     """This process and all processes below it."""
+    import psutil
+
     own = psutil.Process()
     return [own, *own.children(recursive=True)]
 
 
 def processor_s() -> NDArray[np.float64]:
     """Processor time of this process and all below it since each began: `[user, system]` in seconds."""
+    import psutil
+
     total = np.zeros(2)
     for process in family():
         # One that has ended in the meantime takes its time with it.
@@ -215,8 +221,10 @@ class MemoryUse:
         )
 
 
-def pss_nbytes(processes: Iterable[psutil.Process]) -> int:
+def pss_nbytes(processes: "Iterable[psutil.Process]") -> int:
     """Sum of the proportional set sizes of processes: memory that n of them share counts 1/n for each of them."""
+    import psutil
+
     total = 0
     for process in processes:
         # A process that has ended in the meantime uses nothing.
@@ -225,8 +233,10 @@ def pss_nbytes(processes: Iterable[psutil.Process]) -> int:
     return total
 
 
-def _libraries_nbytes(process: psutil.Process) -> int:
+def _libraries_nbytes(process: "psutil.Process") -> int:
     """The share of a process in the libraries that it maps, without what it wrote there."""
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         return sum(part.pss - part.anonymous for part in process.memory_maps() if ".so" in part.path)
     return 0
@@ -243,6 +253,8 @@ def measure_memory(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
 
 
 def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
+    import psutil
+
     n_batches = ShuffledActivations(cfg).n_batches
     cfg = dataclasses.replace(cfg, buffer_size=max(1, min(cfg.buffer_size, n_batches // _EPOCH_PER_BUFFER)))
     dataset = ShuffledActivations(cfg)

@@ -46,6 +46,11 @@ def short(value: object) -> str:
         return "an integer of thousands of digits"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number and what is counted: 1 fault, 2 faults."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def fingerprint(directory: Path, names: Iterable[str], about: bytes) -> str:
     """Digest, in 64 hex digits, of `about` and of each file's size and time of change."""
     digest = hashlib.sha256(about)

@@ -14,12 +14,13 @@ import numpy.typing as npt
 
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
+from saev_torch.format.files import short
 from saev_torch.format.metadata import PROTOCOL, Metadata
 from saev_torch.reading.extents import make_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
-from saev_torch.tools.arguments import at_least
+from saev_torch.tools.arguments import at_least, integers, positions
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
 
@@ -61,9 +62,7 @@ def repack(
     layers = tuple(old.layers if layers is None else layers)
     if not layers or not set(layers) <= set(old.layers):
         raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(layers)}.")
-    numbers = np.array(range(old.n_examples) if examples is None else examples, dtype=np.int64)
-    if not len(numbers) or not 0 <= numbers.min() <= numbers.max() < old.n_examples:
-        raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got another or none.")
+    numbers = _numbers(old, examples)
     new = dataclasses.replace(
         old,
         data=_describe(old, numbers),
@@ -86,6 +85,18 @@ def repack(
             writer.write_batch(acts, start, labels)
             bar.update(acts.nbytes)
     return writer.shards_dir
+
+
+def _numbers(old: Metadata, examples: Sequence[int] | None) -> npt.NDArray[np.int64]:
+    """The examples to keep, as an array."""
+    numbers = np.asarray(range(old.n_examples) if examples is None else examples)
+    got = "none" if numbers.size == 0 else short(examples)
+    if numbers.size and numbers.ndim == 1 and numbers.dtype.kind in "iu":
+        outside = numbers[(numbers < 0) | (numbers >= old.n_examples)]
+        if not len(outside):
+            return numbers.astype(np.int64)
+        got = f"{outside[0]}"
+    raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got {got}; choose others.")
 
 
 def _describe(old: Metadata, examples: npt.NDArray[np.int64]) -> str:
@@ -145,23 +156,13 @@ class _Examples:
             )
 
 
-def _layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _examples(text: str) -> slice | list[int]:
-    if ":" not in text:
-        return _layers(text)
-    return slice(*(int(part) if part else None for part in text.split(":")))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("dir", type=Path, help="shard directory to read")
     parser.add_argument("root", type=Path, help="where the new directory <hash> is made")
-    parser.add_argument("--layers", type=_layers, metavar="A,B", help="layers to keep, for instance --layers=-2,11")
+    parser.add_argument("--layers", type=integers(), metavar="A,B", help="layers to keep, for instance --layers=-2,11")
     kept = "examples to keep: start:stop[:step], or a list 3,5,8"
-    parser.add_argument("--examples", type=_examples, metavar="A:B", help=kept)
+    parser.add_argument("--examples", type=positions, metavar="A:B", help=kept)
     most = "activations (token x layer) in a file"
     parser.add_argument("--max-tokens-per-shard", type=at_least(1), metavar="N", help=most)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -16,7 +16,7 @@ import numpy as np
 
 from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
-from saev_torch.format.files import read_regular
+from saev_torch.format.files import counted, read_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, stat_regular
 from saev_torch.processes.world import count_cores
@@ -238,9 +238,12 @@ class _Verification:
                 ]
         if self.finite and piece.file.idx != LABELS_IDX:
             for i, block in enumerate(blocks):
-                n_bad = int(np.count_nonzero(~np.isfinite(np.frombuffer(block, self.md.value_type.storage))))
-                if n_bad:
-                    bad.append((i, f"expected finite values, got {n_bad} that are not"))
+                values = np.frombuffer(block, self.md.value_type.storage)
+                wrong = np.flatnonzero(~np.isfinite(values))
+                if len(wrong):
+                    token, dimension = divmod(int(wrong[0]), self.md.d_model)
+                    where = f"the first {values[wrong[0]]} in stored token {token}, dimension {dimension}"
+                    bad.append((i, f"expected finite values, got {len(wrong)} that are not, {where}"))
         return [
             Fault(name, what, piece.first + i // n_layers, layers[i % n_layers], piece.offset + i * width)
             for i, what in bad
@@ -263,8 +266,8 @@ def run(args: argparse.Namespace) -> int:
     report = verify(args.dir, finite=args.finite, progress=False if args.quiet else None)
     for fault in report.faults:
         print(fault)
-    what = f"{report.n_blocks:,} checksums" if report.has_checksums else "sizes only, as there is no checksums.json"
+    what = counted(report.n_blocks, "checksum") if report.has_checksums else "sizes only, as there is no checksums.json"
     if args.finite:
         what += ", values"
-    print(f"{args.dir}: {'all is well' if report.ok else f'{len(report.faults)} faults'} ({what})")
+    print(f"{args.dir}: {counted(len(report.faults), 'fault') if report.faults else 'all is well'} ({what})")
     return int(not report.ok)
