@@ -211,7 +211,8 @@ def require_config(taker: str, cfg: Any, *kinds: type[_Config]) -> None:
     if isinstance(cfg, str | os.PathLike):
         got, remedy = repr(os.fspath(cfg)), f"{kinds[0].__name__}(shards={os.fspath(cfg)!r}, layer=...)"
     else:
-        got, remedy = f"a {type(cfg).__name__}", f"{kinds[0].__name__}(shards=..., layer=...)"
+        name = type(cfg).__name__
+        got, remedy = f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}", f"{kinds[0].__name__}(shards=..., layer=...)"
         if isinstance(cfg, ShuffledConfig) and OrderedConfig in kinds:
             remedy = "make_ordered_config(cfg)"
     raise ConfigError(f"{taker}: expected a config of type {wanted}, got {got}; give it {remedy}.")

@@ -20,6 +20,8 @@ from saev_torch.reading import leases
 
 # How long a test waits for what must happen: long, because a loaded machine is slow, and only a failure waits so long.
 PATIENCE_S = 60.0
+# How long after a test what it used may take to go away: worker processes end a moment after their loader.
+GRACE_S = 20.0
 
 # What multiprocessing (pools) and matplotlib (fonts) keep for the life of the process, in which they are few.
 _POOLS = ("/pym-", "/mpl-data/fonts/")
@@ -81,7 +83,7 @@ def no_leaks() -> Iterator[None]:
     """Fail a test that leaves a file descriptor, thread, child process or shared memory behind."""
     before = Resources.now()
     yield
-    leaks = before.leaks_now(PATIENCE_S)
+    leaks = before.leaks_now(GRACE_S)
     if leaks:
         pytest.fail("the test leaked:\n" + "\n".join(leaks))
 

@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         if args.doctor:
             findings = examine(data, data.config(args.batch_size, args.buffer_size), args.quick)
             print(describe(findings))
+            if args.make_gb is not None:
+                print("  (these data are removed now: give it shards of your own)")
             report = findings.to_json()
         else:
             report = _bench(args, data, layers_data)

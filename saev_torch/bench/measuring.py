@@ -45,7 +45,8 @@ _N_PROBES = 100
 class Measured:
     """What one side did once: samples, bytes of their activations, its time, and the processor time of all processes.
 
-    `is_cut` says that a cold epoch, or a pass of statistics, was stopped before its end.
+    `is_cut` says that a cold epoch, or a pass of statistics, was stopped before its end. In a cold epoch `start_s` went
+    by until the first batch came, of `n_first` samples.
     """
 
     n_samples: int
@@ -54,11 +55,19 @@ class Measured:
     user_s: float = 0.0
     system_s: float = 0.0
     is_cut: bool = False
+    start_s: float = 0.0
+    n_first: int = 0
 
     @property
     def gb_per_s(self) -> float:
         """1e9 bytes of activations per second."""
         return self.nbytes / self.seconds / 1e9
+
+    @property
+    def gb_per_s_then(self) -> float:
+        """The same after the first batch; 0 where there is no other."""
+        share = 1 - self.n_first / self.n_samples
+        return share * self.nbytes / (self.seconds - self.start_s) / 1e9 if share else 0.0
 
 
 def family() -> "list[psutil.Process]":
@@ -87,6 +96,7 @@ class _Clock:
     def __init__(self, sample_nbytes: int, touch: bool = False) -> None:
         self._sample_nbytes, self._touch = sample_nbytes, touch
         self.n_samples, self.seconds = 0, 0.0
+        self._start_s, self._n_first = 0.0, 0
         self._before, self._began = processor_s(), time.perf_counter()
 
     def count(self, batch: Any) -> None:
@@ -96,12 +106,15 @@ class _Clock:
 
     def count_to(self, n_samples: int) -> None:
         self.n_samples, self.seconds = n_samples, time.perf_counter() - self._began
+        if not self._n_first:
+            self._start_s, self._n_first = self.seconds, n_samples
 
     def read(self, is_cut: bool = False) -> Measured:
         nbytes = self.n_samples * self._sample_nbytes
         # A process that ended took its time with it.
         user_s, system_s = np.maximum(0, processor_s() - self._before).tolist()
-        return Measured(self.n_samples, nbytes, self.seconds, user_s, system_s, is_cut)
+        first = self._start_s, self._n_first
+        return Measured(self.n_samples, nbytes, self.seconds, user_s, system_s, is_cut, *first)
 
 
 def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:

@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("saev_torch_demo.png"), help="figure (default: %(default)s)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the shards under this folder")
     parser.add_argument("--layer", type=int, choices=LAYERS, default=LAYERS[-1], help="layer to train on")
-    parser.add_argument("--windows", type=at_least(1), default=800, help="windows of text at most (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=at_least(1), default=800, help="windows of text at most (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=at_least(1), default=Recipe.n_epochs, help="epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order and the weights (default: %(default)s)")
 

@@ -133,11 +133,10 @@ def _not_regular(path: Path, kind: str) -> str:
 
 def folders_with(name: str, root: Path) -> str:
     """Name a few of the folders in a folder that have a file of this name; empty if there are none."""
-    found = []
+    found: list[str] = []
     with contextlib.suppress(OSError), os.scandir(root) as entries:
-        for entry in itertools.islice(entries, _MAX_LOOKED_AT):
-            if os.path.isfile(os.path.join(entry.path, name)):
-                found.append(entry.name)
+        looked_at = itertools.islice(entries, _MAX_LOOKED_AT)
+        found = [entry.name for entry in looked_at if os.path.isfile(os.path.join(entry.path, name))]
     more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
     return ", ".join(map(short, sorted(found)[:_MAX_NAMED])) + more
 

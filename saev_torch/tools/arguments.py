@@ -30,7 +30,9 @@ def integers(least: float = -math.inf) -> Callable[[str], list[int]]:
             if min(numbers) >= least:
                 return numbers
         bound = "" if least == -math.inf else f" of at least {least}"
-        raise argparse.ArgumentTypeError(f"expected integers{bound} with commas between them, as in 0,1,2, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected integers{bound} with commas between them, as in 0,1,2, got {text!r}"
+        )
 
     return parse
 

@@ -45,7 +45,9 @@ def _require_values(name: str, given: torch.Tensor | npt.NDArray[Any]) -> None:
         got = "a nested one" if given.is_nested else f"{given.layout}"
         raise WriteError(f"{name}: expected a dense tensor, got {got}; convert it, as with .to_dense()")
     elif given.is_meta:
-        raise WriteError(f"{name}: expected a tensor with values, got one on the device 'meta'; load the model's weights")
+        raise WriteError(
+            f"{name}: expected a tensor with values, got one on the device 'meta'; load the model's weights"
+        )
 
 
 def _to_numpy(name: str, tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -136,6 +136,8 @@ class ShardWriter:
             if exc_type is None and not self.published:
                 missing = self.missing()
                 if missing:
+                    if self._keeps:
+                        self._checkpoints.force()
                     n_missing = sum(stop - start for start, stop in missing)
                     kept = (
                         "what was written stays: write the rest with ShardWriter(..., resume=True)"
