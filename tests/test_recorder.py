@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import rank_records
 import torch
+from conftest import wait_until
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -83,6 +85,49 @@ def test_hidden_states_of_a_transformers_model_bit_for_bit(tmp_path, minilm):
     # And through the loaders: content tokens are those behind [CLS].
     (batch,) = OrderedActivations(OrderedConfig(shards=shards_dir, layer=3))
     assert batch["act"].equal(read(shards_dir)[:, 1, 1:].flatten(0, 1))
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Bert"])
+def test_layer_i_is_what_block_i_puts_out(tmp_path, family):
+    """transformers' `hidden_states[i + 1]`, but for the last block of models that have a norm behind it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2} if family == "GPT2" else sizes
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=50, **sizes)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    ids = torch.randint(50, (4, 7))
+    root, loader = tmp_path, DataLoader(Windows(ids), batch_size=2)
+    recorded = read(record(model, loader, layers=[0, 1, -1], shards_root=root, cls_token=False, **NAMES))
+    with torch.no_grad():
+        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
+    assert len(hidden) == 4
+    for i in (0, 1):
+        assert torch.allclose(recorded[:, i], hidden[i + 1], atol=1e-6)
+    norm = {"Llama": "norm", "GPT2": "ln_f"}.get(family)
+    is_same = torch.allclose(recorded[:, 2], hidden[3], atol=1e-3)
+    assert is_same == (norm is None)
+    if norm is not None:
+        with torch.no_grad():
+            assert torch.allclose(model.get_submodule(norm)(recorded[:, 2]), hidden[3], atol=1e-5)
+    assert "final norm" in record.__doc__
+
+
+def test_a_first_batch_of_minutes_is_not_silent(tmp_path, monkeypatch):
+    """As in a batch job: nothing is asked for, and stderr is no terminal."""
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr("saev_torch.writing.progress._EVERY_S", 0.01)
+
+    def forward(model, batch):
+        wait_until(lambda: "recording: 0% (0 of 22 examples)\n" in stderr.getvalue())
+        model(batch[0])
+
+    record(
+        rank_records.make_model(), DataLoader(rank_records.make_data(), batch_size=22), layers=[0], cls_token=True,
+        shards_root=tmp_path, forward=forward, **NAMES,
+    )  # fmt: skip
+    assert stderr.getvalue().endswith("recording: 100% (22 of 22 examples, 0:00:00 left)\n")
 
 
 def by_hand(model, x):
