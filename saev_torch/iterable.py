@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,6 +168,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         Raises:
             IndexError: There is no such batch.
         """
+        # Of numpy's integers, a product may not fit into their own type.
+        batch_idx = operator.index(batch_idx)
         if not 0 <= batch_idx < self.n_batches:
             raise IndexError(f"batch {batch_idx} is out of range: there are {self.n_batches}, from 0.")
         selection = self._own_selection()
@@ -191,7 +194,9 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         Raises:
             IndexError: The selection has no such sample.
         """
-        return self._plan(epoch).find(self._own_selection().find(example_idx, token_idx, layer))
+        layer = None if layer is None else operator.index(layer)
+        sample = self._own_selection().find(operator.index(example_idx), operator.index(token_idx), layer)
+        return self._plan(epoch).find(sample)
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         require_shared_once(self.cursor.world)
@@ -317,7 +322,7 @@ class ShuffledActivations(Activations):
             find_scale_kernels()
 
     def _plan(self, epoch: int | None) -> ShufflePlan:
-        cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else epoch
+        cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else operator.index(epoch)
         return ShufflePlan(
             self.n_samples, cfg.batch_size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, epoch
         )

@@ -123,6 +123,22 @@ def test_what_is_no_number_of_a_sample(make_shards, number):
             data_set.__getitems__(numbers)
 
 
+@pytest.mark.parametrize("integer", [np.int8, np.uint8, np.int64, np.uint64, torch.tensor])
+def test_integers_of_any_type_tell_where_samples_are(make_shards, integer):
+    data_set = ShuffledActivations(ShuffledConfig(shards=make_shards(n_examples=60), layer="all", batch_size=8))
+    for epoch in (0, integer(2)):
+        wanted = data_set.locate(50, int(epoch))
+        found = data_set.locate(integer(50), epoch)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        example, token, layer = (int(wanted[key][3]) for key in ("example_idx", "token_idx", "layer"))
+        assert data_set.find(integer(example), integer(token), integer(layer), epoch) == (50, 3)
+    for wrong in (1.5, "1", None):
+        with pytest.raises(TypeError):
+            data_set.locate(wrong)
+        with pytest.raises(TypeError):
+            data_set.find(wrong, 0, 3)
+
+
 # Tensors that are written
 
 

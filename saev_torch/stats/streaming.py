@@ -70,7 +70,7 @@ class Pass:
         self, store: ShardStore, selection: Selection, samples: _Int64s | None, progress: Progress | None, is_only: bool
     ) -> None:
         self._store, self._selection, self._samples = store, selection, samples
-        self._progress = self._say if progress is None else progress
+        self._progress: Progress | None = self._say if progress is None else progress
         self._said = time.monotonic()
         self.first_nonfinite: NonFinite | None = None
         self._n = selection.n_samples if samples is None else len(samples)

@@ -81,8 +81,9 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
     if isinstance(patch_labels, torch.Tensor | np.ndarray):
         _require_values("patch_labels", patch_labels)
     try:
-        is_tensor = isinstance(patch_labels, torch.Tensor)
-        labels = _to_numpy("patch_labels", patch_labels) if is_tensor else np.asarray(patch_labels)
+        if isinstance(patch_labels, torch.Tensor):
+            patch_labels = _to_numpy("patch_labels", patch_labels)
+        labels = np.asarray(patch_labels)
     except (TypeError, ValueError, RuntimeError) as err:
         raise WriteError(f"patch_labels: expected an array of integers, got {short(patch_labels)}") from err
     shape = [batch, md.content_tokens_per_example]
