@@ -231,7 +231,7 @@ def test_an_interrupt_leaves_no_data(tmp_path: Path) -> None:
     try:
         wait_until(lambda: process.poll() is not None or list(tmp_path.glob("*/*/*.part")))
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
         process.communicate()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*args):
     command = [sys.executable, "-m", "saev_torch", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -483,7 +483,7 @@ def test_debug_without_logging_set_up(make_shards):
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
-            timeout=60,
+            timeout=240,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -560,7 +560,7 @@ def test_use_tmpdir_in_several_processes(make_shards, tmpdir_env):
         subprocess.Popen([sys.executable, "-c", script, cfg.shards], stdout=subprocess.PIPE, text=True, env=env)
         for _ in range(3)
     ]
-    outputs = [process.communicate(timeout=100)[0].split() for process in running]
+    outputs = [process.communicate(timeout=240)[0].split() for process in running]
     assert [output[-1] for output in outputs] == [contracts.digest(ShuffledActivations(cfg))] * 3
     copied = [name for output in outputs for name in output[:-1]]
     assert sorted(copied) == sorted(path.name for path in cfg.shards.iterdir())

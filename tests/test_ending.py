@@ -245,5 +245,5 @@ next(batches)
 def test_no_thread_of_ours_runs_when_the_interpreter_goes(cfg: ShuffledConfig) -> None:
     command = [sys.executable, "-c", _AT_EXIT, str(cfg.shards)]
     for _ in range(3):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -298,7 +298,7 @@ def test_a_killed_worker_leaves_what_was_received(make_shards):
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        timeout=200,
+        timeout=240,
         check=False,
     )
     error, same = done.stdout.strip().split("\n")
@@ -332,7 +332,7 @@ def test_workers_end_when_their_parent_is_killed(make_shards):
         [sys.executable, "-c", ORPHANS, str(shards)],
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=200,
+        timeout=240,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL

@@ -347,7 +347,7 @@ def test_help_needs_no_extra():
         "        code = err.code\n"
         "    if code: sys.exit(f'{name}: {code}')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("usage: ") == len(COMMANDS)
 
@@ -360,7 +360,7 @@ def test_an_interrupt_is_heard_where_the_shell_ignores_it():
     code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     answers = [
-        subprocess.run([sys.executable, "-c", what], capture_output=True, text=True, timeout=200, cwd=ROOT / "tests",
+        subprocess.run([sys.executable, "-c", what], capture_output=True, text=True, timeout=240, cwd=ROOT / "tests",
                        env={**os.environ, "PYTHONPATH": str(ROOT)},
                        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)).stdout
         for what in (start, f"import conftest; conftest.pytest_configure(); {start}")
