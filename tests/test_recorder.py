@@ -242,6 +242,22 @@ def test_token_windows():
         token_windows([[1, 2], [3, 4]], 9)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_that_makes_nested_tensors_of_padding(tmp_path):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    is_padding = torch.zeros(4, 5, dtype=torch.bool)
+    is_padding[:, 4] = True
+    loader = DataLoader(TensorDataset(torch.randn(4, 5, 16), is_padding), batch_size=2)
+    options = {
+        "layers": [0, 2], "shards_root": tmp_path, "cls_token": False, "content_tokens_per_example": 4, **NAMES,
+        "forward": lambda model, batch: model(batch[0], src_key_padding_mask=batch[1]),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"dense tensors, got nested ones; .*enable_nested_tensor=False"):
+        record(nn.TransformerEncoder(layer, 3), loader, **options)
+    # As it says.
+    assert read(record(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), loader, **options)).isfinite().all()
+
+
 class Dying(TensorDataset):
     def __getitem__(self, i):
         if i == 13:
@@ -351,6 +367,8 @@ def test_ranks_record_what_one_process_records(tmp_path, n_ranks):
     assert content(tmp_path / "ranks" / alone.name) == content(alone)
 
 
+# Python 3.12 and later: of forking workers while a thread waits to say how far the recording has come.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_worker_processes(tmp_path):
     data, model = rank_records.make_data(), rank_records.make_model()
     options = {"layers": [1], "cls_token": False, **NAMES}
