@@ -138,9 +138,9 @@ class Taps:
         if isinstance(out, tuple | list) and out:
             out = out[0]
         if isinstance(out, torch.Tensor) and (out.is_nested or out.layout != torch.strided):
-            got = "nested ones" if out.is_nested else f"{out.layout}"
+            kind = "nested ones" if out.is_nested else out.layout
             raise ConfigError(
-                f"layers: expected blocks that put out dense tensors, got {got}; nn.TransformerEncoder makes such of "
+                f"layers: expected blocks that put out dense tensors, got {kind}; nn.TransformerEncoder makes such of "
                 "padded batches: build it with enable_nested_tensor=False."
             )
         if not isinstance(out, torch.Tensor) or out.ndim != 3:
