@@ -216,7 +216,7 @@ def test_tensors_without_values(tmp_path, make, message):
     ],
 )
 def test_a_writer_that_ends_short(tmp_path, options, message):
-    found = rf"expected 2 examples, as announced, got 1 less: \[\(1, 2\)\] .* are missing; nothing was .*{message}"
+    found = rf"expected 2 examples, as announced, 1 are missing: \[\(1, 2\)\] .*; nothing was .*{message}"
     with pytest.raises(WriteError, match=found), ShardWriter(tmp_path, MD, **options) as writer:
         writer.write_batch(acts()[:1], 0)
     # It does what it says.

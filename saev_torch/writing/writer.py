@@ -146,8 +146,8 @@ class ShardWriter:
                     )
                     raise WriteError(
                         f"{self.shards_dir}: expected {self.example_range[1] - self.example_range[0]} examples, as "
-                        f"announced, got {n_missing} less: {short(missing)} (ends excluded) are missing; nothing was "
-                        f"published, and {kept}"
+                        f"announced, {n_missing} are missing: {short(missing)} (ends excluded); nothing was published, "
+                        f"and {kept}"
                     )
                 self._checkpoints.force()
                 self._unfinished.publish()
