@@ -281,8 +281,7 @@ def test_no_message_names_a_function_of_ours(command, value, capsys):
             continue
         line = line[0]
         assert f"argument {action.option_strings[0]}: " in line
-        assert not re.search(r"invalid _?[a-z]+_", line), line
-        assert "invalid parse value" not in line
+        assert not re.search(r"invalid (_|parse)", line), line
 
 
 @pytest.mark.parametrize(
