@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str], chosen: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m saev_torch", description="Tools of saev_torch.")
+    package = importlib.import_module("saev_torch")
+    parser.add_argument("--version", action="version", version=f"saev_torch {package.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, command in COMMANDS.items():
         description = f"{command.help[0].upper()}{command.help[1:]}."

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import IndexedConfig, is_integer, tell_counted_layers
+from saev_torch.config import IndexedConfig, is_integer, require_config, tell_counted_layers
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
@@ -109,6 +109,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     Example = Sample
 
     def __init__(self, cfg: IndexedConfig) -> None:
+        require_config("IndexedDataset", cfg, IndexedConfig)
         self.cfg = cfg
         self._store = ShardStore(cfg.shards)
         self.metadata = self._store.metadata
@@ -144,7 +145,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         return torch.from_numpy(act.copy())
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample: dict[str, Any] = self._transformed(self._read(np.array([operator.index(i)], dtype=np.int64)))[0]
+        sample: dict[str, Any] = self._transformed(self._read(self._check([i])))[0]
         return sample
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
@@ -161,10 +162,26 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             TypeError: A number is no integer.
             ReadError: Reading failed.
         """
-        numbers = np.asarray(indices)
-        if numbers.dtype.kind not in "iu" and len(numbers):
-            raise TypeError(f"indices: expected integers, got {numbers.dtype}; number samples from 0.")
-        return self._transformed(self._read(numbers.astype(np.int64)))
+        return self._transformed(self._read(self._check(indices)))
+
+    def _check(self, indices: Any) -> NDArray[np.int64]:
+        """Return numbers of samples as an array; the integers may be of any type and size."""
+        try:
+            numbers = np.asarray(indices)
+            if numbers.ndim == 1 and numbers.dtype.kind in "Of":
+                # Integers beyond 64 bits, or such beyond 63 beside others; and what is none.
+                numbers = np.array([operator.index(i) for i in indices], dtype=object)
+        except (TypeError, ValueError, RuntimeError):
+            numbers = np.array(None)
+        if numbers.ndim != 1 or numbers.dtype.kind not in "iuO":
+            raise TypeError(
+                f"indices: expected integers, numbers of samples from 0, got {short(indices)}; for a range of samples "
+                "take __getitems__(range(start, stop))."
+            )
+        wrong = (numbers < 0) | (numbers >= len(self))
+        if wrong.any():
+            raise IndexError(f"sample {short(int(numbers[wrong][0]))} is out of range: there are {len(self)}, from 0.")
+        return numbers.astype(np.int64)
 
     def _transformed(self, samples: _Samples) -> Sequence[dict[str, Any]]:
         if type(self).transform is IndexedDataset.transform:
@@ -187,9 +204,6 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
 
     def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Samples:
         n, selection = len(samples), self._selection
-        wrong = (samples < 0) | (samples >= len(self))
-        if wrong.any():
-            raise IndexError(f"sample {int(samples[wrong][0])} is out of range: there are {len(self)}, from 0.")
         slot = self._acquire(n)
         try:
             order = np.argsort(samples)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, tell_counted_layers
+from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, require_config, tell_counted_layers
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Described
 from saev_torch.order.selection import Selection, labels_changed
@@ -160,6 +161,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         Raises:
             IndexError: There is no such batch.
         """
+        # Of numpy's integers, a product may not fit into their own type.
+        batch_idx = operator.index(batch_idx)
         if not 0 <= batch_idx < self.n_batches:
             raise IndexError(f"batch {batch_idx} is out of range: there are {self.n_batches}, from 0.")
         selection = self._own_selection()
@@ -184,7 +187,9 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         Raises:
             IndexError: The selection has no such sample.
         """
-        return self._plan(epoch).find(self._own_selection().find(example_idx, token_idx, layer))
+        layer = None if layer is None else operator.index(layer)
+        sample = self._own_selection().find(operator.index(example_idx), operator.index(token_idx), layer)
+        return self._plan(epoch).find(sample)
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         require_shared_once(self.cursor.world)
@@ -283,6 +288,7 @@ class OrderedActivations(Activations):
     cfg: OrderedConfig
 
     def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        require_config("OrderedActivations", cfg, OrderedConfig)
         super().__init__(cfg, ShardStore(cfg.shards), rank, world_size)
         self._compile()
 
@@ -299,6 +305,7 @@ class ShuffledActivations(Activations):
     cfg: ShuffledConfig
 
     def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+        require_config("ShuffledActivations", cfg, ShuffledConfig)
         store = ShardStore(cfg.shards, is_local=cfg.use_tmpdir)
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:
@@ -316,7 +323,7 @@ class ShuffledActivations(Activations):
         return compute_scale(self._store.clone(), self._own_selection(), self.cfg.scale_samples)
 
     def _plan(self, epoch: int | None) -> ShufflePlan | UniformPlan:
-        cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else epoch
+        cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else operator.index(epoch)
         if cfg.order == "uniform":
             return UniformPlan(self.n_samples, cfg.batch_size, cfg.seed, epoch)
         return ShufflePlan(

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -17,8 +18,10 @@ import torch
 
 from saev_torch.reading import leases
 
+# How long a test waits for what must happen: long, because a loaded machine is slow, and only a failure waits so long.
+PATIENCE_S = 60.0
 # How long after a test what it used may take to go away: worker processes end a moment after their loader.
-GRACE_S = 3.0
+GRACE_S = 20.0
 
 # What multiprocessing (pools) and matplotlib (fonts) keep for the life of the process, in which they are few.
 _POOLS = ("/pym-", "/mpl-data/fonts/")
@@ -30,6 +33,15 @@ FOREIGN_WARNINGS = (
     # The order must not depend on the number of workers, so tests use more than a small machine has cores.
     "ignore:This DataLoader will create .* worker processes in total:UserWarning",
 )
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C be heard, here and in children: a shell that runs a job in the background ignores it for all of them.
+
+    A child that is started has the default, as handlers are not inherited, but what is ignored is.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,6 +86,14 @@ def no_leaks() -> Iterator[None]:
     leaks = before.leaks_now(GRACE_S)
     if leaks:
         pytest.fail("the test leaked:\n" + "\n".join(leaks))
+
+
+def wait_until(is_so: Callable[[], Any]) -> None:
+    """Wait for something that happens by itself, and fail if it does not."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline, f"not so after {PATIENCE_S} s"
+        time.sleep(0.01)
 
 
 @dataclasses.dataclass(frozen=True)

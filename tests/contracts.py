@@ -19,6 +19,7 @@ import factory
 import numpy as np
 import pytest
 import torch
+from conftest import PATIENCE_S
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -193,7 +194,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 def check_fails(
-    loader: Any, error: type[Exception], message: str, within_s: float = 20.0, each: Callable[[Any], None] = id
+    loader: Any, error: type[Exception], message: str, within_s: float = PATIENCE_S, each: Callable[[Any], None] = id
 ) -> Exception:
     """Check that iterating fails with an error that names what it should, in the parent, soon; return the error."""
     iterator = iter(loader)

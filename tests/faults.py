@@ -26,7 +26,7 @@ from typing import Any
 
 import contracts
 import factory
-from conftest import Resources
+from conftest import PATIENCE_S, Resources
 from torch.utils.data import DataLoader
 
 from saev_torch import OrderedConfig, ShuffledConfig
@@ -560,7 +560,7 @@ def _run(case: str, shards: str, out: str) -> None:
     run.iterator = None
     run.kept.clear()
     gc.collect()
-    outcome["leaks"] = before.leaks_now(8.0)
+    outcome["leaks"] = before.leaks_now(PATIENCE_S)
     outcome["ended_s"] = time.monotonic() - run.began if run.began else 0.0
     outcome.update(delivered=run.delivered, extra=run.extra)
     outcome["temporary"] = [str(path.relative_to(temp)) for path in temp.rglob("*") if path.is_file()]

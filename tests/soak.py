@@ -33,7 +33,7 @@ CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
     (ShuffledConfig, {"layer": 3, "batch_size": 48, "ignore_labels": [0, 5], "drop_last": True, "n_lanes": 3}),
     (OrderedConfig, {"layer": 3, "batch_size": 80, "tokens": "all"}),
 )
-SETTLE_S = 3.0
+SETTLE_S = 60.0
 
 
 @dataclasses.dataclass

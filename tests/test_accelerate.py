@@ -47,7 +47,7 @@ def run_ranks(out: Path, shards: Path, cases: list[dict[str, Any]]) -> list[list
         for rank in ranks:
             stack.callback(rank.kill)
         for rank in ranks:
-            _, stderr = rank.communicate(timeout=90)
+            _, stderr = rank.communicate(timeout=240)
             assert rank.returncode == 0, stderr
     found = [json.loads((out / f"{rank}.json").read_text()) for rank in "01"]
     assert all(case["n_processes"] == 2 for rank in found for case in rank)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -19,11 +20,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import wait_until
 from torch.utils.data import DataLoader
 
-from saev_torch import FormatError, IndexedConfig, IndexedDataset, Metadata, OrderedConfig, ShuffledConfig
+from saev_torch import (
+    FormatError,
+    IndexedConfig,
+    IndexedDataset,
+    Metadata,
+    OrderedConfig,
+    ShuffledConfig,
+    ShuffledDataLoader,
+)
 from saev_torch.bench import doctor, machine, raw
-from saev_torch.bench.advice import Vitals, interpolate, recommend
+from saev_torch.bench.advice import Vitals, interpolate, note_few, note_short, note_start, recommend
 from saev_torch.bench.command import _wants_layers
 from saev_torch.bench.data import BenchData, choose_ignored
 from saev_torch.bench.measuring import Measured, MemoryUse, family, measure_statistics, processor_s, pss_nbytes
@@ -152,7 +162,8 @@ def test_data_of_several_layers_are_made_where_they_are_wanted(only: list[str], 
 
 def test_doctor(make_shards: Make, tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    done = _bench(make_shards(), "--doctor", "--quick", "--batch-size", "8", "--buffer-size", "4", "--json", out)
+    shards = make_shards()
+    done = _bench(shards, "--doctor", "--quick", "--batch-size", "8", "--buffer-size", "4", "--json", out)
     assert done.returncode == 0, done.stderr
     for line in ("machine: ", "cores: ", "memory: ", "/dev/shm: ", "file descriptors: ", "measured, in GB/s: ",
                  "recommended\n", "  num_workers = ", "  n_threads = ", "  n_lanes = ", "  block_size = ",
@@ -174,6 +185,18 @@ def test_doctor(make_shards: Make, tmp_path: Path) -> None:
     lower = min(forecast["disk"], forecast["copying"])
     assert forecast["first_s"] == pytest.approx(11 * 6 * 8 * 4 / 1e9 / lower)
     assert found["checked"] > 0
+    # What it recommends can be pasted.
+    code = re.search(r"\nto paste\n  (cfg = .*)\n  (loader = .*)\n", done.stdout)
+    assert code is not None
+    names = {"ShuffledConfig": ShuffledConfig, "ShuffledDataLoader": ShuffledDataLoader}
+    exec(f"{code[1]}\n{code[2]}", names)
+    options = {name: chosen[name] for name in ("n_threads", "n_lanes", "block_size", "buffer_size")}
+    cfg: Any = names["cfg"]
+    assert cfg == ShuffledConfig(shards=shards, layer=7, batch_size=8, **options)
+    assert names["loader"].num_workers == chosen["num_workers"]
+    assert "drop_last" not in code[1]
+    assert "note: 9 batches are few" in done.stdout
+    assert "s needs no tuning" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -206,13 +229,12 @@ def test_an_interrupt_leaves_no_data(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "saev_torch", "bench", "--make-gb", "0.02", "--folder", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*/*/*.part")) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(lambda: process.poll() is not None or list(tmp_path.glob("*/*/*.part")))
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130, errors.decode()
     assert list(tmp_path.iterdir()) == []
 
@@ -546,6 +568,37 @@ def test_doctor_prefers_no_worker_only_where_it_is_much_faster() -> None:
     found = recommend(_vitals(copying={0: 3.0, 1: 2.9, 2: 2.9}, available_nbytes=1000 * _GB))
     assert found.num_workers == 1
     assert "interpreter" in found.reasons["num_workers"]
+
+
+def _measured(seconds: float, start_s: float, n_first: int = 100) -> Measured:
+    return Measured(1000, 10**9, seconds, start_s=start_s, n_first=n_first)
+
+
+def test_what_the_doctor_says_of_its_own_check() -> None:
+    assert note_start(_measured(1.2, 0.2), 1.0) is None
+    found = note_start(_measured(2.0, 1.0), 1.0)
+    assert found is not None
+    assert "1 of 2 s went by until the first batch came, as workers start" in found
+    assert found.endswith("which the prediction leaves out; from then on it was 0.90 of it")
+    found = note_start(_measured(2.0, 1.9), 1.0)
+    assert found is not None
+    assert found.endswith("the buffer fills, which the prediction leaves out")
+    found = note_start(_measured(4.0, 1.0), 1.0)
+    assert found is not None
+    assert "from then on, too, it was 0.30 of what was predicted: the epoch is too short" in found
+    found = note_start(_measured(4.0, 4.0, 1000), 1.0)
+    assert found is not None
+    assert found.endswith("there was no other batch")
+
+
+def test_what_the_doctor_says_of_small_data() -> None:
+    assert (note_few(32, 64), note_short(2.0)) == (None, None)
+    assert note_few(1, 64) == (
+        "note: 1 batch is few: such rates vary from run to run, and the buffer of 64 holds them all; a smaller "
+        "--batch-size makes more"
+    )
+    assert str(note_few(3, 2)).startswith("note: 3 batches are few: such rates vary from run to run; a smaller")
+    assert note_short(0.213) == "note: an epoch of 0.21 s needs no tuning; any options will do, 0 workers too"
 
 
 def test_doctor_gives_one_reason_for_each_option() -> None:

@@ -21,7 +21,7 @@ SPEC = Spec(n_examples=11, d_model=16)
 def without_xxhash(code: str) -> "subprocess.CompletedProcess[str]":
     code = 'import sys; sys.modules["xxhash"] = None\n' + textwrap.dedent(code)
     tests = Path(__file__).parent
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tests)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=tests)
 
 
 def write(root: Path, stop: int = SPEC.n_examples, **options: bool) -> Path:

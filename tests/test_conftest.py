@@ -87,7 +87,7 @@ def test_waits_for_garbage_and_for_what_is_ending(tmp_path):
         # The file closes itself with a ResourceWarning, which is what the test is about.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert before.leaks_now(5.0) == []
+            assert before.leaks_now(conftest.PATIENCE_S) == []
     finally:
         gc.enable()
 
@@ -98,4 +98,4 @@ def test_does_not_see_the_pools_of_multiprocessing():
     # Its lock is shared memory that goes with it; the arena that its number lies in stays for the next one.
     assert before.leaks_now(0.05)
     del value
-    assert before.leaks_now(1.0) == []
+    assert before.leaks_now(conftest.PATIENCE_S) == []

@@ -200,7 +200,7 @@ def test_a_full_buffer_changes_nothing_and_stalls_nothing(made, name, n_workers)
     """Also where the number of workers does not divide the lanes, and finished batches fill the room of others."""
     _, cfg = case_of(made, name, ShuffledConfig)
     for fill in (0.5, 1.0):
-        full = dataclasses.replace(cfg, min_buffer_fill=fill, batch_timeout_s=10.0)
+        full = dataclasses.replace(cfg, min_buffer_fill=fill, batch_timeout_s=60.0)
         assert_same(list(DataLoader(make_data_set(full), num_workers=n_workers)), list(make_data_set(cfg)))
 
 

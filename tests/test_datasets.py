@@ -17,7 +17,7 @@ import factory
 import numpy as np
 import pytest
 import torch
-from conftest import Resources
+from conftest import PATIENCE_S, Resources, wait_until
 from contracts import expected, make_data_set, selections, specs
 from factory import Spec
 from hypothesis import given, settings
@@ -143,7 +143,7 @@ def test_interrupts_while_threads_read(indexed, monkeypatch):
     n = len(wanted) // 2
 
     def read(reader, extents, start, stop):
-        go_on.wait(20)
+        go_on.wait(60)
         real(reader, extents, start, stop)
 
     def interrupt(number, frame):
@@ -337,10 +337,7 @@ def test_nothing_is_left_at_the_end(make_shards, kind, n_workers, end):
         iter(loader)
     assert threads() == []
     # The pipes of the workers are closed by threads of torch, a moment later.
-    deadline = time.monotonic() + 5
-    while before.since(Resources.now()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert before.since(Resources.now()) == []
+    assert before.leaks_now(PATIENCE_S) == []
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -367,7 +364,7 @@ def test_min_buffer_fill(make_shards, monkeypatch, fill, n_rows, is_enough):
     spec = Spec(n_examples=20, content_tokens=10, layers=(3,), d_model=8192, labels=False)
     cfg = ShuffledConfig(
         shards=make_shards(spec), layer=3, batch_size=2, buffer_size=64, n_threads=1, min_buffer_fill=fill,
-        batch_timeout_s=20.0 if is_enough else 1.0,
+        batch_timeout_s=60.0 if is_enough else 1.0,
     )  # fmt: skip
     wanted = list(ShuffledActivations(dataclasses.replace(cfg, min_buffer_fill=0.0)))
     real, n_read, go_on = reading._preadv, [0], threading.Event()
@@ -408,9 +405,7 @@ def stalled(monkeypatch):
     monkeypatch.setattr(reading, "_preadv", preadv)
     yield go_on
     go_on.set()
-    deadline = time.monotonic() + 10
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: not threads())
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -422,16 +417,17 @@ def test_a_stalled_read(make_shards, stalled, kind, n_workers):
         make_data_set(cfg), num_workers=n_workers, multiprocessing_context="fork" if n_workers else None
     )
     began = time.monotonic()
-    message = r"expected a batch within 1\.0 s.*acts000002\.bin at offset \d+ for \d\.\d s"
-    err = contracts.check_fails(loader, StalledReadError, message, within_s=30)
-    assert 1.0 < time.monotonic() - began < 15.0
+    message = r"expected a batch within 1\.0 s.*acts000002\.bin at offset \d+ for \d+\.\d s"
+    # The reads that hang do so for a minute.
+    err = contracts.check_fails(loader, StalledReadError, message, within_s=45)
+    assert time.monotonic() - began > 1.0
     assert isinstance(err, TimeoutError)
     stalled.set()
 
 
 def test_a_slow_consumer_is_no_stall(make_shards):
-    for batch in ShuffledActivations(config(make_shards, batch_timeout_s=0.3, batch_size=600)):
-        time.sleep(0.5)
+    for batch in ShuffledActivations(config(make_shards, batch_timeout_s=2.0, batch_size=600)):
+        time.sleep(2.5)
         del batch
 
 
@@ -444,7 +440,7 @@ def test_a_slow_disk_is_no_stall(make_shards, monkeypatch):
     """As long as batches come within the time."""
     real = reading._preadv
     monkeypatch.setattr(reading, "_preadv", lambda *args: (time.sleep(0.002), real(*args))[1])
-    cfg = config(make_shards, batch_timeout_s=5.0, batch_size=50, n_threads=1)
+    cfg = config(make_shards, batch_timeout_s=30.0, batch_size=50, n_threads=1)
     assert len(list(ShuffledActivations(cfg))) == 24
 
 
@@ -487,7 +483,7 @@ def test_debug_without_logging_set_up(make_shards):
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
-            timeout=60,
+            timeout=240,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -564,7 +560,7 @@ def test_use_tmpdir_in_several_processes(make_shards, tmpdir_env):
         subprocess.Popen([sys.executable, "-c", script, cfg.shards], stdout=subprocess.PIPE, text=True, env=env)
         for _ in range(3)
     ]
-    outputs = [process.communicate(timeout=100)[0].split() for process in running]
+    outputs = [process.communicate(timeout=240)[0].split() for process in running]
     assert [output[-1] for output in outputs] == [contracts.digest(ShuffledActivations(cfg))] * 3
     copied = [name for output in outputs for name in output[:-1]]
     assert sorted(copied) == sorted(path.name for path in cfg.shards.iterdir())

@@ -29,7 +29,7 @@ def _run_demo(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     (folder / "tmp").mkdir()
     command = [sys.executable, "-W", "error", "-m", "saev_torch", "demo", "--out", str(folder / "figure.png"), *args]
     env = {**os.environ, "TMPDIR": str(folder / "tmp")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
 
 
 def test_demo(tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import contracts
 import pytest
+from conftest import PATIENCE_S, wait_until
 from factory import Spec
 from torch.utils.data import get_worker_info
 
 from saev_torch import EndedError, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
+from saev_torch.loaders import CountedBatches
 
 COPIES = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy": copy.copy, "deepcopy": copy.deepcopy}
 WORKERS = [(0, False), (2, False), (2, True)]
@@ -62,7 +64,7 @@ def test_a_copy_has_nothing_to_do_with_an_iteration(
 def in_a_thread(work: Any) -> None:
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 
@@ -107,13 +109,23 @@ def test_shutdown_from_another_thread_while_a_batch_is_waited_for(
     monkeypatch.setattr("saev_torch.loaders.ShuffledActivations", Sending)
     loader = make(cfg, n_workers, persistent)
     waiting = multiprocessing.get_context("fork").Event()
-    loader.dataset.act = lambda: (waiting.set(), time.sleep(0.3))
-    ending = threading.Thread(target=lambda: (waiting.wait(20), loader.shutdown()))
+    has_begun, shut_down = multiprocessing.RawValue("b"), CountedBatches.shut_down
+    monkeypatch.setattr(
+        CountedBatches, "shut_down", lambda self: (setattr(has_begun, "value", True), shut_down(self))[1]
+    )
+    loader.dataset.act = lambda: (waiting.set(), wait_until(lambda: has_begun.value), time.sleep(0.3))
+    ending = threading.Thread(target=lambda: (waiting.wait(PATIENCE_S), loader.shutdown()))
     ending.start()
     taken: list[Any] = []
+
+    def take(batch: Any) -> None:
+        taken.append(batch)
+        if has_begun.value:
+            ending.join(PATIENCE_S)
+
     with pytest.raises(EndedError):
-        collections.deque(map(taken.append, loader), maxlen=0)
-    ending.join(20)
+        collections.deque(map(take, loader), maxlen=0)
+    ending.join(PATIENCE_S)
     assert len(taken) < len(loader)
     assert multiprocessing.active_children() == []
     loader.shutdown()
@@ -181,7 +193,7 @@ class Interrupting(ShuffledActivations):
     def __iter__(self) -> Any:
         info = get_worker_info()
         if info is not None and self.is_first.acquire(block=False):
-            assert self.is_waiting.wait(20)
+            assert self.is_waiting.wait(PATIENCE_S)
             os.kill(os.getppid(), signal.SIGINT)
         return super().__iter__()
 
@@ -200,7 +212,7 @@ def test_a_state_after_an_interrupt_while_workers_start(
         start(process)
         if len(multiprocessing.active_children()) == 2:
             loader.dataset.is_waiting.set()
-            time.sleep(20)
+            time.sleep(PATIENCE_S)
 
     with monkeypatch.context() as patched:
         patched.setattr(context.Process, "start", slow)
@@ -233,5 +245,5 @@ next(batches)
 def test_no_thread_of_ours_runs_when_the_interpreter_goes(cfg: ShuffledConfig) -> None:
     command = [sys.executable, "-c", _AT_EXIT, str(cfg.shards)]
     for _ in range(3):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -91,7 +91,7 @@ def test_all_read_where_a_disk_is_waited_for(cfg, readers, monkeypatch):
     def meet():
         # The first task, which tells that it is slow, is read alone.
         if len(readers) in range(2, 6):
-            together.wait(10)
+            together.wait(60)
 
     intercept_reads(monkeypatch, meet)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
@@ -104,7 +104,7 @@ def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
 
     def hang():
         if threading.current_thread().name.endswith(" 0"):
-            assert helped.wait(10)
+            assert helped.wait(60)
         else:
             helped.set()
 

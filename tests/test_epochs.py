@@ -221,7 +221,7 @@ class SlowToBegin(ShuffledActivations):
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         if info is not None and info.id == 1:
-            self.go_on.wait(20)
+            self.go_on.wait(60)
         return super().__iter__()
 
 

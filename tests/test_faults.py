@@ -15,9 +15,10 @@ import contracts
 import factory
 import faults
 import pytest
+from conftest import PATIENCE_S
 
 # What the leader of the session may take on top of the fault's own time: on a busy machine processes start slowly.
-PATIENCE = 3.0 * float(os.environ.get("SAEV_TORCH_PATIENCE", "1"))
+PATIENCE = 6.0 * float(os.environ.get("SAEV_TORCH_PATIENCE", "1"))
 # Files of torch's queues; locks of copies stay; so do finished copies, and the notes of what they were made from.
 MAY_STAY = re.compile(r"saev_torch-\d+/\w+(\.lock|\.use|/[\w.]+)")
 
@@ -38,7 +39,7 @@ def server(tmp_path_factory):
     )  # fmt: skip
     yield process
     process.stdin.close()
-    process.wait(10)
+    process.wait(PATIENCE_S)
     process.stdout.close()
 
 
@@ -107,10 +108,10 @@ def test_fault(fault, server, pristine, references, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     server.stdin.write(json.dumps({"case": fault.name, "shards": str(shards), "out": str(out)}).encode() + b"\n")
-    pid = int(answer(server, 30))
+    pid = int(answer(server, PATIENCE_S))
     try:
         # What hangs must fail its own test, and not the ones that follow.
-        code = answer(server, 30 + 2 * fault.within_s * PATIENCE)
+        code = answer(server, PATIENCE_S + fault.within_s * PATIENCE)
         began = time.monotonic()
         alive = wait_for_end(pid, fault.within_s * PATIENCE)
         seconds = time.monotonic() - began
@@ -118,7 +119,7 @@ def test_fault(fault, server, pristine, references, tmp_path):
         for left in in_session(pid):
             os.kill(left, signal.SIGKILL)
     if code is None:
-        answer(server, 30)
+        answer(server, PATIENCE_S)
         pytest.fail(f"the process hangs; standard error: {(out / 'stderr').read_text()}")
     code = int(code)
     stderr = (out / "stderr").read_text()

@@ -20,7 +20,7 @@ class Behind(ShuffledActivations):
         iterator = super().__iter__()
         info = get_worker_info()
         if info is not None and info.id == 0:
-            assert self.go_on.wait(30)
+            assert self.go_on.wait(60)
         return iterator
 
 

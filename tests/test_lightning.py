@@ -333,7 +333,7 @@ def test_two_processes(cfg: ShuffledConfig, epochs: list[list[int]], tmp_path: P
     arguments = {"shards": str(cfg.shards), "fields": fields, "out": str(tmp_path), "stop": 13}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
     command = [sys.executable, str(HERE / "lightning_runs.py"), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     whole, parts = StreamDigest(), StreamDigest()
     for rank in range(2):

@@ -23,15 +23,17 @@ def test_figures_of_an_epoch(make_shards, context: str | None) -> None:
     n_workers = 0 if context is None else 2
     cfg = ShuffledConfig(shards=shards, layer=3, batch_size=32, buffer_size=8)
     loader = ShuffledDataLoader(cfg, num_workers=n_workers, multiprocessing_context=context)
-    began = time.monotonic()
+    times = [time.monotonic()]
     assert loader.metrics()["loader/read_mb"] == 0
+    times.append(time.monotonic())
     for _ in loader:
         pass
-    spent = time.monotonic() - began
+    times.append(time.monotonic())
     found = loader.metrics()
+    times.append(time.monotonic())
     assert found.keys() == NAMES
-    # All samples in the time that has passed here, but for a little, and of 8 float32 values each.
-    assert found["loader/samples_per_s"] == pytest.approx(1200 / spent, rel=0.3)
+    # All samples in the time between the two calls, and of 8 float32 values each.
+    assert 1200 / (times[3] - times[0]) <= found["loader/samples_per_s"] <= 1200 / (times[2] - times[1])
     assert found["loader/bytes_per_s"] == pytest.approx(32 * found["loader/samples_per_s"])
     assert found["loader/read_mb"] == pytest.approx(1200 * 32 / 1e6)
     assert all(0 <= found[f"loader/{name}"] <= 1 for name in ("buffer_fill", "wait_disk", "wait_plan", "wait_consumer"))
@@ -45,17 +47,19 @@ def test_while_it_runs(make_shards) -> None:
     loader = OrderedDataLoader(cfg)
     batches = iter(loader)
     next(batches)
+    times = [time.monotonic()]
     loader.metrics()
     # What was waited for is known when the next batch is taken.
     for _ in range(10):
         time.sleep(0.05)
         next(batches)
     found = loader.metrics()
+    times.append(time.monotonic())
     assert found["loader/n_readers"] == 1
     assert found["loader/buffer_fill"] > 0
     # The consumer took its time, with the buffer full.
-    assert found["loader/wait_consumer"] > 0.5
-    assert 320 / 2 < found["loader/samples_per_s"] <= 320 / 0.5
+    assert found["loader/wait_consumer"] > 0.3
+    assert 320 / (times[1] - times[0]) <= found["loader/samples_per_s"] <= 320 / 0.5
     del batches
     loader.shutdown()
 

@@ -171,18 +171,18 @@ assert torch.initial_seed() == seed, "the global generator was touched"
 loaded = {{name.partition(".")[0] for name in set(sys.modules) - before}} & set({EXTRAS!r})
 assert not loaded, loaded
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def _main(*args: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "saev_torch", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
 def test_help_lists_the_commands_and_imports_none() -> None:
     code = "import sys; from saev_torch.__main__ import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ +demo +\w", done.stdout, re.MULTILINE)
     assert "saev_torch.tools.demo.command" not in done.stdout.split()
@@ -224,7 +224,7 @@ def test_a_missing_extra_is_named(command: str, missing: str, remedy: str) -> No
         f"import sys; sys.modules[{missing!r}] = None; "
         f"from saev_torch.__main__ import main; sys.exit(main([{command!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (2, f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n")
 
 

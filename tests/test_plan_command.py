@@ -55,6 +55,41 @@ def test_refusals_are_one_line(directory, capsys, options: list[str], message: s
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("n_examples", [1, 3, 20, 200])
+@pytest.mark.parametrize("batch_size", [64, 1024, 16384])
+@pytest.mark.parametrize("n_content", [16, 196])
+def test_a_quality_that_is_printed_is_found(tmp_path, capsys, n_examples, batch_size, n_content) -> None:
+    """With smaller reads where the usual ones do not reach it; and all of it is drawn, however small the data."""
+    make_metadata(n_examples=n_examples, content_tokens_per_example=n_content).dump(tmp_path)
+    (directory,) = tmp_path.iterdir()
+    options = ["plan", str(directory), "--batch-size", str(batch_size)]
+
+    def quality(*more: str) -> float:
+        assert main([*options, *more]) == 0
+        return float(capsys.readouterr().out.partition("quality ")[2].split()[0])
+
+    given = quality("--plot", str(tmp_path / "a.png"))
+    assert quality("--quality", "0.8") >= 0.8
+    assert quality("--quality", f"{min(given, 0.999) - 0.0005}") >= min(given, 0.999) - 0.001
+    code = main([*options, "--plot-classes", str(tmp_path / "b.png")])
+    out, err = capsys.readouterr()
+    if n_examples * n_content < batch_size:
+        n = n_examples * n_content
+        assert (code, out) == (2, "")
+        assert f"batch_size: expected at most {n}, the samples of a layer, got {batch_size}; no batch is full" in err
+    else:
+        assert code == 0
+
+
+def test_reads_that_are_asked_for_are_kept_to(tmp_path, capsys) -> None:
+    make_metadata(n_examples=5000, content_tokens_per_example=16).dump(tmp_path)
+    (directory,) = tmp_path.iterdir()
+    assert main(["plan", str(directory), "--quality", "0.8", "--min-read-kib", "64"]) == 2
+    message = "quality: expected one that can be reached, at most 0.407 with reads of 64 KiB, got 0.8"
+    assert message in (err := capsys.readouterr().err)
+    assert "allow smaller reads (--min-read-kib)" in err
+
+
 def test_arguments_are_checked() -> None:
     assert (at_least(1)("1"), at_least(0)(" 1_000 "), above_zero("1e-3")) == (1, 1000, 0.001)
     for kind, texts in {at_least(1): ("0", "-1", "x", "1.5", ""), above_zero: ("0", "-1", "x", "nan", "inf")}.items():

@@ -1,5 +1,6 @@
 """A bar on a terminal that has tqdm, lines elsewhere, and nothing where nothing was asked for."""
 
+import io
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import tty
 from types import SimpleNamespace
 
 import pytest
+from conftest import wait_until
 from tqdm import tqdm
 
 from saev_torch.writing import progress as progress_module
@@ -37,7 +39,8 @@ def on_a_terminal(work):
 
 
 def work(unit="examples", enabled=None, done=0):
-    with Progress(40, "first", unit, enabled, done) as progress:
+    with Progress(40, "first", unit, enabled) as progress:
+        progress.skip(done)
         progress.update(10 - done)
         progress.begin("second")
         progress.update(30)
@@ -62,18 +65,43 @@ def test_lines_on_a_terminal_without_tqdm(monkeypatch, enabled):
     assert re.fullmatch(rf"second: 25% \(10 of 40 examples{left}\)\nsecond: 100% \(40 of 40 examples{left}\)\n", shown)
 
 
-def test_lines_now_and_then(capfd, monkeypatch):
-    """A batch job says something each half a minute, how long it may take, and when it is done."""
-    clock = iter([100.0, 110.0, 129.9, 130.0, 130.0, 131.0, 160.0, 160.0, 161.0])
+def test_a_line_a_minute(monkeypatch):
+    """A batch job says how far it has come, also in the middle of a long step, and when it is done."""
+    now, minute, stderr = [100.0], threading.Semaphore(0), io.StringIO()
+
+    class Minutes(threading.Event):
+        def set(self):
+            super().set()
+            minute.release()
+
+        def wait(self, timeout):
+            minute.acquire()
+            return self.is_set()
+
     # Not time.monotonic itself, which other threads need.
-    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with Progress(10_000_000, "repacking", "B", done=1_000_000) as progress:
-        for _ in range(5):
-            progress.update(1_000_000)
-    assert capfd.readouterr().err.splitlines() == [
-        "repacking: 40% (4 of 10 MB, 0:01:00 left)",
-        "repacking: 60% (6 of 10 MB, 0:00:48 left)",
-        "repacking: 60% (6 of 10 MB, 0:00:49 left)",
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(sys, "stderr", stderr)
+
+    def pass_minutes(n):
+        n_lines = stderr.getvalue().count("\n")
+        now[0] += 60 * n
+        minute.release(n)
+        wait_until(lambda: stderr.getvalue().count("\n") == n_lines + n)
+
+    progress = Progress(10_000_000, "repacking", "B")
+    progress._over = Minutes()
+    with progress:
+        pass_minutes(1)
+        progress.skip(1_000_000)
+        progress.update(3_000_000)
+        pass_minutes(2)
+        progress.update(2_000_000)
+        now[0] += 60
+    assert stderr.getvalue().splitlines() == [
+        "repacking: 0% (0 of 10 MB)",
+        "repacking: 40% (4 of 10 MB, 0:06:00 left)",
+        "repacking: 40% (4 of 10 MB, 0:06:00 left)",
+        "repacking: 60% (6 of 10 MB, 0:03:12 left)",
     ]
 
 

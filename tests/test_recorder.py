@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import rank_records
 import torch
+from conftest import wait_until
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -83,6 +85,49 @@ def test_hidden_states_of_a_transformers_model_bit_for_bit(tmp_path, minilm):
     # And through the loaders: content tokens are those behind [CLS].
     (batch,) = OrderedActivations(OrderedConfig(shards=shards_dir, layer=3))
     assert batch["act"].equal(read(shards_dir)[:, 1, 1:].flatten(0, 1))
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Bert"])
+def test_layer_i_is_what_block_i_puts_out(tmp_path, family):
+    """transformers' `hidden_states[i + 1]`, but for the last block of models that have a norm behind it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    sizes = {"n_layer": 3, "n_embd": 16, "n_head": 2} if family == "GPT2" else sizes
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(vocab_size=50, **sizes)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    ids = torch.randint(50, (4, 7))
+    root, loader = tmp_path, DataLoader(Windows(ids), batch_size=2)
+    recorded = read(record(model, loader, layers=[0, 1, -1], shards_root=root, cls_token=False, **NAMES))
+    with torch.no_grad():
+        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
+    assert len(hidden) == 4
+    for i in (0, 1):
+        assert torch.allclose(recorded[:, i], hidden[i + 1], atol=1e-6)
+    norm = {"Llama": "norm", "GPT2": "ln_f"}.get(family)
+    is_same = torch.allclose(recorded[:, 2], hidden[3], atol=1e-3)
+    assert is_same == (norm is None)
+    if norm is not None:
+        with torch.no_grad():
+            assert torch.allclose(model.get_submodule(norm)(recorded[:, 2]), hidden[3], atol=1e-5)
+    assert "final norm" in record.__doc__
+
+
+def test_a_first_batch_of_minutes_is_not_silent(tmp_path, monkeypatch):
+    """As in a batch job: nothing is asked for, and stderr is no terminal."""
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr("saev_torch.writing.progress._EVERY_S", 0.01)
+
+    def forward(model, batch):
+        wait_until(lambda: "recording: 0% (0 of 22 examples)\n" in stderr.getvalue())
+        model(batch[0])
+
+    record(
+        rank_records.make_model(), DataLoader(rank_records.make_data(), batch_size=22), layers=[0], cls_token=True,
+        shards_root=tmp_path, forward=forward, **NAMES,
+    )  # fmt: skip
+    assert stderr.getvalue().endswith("recording: 100% (22 of 22 examples, 0:00:00 left)\n")
 
 
 def by_hand(model, x):
@@ -197,6 +242,22 @@ def test_token_windows():
         token_windows([[1, 2], [3, 4]], 9)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_an_encoder_that_makes_nested_tensors_of_padding(tmp_path):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    is_padding = torch.zeros(4, 5, dtype=torch.bool)
+    is_padding[:, 4] = True
+    loader = DataLoader(TensorDataset(torch.randn(4, 5, 16), is_padding), batch_size=2)
+    options = {
+        "layers": [0, 2], "shards_root": tmp_path, "cls_token": False, "content_tokens_per_example": 4, **NAMES,
+        "forward": lambda model, batch: model(batch[0], src_key_padding_mask=batch[1]),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"dense tensors, got nested ones; .*enable_nested_tensor=False"):
+        record(nn.TransformerEncoder(layer, 3), loader, **options)
+    # As it says.
+    assert read(record(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), loader, **options)).isfinite().all()
+
+
 class Dying(TensorDataset):
     def __getitem__(self, i):
         if i == 13:
@@ -306,6 +367,8 @@ def test_ranks_record_what_one_process_records(tmp_path, n_ranks):
     assert content(tmp_path / "ranks" / alone.name) == content(alone)
 
 
+# Python 3.12 and later: of forking workers while a thread waits to say how far the recording has come.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_worker_processes(tmp_path):
     data, model = rank_records.make_data(), rank_records.make_model()
     options = {"layers": [1], "cls_token": False, **NAMES}

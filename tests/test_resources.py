@@ -81,6 +81,6 @@ def test_a_container_size_dev_shm_is_enough(make_shards, tmp_path):
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [*command, sys.executable, "-W", "error", str(script), str(shards)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=240,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("50000 True\n", "")

@@ -12,6 +12,7 @@ from pathlib import Path
 import contracts
 import numpy as np
 import pytest
+from conftest import wait_until
 from factory import Spec, oracle
 from torch.utils.data import DataLoader
 
@@ -110,17 +111,14 @@ def test_what_is_pending_is_seen_by_others(ring, fd):
     )
     thread.start()
     try:
-        for _ in range(500):
-            if ring._n_done == 3:
-                break
-            thread.join(0.01)
+        wait_until(lambda: ring._n_done == 3)
         assert ring.first_pending(4) == 2
         # Asked about fewer reads, those of a moment ago.
         assert ring.first_pending(2) == 1
         assert not got
     finally:
         os.write(sender, b"x")
-        thread.join(10)
+        thread.join(60)
     assert got == [1, 1, 1, 1]
     assert memory.tolist() == [CONTENT[0], CONTENT[1], ord("x"), CONTENT[3]]
     os.close(receiver)
@@ -184,11 +182,8 @@ def raising():
 
 def wait_until_sleeping(tid):
     """Until a thread of this process waits in the kernel for a ring."""
-    for _ in range(1000):
-        if Path(f"/proc/self/task/{tid}/syscall").read_text().split()[0] == str(ring_module._ENTER):
-            return
-        time.sleep(0.005)
-    raise AssertionError("the thread does not wait")
+    path = Path(f"/proc/self/task/{tid}/syscall")
+    wait_until(lambda: path.read_text().split()[0] == str(ring_module._ENTER))
 
 
 @pytest.mark.parametrize("n_signals", [1, 2, 10])
@@ -287,7 +282,7 @@ def mounted(short_fuse, make_shards, tmp_path):
         yield target
         gc.collect()
         subprocess.run(["umount", "-l", target], check=True)
-        server.wait(10)
+        server.wait(60)
 
 
 @pytest.mark.parametrize("kind", [OrderedConfig, ShuffledConfig])

@@ -307,6 +307,6 @@ s.Pass.run = counted
 print(ShuffledActivations(ShuffledConfig(shards={str(shards)!r}, layer=7, scale_norm=True), rank=0, world_size=2).scale)
 """
     ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    outs = [p.communicate(timeout=120)[0].split() for p in ranks]
+    outs = [p.communicate(timeout=240)[0].split() for p in ranks]
     assert sum(out.count("measured") for out in outs) == 1
     assert len({out[-1] for out in outs}) == 1

@@ -4,10 +4,12 @@ import dataclasses
 import gc
 import itertools
 import math
+import re
 import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import factory
 import numpy as np
@@ -15,7 +17,15 @@ import pytest
 from conftest import Resources
 from factory import Spec, write_acts
 
-from saev_torch import ConfigError, FormatError, OrderedConfig, ShuffledConfig, Statistics, compute_statistics
+from saev_torch import (
+    ConfigError,
+    FormatError,
+    OrderedConfig,
+    ShuffledActivations,
+    ShuffledConfig,
+    Statistics,
+    compute_statistics,
+)
 from saev_torch.reading import direct as staging
 from saev_torch.reading import reader as reading
 from saev_torch.reading.reader import Reader
@@ -105,7 +115,7 @@ def test_ignored_labels_and_threads(make_shards, tokens: str, monkeypatch: pytes
             return read(*args)
         turn = next(turns)
         if turn < 4:
-            together.wait(30)
+            together.wait(60)
         time.sleep(0.002 * (turn % 3 == 0))
         return read(*args)
 
@@ -253,6 +263,58 @@ def test_progress_and_errors(make_shards) -> None:
         compute_statistics(cfg, cache=False, progress=stop)
 
 
+@pytest.mark.parametrize("layer", [7, (7, 3), "all"])
+@pytest.mark.parametrize("tokens", ["content", "all", "special"])
+@pytest.mark.parametrize("task_nbytes", [1, 1000, 1 << 20])
+def test_the_first_value_that_is_not_finite_is_named(
+    make_shards, monkeypatch, caplog, tmp_path, layer, tokens: str, task_nbytes: int
+) -> None:
+    """Of several, in the order of the samples; after it was kept, too, and where only some samples are measured."""
+    monkeypatch.setattr(streaming, "_TASK_NBYTES", task_nbytes)
+    shards = make_shards(Spec(n_examples=11, layers=(3, 7)))
+    acts = factory.oracle(Spec(n_examples=11, layers=(3, 7)))
+    token = 0 if tokens == "special" else 5
+    acts[9, 1, token, 3] = -np.inf
+    acts[9, 1, 6, 0] = acts[10] = np.nan
+    write_acts(shards, acts)
+    cfg = OrderedConfig(shards=shards, layer=layer, tokens=tokens)
+    wanted = f"-inf in acts000002.bin, example_idx 9, layer 7, token_idx {token - 1}, dimension 3"
+    for found in (compute_statistics(cfg, cache=tmp_path), compute_statistics(cfg, cache=tmp_path)):
+        assert str(found.first_nonfinite) == wanted
+    assert len(caplog.messages) == 1
+    n_bad = found.total.n_nonfinite_samples
+    assert f"{shards}: {n_bad} of {found.n_selected} vectors have values that are not finite" in caplog.text
+    assert f"the first is {wanted}" in caplog.text
+    sampled = compute_statistics(cfg, cache=False, n_sampled=found.n_selected // found.total.n_samples, seed=3)
+    assert (sampled.first_nonfinite is None) == (sampled.total.n_nonfinite_samples == 0)
+    assert compute_statistics(OrderedConfig(shards=make_shards(), layer=layer)).first_nonfinite is None
+
+
+def test_a_scale_of_nothing_finite_says_where(make_shards) -> None:
+    shards = make_shards()
+    write_acts(shards, np.full_like(factory.oracle(Spec()), np.nan))
+    with pytest.raises(
+        FormatError, match=r"got nan \(the first value is nan in acts000000\.bin, example_idx 0, layer 3,"
+    ):
+        ShuffledActivations(ShuffledConfig(shards=shards, layer=3, scale_norm=True))
+
+
+def test_what_takes_minutes_says_so(make_shards, monkeypatch, caplog) -> None:
+    """A line a minute, where nobody asked for progress: `scale_norm` measures before the first batch."""
+    clock = itertools.count(100.0, 45.0)
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(streaming, "_TASK_NBYTES", 1000)
+    shards = make_shards(Spec(n_examples=60))
+    ShuffledActivations(ShuffledConfig(shards=shards, layer=3, scale_norm=True))
+    assert len(caplog.messages) > 1
+    assert all(
+        re.fullmatch(rf"{shards}: measuring activations, \d+% \(\d+ of 360 samples\)", x) for x in caplog.messages
+    )
+    caplog.clear()
+    compute_statistics(OrderedConfig(shards=shards, layer=3), cache=False, progress=lambda done, total: None)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("slow", [True, False])
 def test_more_threads_than_cores_work_only_where_a_disk_is_waited_for(make_shards, monkeypatch, slow: bool) -> None:
     monkeypatch.setattr(streaming, "count_cores", lambda: 1)
@@ -268,7 +330,7 @@ def test_more_threads_than_cores_work_only_where_a_disk_is_waited_for(make_shard
         names.add(threading.get_ident())
         # The first read, which tells that it is slow, is made alone.
         if next(turns) in (2, 3) and slow:
-            together.wait(30)
+            together.wait(60)
         read(*args)
 
     monkeypatch.setattr(Reader, "read", read_later)

@@ -73,9 +73,9 @@ def test_more_threads_than_descriptors(store, limit):
     def read(i):
         try:
             with store.opened(i) as fd:
-                together.wait(30)
+                together.wait(60)
                 assert os.fstat(fd).st_ino == store.path(i).stat().st_ino
-                together.wait(30)
+                together.wait(60)
         except BaseException as err:  # noqa: BLE001 -- checked below, in the main thread
             errors.append(err)
             together.abort()

@@ -145,7 +145,7 @@ def test_values_on_request(tmp_path):
     assert verify(shards_dir).ok
     (fault,) = verify(shards_dir, finite=True).faults
     assert (fault.file, fault.example, fault.layer) == ("acts000002.bin", 9, 7)
-    assert "got 2 that are not" in fault.what
+    assert fault.what == "expected finite values, got 2 that are not, the first nan in stored token 2, dimension 3"
 
 
 def test_no_directory(tmp_path):

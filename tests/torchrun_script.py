@@ -20,7 +20,7 @@ def _main(shards: str, fields: dict[str, Any], workers: int, out: str, state: An
     # Made before the process group, as many scripts do: ranks must be looked up when iterating.
     loader = ShuffledDataLoader(ShuffledConfig(shards=Path(shards), **fields), num_workers=workers)
     # A rank that waits for another one at the end fails after this time.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=200))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if state is not None:
         loader.load_state_dict(state)

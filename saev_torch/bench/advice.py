@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from saev_torch.bench.measuring import PROCESS_NBYTES
+from saev_torch.bench.measuring import PROCESS_NBYTES, Measured
 from saev_torch.config import ShuffledConfig
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.predict import Prediction, predict
@@ -21,6 +21,7 @@ _SHARE_FOR_LOADER = 0.5
 # Blocks of twice the size cost up to half of the mixing, so they are not for the last quarter of a disk's rate; and so
 # much of the distinct examples in a batch must stay in any case.
 _FAST_ENOUGH, _MIXING_KEPT = 0.75, 0.5
+_FEW_BATCHES, _SHORT_S, _AS_PREDICTED = 32, 2.0, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Vitals:
         """Bytes of an epoch."""
         md = self.metadata
         return md.n_examples * md.content_tokens_per_example * md.row_nbytes
+
+    @property
+    def n_batches(self) -> int:
+        """Batches of an epoch."""
+        md = self.metadata
+        return -(-md.n_examples * md.content_tokens_per_example // self.cfg.batch_size)
 
     @property
     def batch_nbytes(self) -> int:
@@ -95,6 +102,48 @@ class Recommended:
     buffer_size: int
     reasons: Mapping[str, str]
     forecast: Forecast | None
+
+    def config(self, cfg: ShuffledConfig) -> ShuffledConfig:
+        """The config with these options."""
+        options = {name: getattr(self, name) for name in ("buffer_size", "n_threads", "n_lanes", "block_size")}
+        return dataclasses.replace(cfg, **options)
+
+
+def note_few(n_batches: int, buffer_size: int) -> str | None:
+    """What to say where an epoch has few batches."""
+    if n_batches >= _FEW_BATCHES:
+        return None
+    are = "batch is" if n_batches == 1 else "batches are"
+    held = f", and the buffer of {buffer_size} holds them all" if n_batches <= buffer_size else ""
+    return f"note: {n_batches} {are} few: such rates vary from run to run{held}; a smaller --batch-size makes more"
+
+
+def note_short(epoch_s: float) -> str | None:
+    """What to say where an epoch is over before anybody waits."""
+    if epoch_s >= _SHORT_S:
+        return None
+    return f"note: an epoch of {epoch_s:.2g} s needs no tuning; any options will do, 0 workers too"
+
+
+def note_start(checked: Measured, expected: float) -> str | None:
+    """What to say where the loader was clearly slower than `expected` GB/s."""
+    if checked.gb_per_s >= _AS_PREDICTED * expected:
+        return None
+    then = checked.gb_per_s_then
+    start = (
+        f"note: {checked.start_s:.2g} of {checked.seconds:.2g} s went by until the first batch came, as workers start "
+        "and the buffer fills"
+    )
+    if then == 0:
+        return f"{start}; there was no other batch"
+    if then >= _AS_PREDICTED * expected:
+        # Where the buffer holds nearly all, the rest comes from memory.
+        rest = f"; from then on it was {then / expected:.2f} of it" if then < 2 * expected else ""
+        return f"{start}, which the prediction leaves out{rest}"
+    return (
+        f"{start}; from then on, too, it was {then / expected:.2f} of what was predicted: the epoch is too short for "
+        "the buffer to stay full, or the machine has other things to do"
+    )
 
 
 def interpolate(grid: Grid, n_threads: int, nbytes: float) -> float:

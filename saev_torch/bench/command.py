@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ from saev_torch.bench.rounds import Settings, Spread, run_cold, run_rounds, run_
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.tools.arguments import above_zero, at_least, check_new_file
+from saev_torch.tools.arguments import above_zero, at_least, check_new_file, integers
 from saev_torch.writing.progress import Progress
 
 _OTHERS = {
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layer", type=int, help="recorded layer of SHARDS (default: the one in the middle)")
     add("--batch-size", type=at_least(1), default=16384, help="samples in a batch (default: %(default)s)")
     add("--buffer-size", type=at_least(1), default=64, help="batches of buffer (default: %(default)s)")
-    add("--workers", type=_numbers, default=(0, 1, 2), metavar="N,...", help="numbers of workers (default: 0,1,2)")
+    add("--workers", type=integers(0), default=(0, 1, 2), metavar="N,...", help="numbers of workers (default: 0,1,2)")
     add("--rounds", type=at_least(1), default=5, help="rounds (default: %(default)s)")
     add("--seconds", type=above_zero, default=2.0, help="time of a warm side in a round (default: %(default)s)")
     add("--only", type=_names, default=(), metavar="NAME,...", help="run some sides only; the limits always run")
@@ -56,10 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
     add("--quick", action="store_true", help="two short rounds, to see that it runs")
     add("--doctor", action="store_true", help="look at machine and disk instead, and recommend options")
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({at_least(0)(part) for part in text.split(",")}))
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -81,6 +78,8 @@ def _wants_layers(only: Sequence[str]) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark, or the doctor; returns 0, or raises SaevTorchError where data or options are no good."""
+    # Now, and not after all the work; to ask for --help does not take it.
+    importlib.import_module("psutil")
     if (args.shards is None) == (args.make_gb is None):
         raise ConfigError("SHARDS: expected either a shard directory or --make-gb, got both or neither; give one.")
     if args.no_warm and not args.cold:
@@ -92,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         if args.doctor:
             findings = examine(data, data.config(args.batch_size, args.buffer_size), args.quick)
             print(describe(findings))
+            if args.make_gb is not None:
+                print("  (these data are removed now: give it shards of your own)")
             report = findings.to_json()
         else:
             report = _bench(args, data, layers_data)
@@ -137,7 +138,7 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
     about_machine = {**dataclasses.asdict(machine), "cores": machine.cores}
     report = {"machine": about_machine, "data": about, "settings": dataclasses.asdict(settings)}
     cfg = data.config(args.batch_size, args.buffer_size)
-    sides = make_sides(data, layers_data, cfg, args.workers, ignored)
+    sides = make_sides(data, layers_data, cfg, sorted(set(args.workers)), ignored)
     sides = [side for side in sides if _is_wanted(side.name, args.only)]
     if not args.no_warm:
         warm_up(data, layers_data)

@@ -8,13 +8,23 @@ import dataclasses
 import random
 from typing import Any
 
-from saev_torch.bench.advice import Forecast, Grid, Recommended, Vitals, recommend
+from saev_torch.bench.advice import (
+    Forecast,
+    Grid,
+    Recommended,
+    Vitals,
+    note_few,
+    note_short,
+    note_start,
+    recommend,
+)
 from saev_torch.bench.data import BenchData
 from saev_torch.bench.machine import NOT_COLD, Machine, cached_share, drop_cache, look
 from saev_torch.bench.measuring import Measured, measure_cold, measure_warm
 from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.sides import Side, make_side
 from saev_torch.config import ShuffledConfig
+from saev_torch.format.files import counted
 from saev_torch.reading.slots import can_share
 from saev_torch.writing.progress import Progress
 
@@ -92,7 +102,7 @@ def examine(data: BenchData, cfg: ShuffledConfig, quick: bool) -> Findings:
         vitals = Vitals(machine.cores, machine.available_nbytes, store.metadata, cfg, cold)
         copying = {}
         for n_workers in workers:
-            progress.begin(f"the loader, warm, {n_workers} workers")
+            progress.begin(f"the loader, warm, {counted(n_workers, 'worker')}")
             trial = _side(cfg, recommend(vitals, n_workers), data)
             copying[n_workers] = measure_warm(trial, trial_s, touch=False).gb_per_s
             progress.update(1)
@@ -115,7 +125,8 @@ def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Prog
             pieces = pieces[: max(1, _WARM_NBYTES // nbytes)]
             read_rate(store, pieces, repeat=False)
         for n_threads in THREADS:
-            progress.begin(f"{'warm' if is_warm else 'cold'}, {n_threads} threads, blocks of {nbytes >> 10} KB")
+            threads = counted(n_threads, "thread")
+            progress.begin(f"{'warm' if is_warm else 'cold'}, {threads}, blocks of {nbytes >> 10} KB")
             if not is_warm:
                 drop_cache([store])
             how: dict[str, Any] = {"n_threads": n_threads, "seconds": seconds}
@@ -128,13 +139,13 @@ def _measure_grid(data: BenchData, seconds: float, is_warm: bool, progress: Prog
 
 def _side(cfg: ShuffledConfig, chosen: Recommended, data: BenchData) -> Side:
     """The loader with recommended options."""
-    options = {name: getattr(chosen, name) for name in ("buffer_size", "n_threads", "n_lanes", "block_size")}
-    return make_side("recommended", dataclasses.replace(cfg, **options), chosen.num_workers, data)
+    return make_side("recommended", chosen.config(cfg), chosen.num_workers, data)
 
 
 def describe(findings: Findings) -> str:
     """Write the findings for a person."""
-    return "\n\n".join("\n".join(part) for part in (_machine(findings), _rates(findings), _advice(findings)))
+    parts = (_machine(findings), _rates(findings), _advice(findings), _paste(findings))
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _machine(findings: Findings) -> list[str]:
@@ -202,9 +213,27 @@ def _forecast(findings: Findings, forecast: Forecast) -> list[str]:
     fits = forecast.later_bound == "copying" and forecast.later_s != forecast.first_s
     why += "all in the page cache" if fits else "as in the first"
     cut = ", stopped early" if findings.checked.is_cut else ""
+    notes = [
+        note_few(findings.vitals.n_batches, findings.vitals.cfg.buffer_size),
+        note_short(forecast.later_s),
+        note_start(findings.checked, expected),
+    ]
     return [
         first,
         f"predicted, later epochs: {forecast.later_s:.3g} s, {why}",
         f"checked: the loader with these options, cold, start of workers included{cut}: {checked:.2f} GB/s, "
         f"{gigabytes / checked:.3g} s for an epoch, {checked / expected:.2f} of what was predicted",
+        *filter(None, notes),
+    ]
+
+
+def _paste(findings: Findings) -> list[str]:
+    """The recommended options as code."""
+    cfg = findings.recommended.config(findings.vitals.cfg)
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default}
+    fields = {name: str(value) if name == "shards" else value for name, value in fields.items() if value != []}
+    return [
+        "to paste",
+        f"  cfg = ShuffledConfig({', '.join(f'{name}={value!r}' for name, value in fields.items())})",
+        f"  loader = ShuffledDataLoader(cfg, num_workers={findings.recommended.num_workers})",
     ]

@@ -21,10 +21,9 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from saev_torch.bench.sides import Loader, Side, make_loader
@@ -32,6 +31,9 @@ from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.iterable import ShuffledActivations
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
+
+if TYPE_CHECKING:
+    import psutil
 
 PROCESS_NBYTES = 350_000_000
 _N_BATCHES_PER_PROCESS = 6
@@ -43,7 +45,8 @@ _N_PROBES = 100
 class Measured:
     """What one side did once: samples, bytes of their activations, its time, and the processor time of all processes.
 
-    `is_cut` says that a cold epoch, or a pass of statistics, was stopped before its end.
+    `is_cut` says that a cold epoch, or a pass of statistics, was stopped before its end. In a cold epoch `start_s` went
+    by until the first batch came, of `n_first` samples.
     """
 
     n_samples: int
@@ -52,21 +55,33 @@ class Measured:
     user_s: float = 0.0
     system_s: float = 0.0
     is_cut: bool = False
+    start_s: float = 0.0
+    n_first: int = 0
 
     @property
     def gb_per_s(self) -> float:
         """1e9 bytes of activations per second."""
         return self.nbytes / self.seconds / 1e9
 
+    @property
+    def gb_per_s_then(self) -> float:
+        """The same after the first batch; 0 where there is no other."""
+        share = 1 - self.n_first / self.n_samples
+        return share * self.nbytes / (self.seconds - self.start_s) / 1e9 if share else 0.0
 
-def family() -> list[psutil.Process]:
+
+def family() -> "list[psutil.Process]":
     """This process and all processes below it."""
+    import psutil
+
     own = psutil.Process()
     return [own, *own.children(recursive=True)]
 
 
 def processor_s() -> NDArray[np.float64]:
     """Processor time of this process and all below it since each began: `[user, system]` in seconds."""
+    import psutil
+
     total = np.zeros(2)
     for process in family():
         # One that has ended in the meantime takes its time with it.
@@ -81,6 +96,7 @@ class _Clock:
     def __init__(self, sample_nbytes: int, touch: bool = False) -> None:
         self._sample_nbytes, self._touch = sample_nbytes, touch
         self.n_samples, self.seconds = 0, 0.0
+        self._start_s, self._n_first = 0.0, 0
         self._before, self._began = processor_s(), time.perf_counter()
 
     def count(self, batch: Any) -> None:
@@ -90,12 +106,15 @@ class _Clock:
 
     def count_to(self, n_samples: int) -> None:
         self.n_samples, self.seconds = n_samples, time.perf_counter() - self._began
+        if not self._n_first:
+            self._start_s, self._n_first = self.seconds, n_samples
 
     def read(self, is_cut: bool = False) -> Measured:
         nbytes = self.n_samples * self._sample_nbytes
         # A process that ended took its time with it.
         user_s, system_s = np.maximum(0, processor_s() - self._before).tolist()
-        return Measured(self.n_samples, nbytes, self.seconds, user_s, system_s, is_cut)
+        first = self._start_s, self._n_first
+        return Measured(self.n_samples, nbytes, self.seconds, user_s, system_s, is_cut, *first)
 
 
 def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:
@@ -215,8 +234,10 @@ class MemoryUse:
         )
 
 
-def pss_nbytes(processes: Iterable[psutil.Process]) -> int:
+def pss_nbytes(processes: "Iterable[psutil.Process]") -> int:
     """Sum of the proportional set sizes of processes: memory that n of them share counts 1/n for each of them."""
+    import psutil
+
     total = 0
     for process in processes:
         # A process that has ended in the meantime uses nothing.
@@ -225,8 +246,10 @@ def pss_nbytes(processes: Iterable[psutil.Process]) -> int:
     return total
 
 
-def _libraries_nbytes(process: psutil.Process) -> int:
+def _libraries_nbytes(process: "psutil.Process") -> int:
     """The share of a process in the libraries that it maps, without what it wrote there."""
+    import psutil
+
     with contextlib.suppress(psutil.Error):
         return sum(part.pss - part.anonymous for part in process.memory_maps() if ".so" in part.path)
     return 0
@@ -243,6 +266,8 @@ def measure_memory(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
 
 
 def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
+    import psutil
+
     n_batches = ShuffledActivations(cfg).n_batches
     cfg = dataclasses.replace(cfg, buffer_size=max(1, min(cfg.buffer_size, n_batches // _EPOCH_PER_BUFFER)))
     dataset = ShuffledActivations(cfg)

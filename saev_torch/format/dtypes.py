@@ -21,10 +21,11 @@ class ValueType(NamedTuple):
     nbytes: int
     exponent: int
 
-    def count_nonfinite(self, values: Any) -> int:
-        """Count what is not finite in an array or a buffer of stored values."""
+    def is_nonfinite(self, values: Any) -> NDArray[np.bool_]:
+        """Tell which of stored values, in an array or a buffer, are not finite: `[n] bool`."""
         bits: NDArray[Any] = np.frombuffer(values, f"<u{self.nbytes}")
-        return int(np.count_nonzero((bits & self.exponent) == self.exponent))
+        found: NDArray[np.bool_] = (bits & self.exponent) == self.exponent
+        return found
 
 
 DTYPES = {

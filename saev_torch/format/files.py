@@ -7,6 +7,7 @@ link, a FIFO that never answers, or a device. Everything that reads a shard dire
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import reprlib
@@ -26,6 +27,7 @@ NOT_SAVED = "Activations are not saved at"
 """How a `ShardsNotFoundError` begins: as `saev` does, whose users may look for it."""
 
 _NAME_MAX_BYTES = 255
+_MAX_LOOKED_AT, _MAX_NAMED = 1000, 3
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
     (stat.S_ISDIR, "a directory"),
@@ -45,6 +47,11 @@ def short(value: object) -> str:
         return _repr.repr(value)
     except ValueError:
         return "an integer of thousands of digits"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number and what is counted: 1 fault, 2 faults."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def fingerprint(directory: Path, names: Iterable[str], about: bytes) -> str:
@@ -127,6 +134,16 @@ def _not_regular(path: Path, kind: str) -> str:
         # What huggingface_hub downloads into its cache is a folder of links, so name the way out.
         remedy = "links are not followed: copy the files themselves (Hugging Face: download with local_dir=...)"
     return f"{path}: expected a regular file, got {kind}; {remedy}"
+
+
+def folders_with(name: str, root: Path) -> str:
+    """Name a few of the folders in a folder that have a file of this name; empty if there are none."""
+    found: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        looked_at = itertools.islice(entries, _MAX_LOOKED_AT)
+        found = [entry.name for entry in looked_at if os.path.isfile(os.path.join(entry.path, name))]
+    more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
+    return ", ".join(map(short, sorted(found)[:_MAX_NAMED])) + more
 
 
 def read_regular(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:

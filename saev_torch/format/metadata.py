@@ -14,7 +14,7 @@ import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, UntrustedError, WriteError
 from saev_torch.format.dtypes import DTYPES, FLOAT32, ValueType
-from saev_torch.format.files import NOT_SAVED, read_json, short, write_atomic, writing
+from saev_torch.format.files import NOT_SAVED, folders_with, read_json, short, write_atomic, writing
 from saev_torch.format.plain import as_plain
 from saev_torch.format.protocols import PROTOCOL, check_protocol, name_of_directory, read_fields
 
@@ -133,6 +133,12 @@ class Metadata:
         except ShardsNotFoundError as err:
             if not shards_dir.is_dir():
                 raise
+            inside = folders_with(METADATA_NAME, shards_dir)
+            if inside:
+                raise ShardsNotFoundError(
+                    f"{NOT_SAVED} {shards_dir}: expected a shard directory, got a folder with {inside} in it; add "
+                    "that name"
+                ) from err
             raise ShardsNotFoundError(
                 f"{NOT_SAVED} {path}: does not exist. It is written last, so either writing {shards_dir} was not "
                 "finished (go on with ShardWriter(..., resume=True), or delete the directory and write it again), or "

@@ -131,6 +131,8 @@ def class_mixtures(md: Metadata, cfg: ShuffledConfig, n_classes: int = 10, seed:
         raise ConfigError(f"n_classes: expected 1 to {md.n_examples}, the examples, got {n_classes}.")
     per_example = md.content_tokens_per_example
     n, size = md.n_examples * per_example, cfg.batch_size
+    if n < size:
+        raise ConfigError(f"batch_size: expected at most {n}, the samples of a layer, got {size}; no batch is full.")
     rng = np.random.Generator(np.random.PCG64(seed))
     plan = ShufflePlan(n, size, cfg.buffer_size, cfg.n_lanes, cfg.block_size, cfg.seed, 0)
     permutation = rng.permutation(n)

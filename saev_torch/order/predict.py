@@ -219,8 +219,8 @@ def find_smallest(
             return found
         reached = max(reached, found.quality)
     raise ConfigError(
-        f"quality: expected one that can be reached, at most {reached:.3f} with reads of {min_read_nbytes / 1024:.0f} "
-        f"KiB, got {quality}; lower it, or allow smaller reads."
+        f"quality: expected one that can be reached, at most {reached:.3f} with reads of {min_read_nbytes / 1024:.3g} "
+        f"KiB, got {quality}; lower it, or allow smaller reads (--min-read-kib)."
     )
 
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import io
+import json
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, tell_counted_layers
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, require_config, tell_counted_layers
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
@@ -29,11 +30,11 @@ from saev_torch.reading.labels import Labels
 from saev_torch.reading.selecting import select
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.moments import Moments
-from saev_torch.stats.streaming import Pass, Progress
+from saev_torch.stats.streaming import NonFinite, Pass, Progress
 
 _log = logging.getLogger("saev_torch")
 
-_VERSION = 1
+_VERSION = 2
 _SAMPLE = 3
 # More than cores: a disk is faster with many reads at a time.
 _N_THREADS = 16
@@ -53,12 +54,14 @@ class Statistics:
         groups: By (recorded layer, "special" or "content").
         n_selected: Vectors in the selection, measured or not.
         fingerprint: What was measured: a digest of the files' sizes and times, the metadata and the selection.
+        first_nonfinite: The first NaN or infinity, and where it is; None where all that was measured is finite.
     """
 
     total: Moments
     groups: dict[tuple[int, str], Moments]
     n_selected: int
     fingerprint: str
+    first_nonfinite: NonFinite | None = None
 
     @property
     def is_full(self) -> bool:
@@ -83,8 +86,9 @@ class Statistics:
         scale = math.sqrt(len(self.total.mean)) / self.total.mean_norm if self.total.mean_norm else math.inf
         if not 0 < np.float32(scale) < np.inf:
             raise FormatError(
-                f"scale_norm: expected activations with a mean norm above 0, got {self.total.mean_norm}; "
-                "these cannot be scaled, set scale_norm=False."
+                f"scale_norm: expected activations with a mean norm above 0, got {self.total.mean_norm}"
+                f"{'' if self.first_nonfinite is None else f' (the first value is {self.first_nonfinite})'}; these "
+                "cannot be scaled, set scale_norm=False."
             )
         return float(np.float32(scale))
 
@@ -101,6 +105,8 @@ class Statistics:
         arrays["is_content"] = np.array([kind == "content" for _, kind in self.groups], dtype=np.bool_)
         arrays["n_selected"] = np.array(self.n_selected, dtype=np.int64)
         arrays["fingerprint"] = np.array(self.fingerprint)
+        found = self.first_nonfinite
+        arrays["first_nonfinite"] = np.array(json.dumps(None if found is None else dataclasses.asdict(found)))
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)  # type: ignore[arg-type]
         write_atomic(path, buffer.getvalue())
@@ -124,7 +130,9 @@ class Statistics:
                 everything.append(Moments(**fields, norm_quantiles={float(q): float(norm) for q, norm in quantiles}))
             labelled = zip(arrays["layers"].tolist(), arrays["is_content"], everything[1:], strict=True)
             groups = {(layer, "content" if x else "special"): moments for layer, x, moments in labelled}
-            return cls(everything[0], groups, int(arrays["n_selected"]), str(arrays["fingerprint"]))
+            found = json.loads(str(arrays["first_nonfinite"]))
+            first = None if found is None else NonFinite(**found)
+            return cls(everything[0], groups, int(arrays["n_selected"]), str(arrays["fingerprint"]), first)
         except FileNotFoundError as err:
             raise ShardsNotFoundError(f"{path}: expected a file of Statistics.save(), but there is none.") from err
         except (OSError, LookupError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as err:
@@ -159,6 +167,7 @@ def compute_statistics(
         ConfigError: A bad value, or a cache folder inside the shard directory.
         ShardsNotFoundError, FormatError, ReadError: The shards cannot be read.
     """
+    require_config("compute_statistics", cfg, OrderedConfig, ShuffledConfig, IndexedConfig)
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
@@ -214,8 +223,15 @@ def _compute(
         if n_sampled is not None:
             draw = Bijection(selection.n_samples, make_key(seed, _SAMPLE))
             samples = np.sort(draw(np.arange(n_sampled, dtype=np.int64)))
-        total, groups = Pass(store, selection, samples, progress, is_only).run(n_threads)
-        return Statistics(total, groups, selection.n_samples * selection.n_parts, made_from)
+        measuring = Pass(store, selection, samples, progress, is_only)
+        total, groups = measuring.run(n_threads)
+        n_selected = selection.n_samples * selection.n_parts
+        if measuring.first_nonfinite is not None:
+            _log.warning(
+                "%s: %d of %d vectors have values that are not finite, and are left out; the first is %s",
+                store.shards_dir, total.n_nonfinite_samples, n_selected, measuring.first_nonfinite,
+            )  # fmt: skip
+        return Statistics(total, groups, n_selected, made_from, measuring.first_nonfinite)
 
     if cache is False:
         return make()

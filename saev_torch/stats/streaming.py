@@ -1,7 +1,10 @@
 """One pass over stored vectors: threads that read, and measure what they read while it is still in their cache."""
 
+import dataclasses
 import functools
+import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -26,11 +29,32 @@ _Int64s = NDArray[np.int64]
 Progress = Callable[[int, int], None]
 """Called with the samples measured and the samples in all."""
 
+_log = logging.getLogger("saev_torch")
+
+_EVERY_S = 60.0
 # What is planned, read and measured at once: large enough that Python's part does not count, less than caches hold.
 _TASK_NBYTES = 8 << 20
 # To compile takes some tenths of a second, as measuring a few of these does without it. A fixed size, so that the same
 # data give the same sums, to the last bit, whatever else the process did before.
 _MIN_COMPILED_NBYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class NonFinite:
+    """A value that is not finite, and where it is: `token_idx` is -1 for the special token, as in batches."""
+
+    value: float
+    file: str
+    example_idx: int
+    layer: int
+    token_idx: int
+    dimension: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.value} in {self.file}, example_idx {self.example_idx}, layer {self.layer}, token_idx "
+            f"{self.token_idx}, dimension {self.dimension}"
+        )
 
 
 class Pass:
@@ -39,12 +63,18 @@ class Pass:
     Args:
         samples: Numbers of the samples to measure, ascending; None for all.
         is_only: Whether the data may not be read again.
+
+    Attributes:
+        first_nonfinite: After `run`, the first value that is not finite, in the order of the samples, if there is one.
     """
 
     def __init__(
         self, store: ShardStore, selection: Selection, samples: _Int64s | None, progress: Progress | None, is_only: bool
     ) -> None:
-        self._selection, self._samples, self._progress = selection, samples, progress
+        self._store, self._selection, self._samples = store, selection, samples
+        self._progress: Progress | None = self._say if progress is None else progress
+        self._said = time.monotonic()
+        self.first_nonfinite: NonFinite | None = None
         self._n = selection.n_samples if samples is None else len(samples)
         sample_nbytes = selection.n_parts * selection.md.d_model * FLOAT32.nbytes
         self._per_task = max(1, _TASK_NBYTES // sample_nbytes)
@@ -54,7 +84,7 @@ class Pass:
         self._threads = threading.local()
         self._lock = threading.Lock()
         self._next_merged = 0
-        self._done: dict[int, list[tuple[int, Piece, NDArray[np.float64]]]] = {}
+        self._done: dict[int, tuple[list[tuple[int, Piece, NDArray[np.float64]]], NonFinite | None]] = {}
         self._pieces = defaultdict[int, Piece](functools.partial(Piece.empty, selection.md.d_model))
         self._histograms = defaultdict[int, NormHistogram](NormHistogram)
 
@@ -87,10 +117,14 @@ class Pass:
         reader.read(extents, 0, len(extents.nbytes))
         self._source.finish(torch.from_numpy(mine.buffer[: len(samples) * self._selection.n_parts]))
         measured = [(group, *measure(mine.buffer[rows], mine.scratch)) for group, rows in groups]
+        is_bad = any(piece.n_nonfinite_samples for _, piece, _ in measured)
+        found = self._locate(samples, mine.buffer) if is_bad else None
         with self._lock:
-            self._done[number] = measured
+            self._done[number] = measured, found
             while self._next_merged in self._done:
-                for group, piece, norms in self._done.pop(self._next_merged):
+                measured, found = self._done.pop(self._next_merged)
+                self.first_nonfinite = self.first_nonfinite or found
+                for group, piece, norms in measured:
                     self._pieces[group].merge(piece)
                     self._histograms[group].add(norms)
                 self._next_merged += 1
@@ -100,9 +134,37 @@ class Pass:
                 # Not after it has raised an error.
                 self._progress = progress
 
+    def _say(self, done: int, total: int) -> None:
+        """What takes minutes says so, where nobody else tells: `scale_norm` measures before the first batch."""
+        if time.monotonic() - self._said >= _EVERY_S:
+            self._said = time.monotonic()
+            _log.warning("%s: measuring activations, %.0f%% (%d of %d samples)", self._store.shards_dir,
+                         100 * done / total, done, total)  # fmt: skip
 
-def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents, list[tuple[int, slice]]]:
-    """Work out how to read samples to an address with the rows of each group side by side, and which rows those are."""
+    def _locate(self, samples: _Int64s, vectors: NDArray[np.float32]) -> NonFinite:
+        """Find the first value that is not finite among the vectors of some samples, of which there is one."""
+        md = self._selection.md
+        shards, rows, group = _find_rows(self._selection, samples)
+        # Where each vector that was read stands among the rows.
+        order = np.argsort(group, kind="stable")
+        bad = np.flatnonzero(~np.isfinite(vectors[: len(rows)]).all(axis=1))
+        at = bad[np.argmin(order[bad] % len(samples))]
+        dimension = int(np.argmin(np.isfinite(vectors[at])))
+        shard, row = int(shards[order[at]]), int(rows[order[at]])
+        example, row = divmod(row, md.n_layers * md.tokens_per_example)
+        layer, token = divmod(row, md.tokens_per_example)
+        return NonFinite(
+            value=float(vectors[at, dimension]),
+            file=self._store.shards[shard].name,
+            example_idx=shard * md.examples_per_shard + example,
+            layer=md.layers[layer],
+            token_idx=token - int(md.cls_token),
+            dimension=dimension,
+        )
+
+
+def _find_rows(selection: Selection, samples: _Int64s) -> tuple[_Int64s, _Int64s, _Int64s]:
+    """The shards, the rows in them, and the groups of all vectors of samples; part by part where there are several."""
     md = selection.md
     cells = selection.cells(samples)
     _, layers, tokens = selection.split(cells)
@@ -113,6 +175,13 @@ def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents
         shift = (np.array(selection.layer_idxs) - selection.layer_idxs[0])[:, None] * md.tokens_per_example
         rows, group = (rows + shift).ravel(), (group + 2 * parts).ravel()
         shards = np.tile(shards, selection.n_parts)
+    return shards, rows, group
+
+
+def _plan(selection: Selection, samples: _Int64s, address: int) -> tuple[Extents, list[tuple[int, slice]]]:
+    """Work out how to read samples to an address with the rows of each group side by side, and which rows those are."""
+    shards, rows, group = _find_rows(selection, samples)
+    md = selection.md
     width = md.d_model * FLOAT32.nbytes
     # What is stored goes to the back of a row, where it is converted.
     places = address + width - md.row_nbytes + width * np.arange(len(rows), dtype=np.int64)

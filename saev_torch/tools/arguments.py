@@ -21,6 +21,35 @@ def at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def integers(least: float = -math.inf) -> Callable[[str], list[int]]:
+    """Make the type of an argument: a list of integers of at least `least`, as in 0,1,2."""
+
+    def parse(text: str) -> list[int]:
+        with contextlib.suppress(ValueError):
+            numbers = [int(part) for part in text.split(",")]
+            if min(numbers) >= least:
+                return numbers
+        bound = "" if least == -math.inf else f" of at least {least}"
+        raise argparse.ArgumentTypeError(
+            f"expected integers{bound} with commas between them, as in 0,1,2, got {text!r}"
+        )
+
+    return parse
+
+
+def positions(text: str) -> slice | list[int]:
+    """The type of an argument: start:stop, start:stop:step, or a list of integers from 0 on."""
+    if ":" in text:
+        with contextlib.suppress(ValueError):
+            parts = [int(part) if part else None for part in text.split(":")]
+            if len(parts) <= 3 and parts[2:] != [0]:
+                return slice(*parts)
+    else:
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return integers(0)(text)
+    raise argparse.ArgumentTypeError(f"expected start:stop, start:stop:step, or a list as in 3,5,8, got {text!r}")
+
+
 def above_zero(text: str) -> float:
     """The type of an argument: a finite number above 0."""
     with contextlib.suppress(ValueError):

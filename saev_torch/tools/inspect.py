@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from saev_torch.config import IndexedConfig
 from saev_torch.format.checksums import CHECKSUMS_NAME
+from saev_torch.format.files import counted
 from saev_torch.format.metadata import Metadata
 from saev_torch.indexed import IndexedDataset
 from saev_torch.reading.labels import Labels
@@ -81,13 +82,13 @@ def _sample(shards_dir: Path, layer: int) -> tuple[npt.NDArray[np.float32], str]
     data = IndexedDataset(IndexedConfig(shards=shards_dir, layer=layer))
     rows = np.linspace(0, len(data) - 1, min(_N_SAMPLED, len(data))).astype(np.int64).tolist()
     acts = np.stack([data[i]["act"].numpy() for i in rows])
-    n_bad = np.count_nonzero(~np.isfinite(acts))
+    n_bad = int(np.count_nonzero(~np.isfinite(acts)))
     acts = np.nan_to_num(acts, nan=0.0, posinf=0.0, neginf=0.0)
     norms = np.linalg.norm(acts, axis=1)
+    spoilt = f", {counted(n_bad, 'VALUE')} NOT FINITE, see verify --finite" if n_bad else ""
     return norms, (
         f"layer {layer:<6} norm {norms.mean():.4g} (from {norms.min():.4g} to {norms.max():.4g}), "
-        f"values {acts.mean():.4g} +- {acts.std():.4g}, {len(norms)} tokens"
-        f"{f', {n_bad} VALUES NOT FINITE' if n_bad else ''}"
+        f"values {acts.mean():.4g} +- {acts.std():.4g}, {counted(len(norms), 'token')}{spoilt}"
     )
 
 

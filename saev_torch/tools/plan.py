@@ -1,6 +1,7 @@
 """`python -m saev_torch plan DIR`: what a configuration will do with a shard directory; reads its metadata only."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 _GIB = 1 << 30
 _BUFFERS = (1, 2, 4, 8, 16, 32)
 _BLOCKS = (1, 4, 16, 64, 256)
+_N_CLASSES = 10
 _OPTIONS = ("batch_size", "buffer_size", "n_lanes", "block_size")
 
 
@@ -32,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readers", type=whole, default=1, help="ranks times workers (default: 1)")
     parser.add_argument("--quality", type=above_zero, help="find the smallest memory for this quality, 0 to 1")
     parser.add_argument("--memory-gib", type=above_zero, help="find the best quality in this memory")
-    parser.add_argument("--min-read-kib", type=above_zero, default=least, help="of what is found, the least mean read")
+    smallest = f"of what is found, the least mean read (default: {least:.0f}, or what reaches the quality)"
+    parser.add_argument("--min-read-kib", type=above_zero, help=smallest)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against memory to this file")
     parser.add_argument("--plot-classes", type=Path, metavar="FILE", help="draw how classes mix over an epoch")
 
@@ -53,15 +56,16 @@ def run(args: argparse.Namespace) -> int:
     md = Metadata.load(args.shards)
     options = {name: getattr(args, name) for name in ("shards", "tokens", *_OPTIONS)}
     cfg = ShuffledConfig(layer=_layer(md, args.layer), **options)
-    least = args.min_read_kib * 1024
+    least = MIN_READ_NBYTES if args.min_read_kib is None else args.min_read_kib * 1024
     if args.quality is not None and args.memory_gib is not None:
         raise ConfigError("--quality, --memory-gib: expected one of the two, got both.")
     if args.quality is not None:
-        chosen = find_smallest(md, cfg, args.quality, args.readers, least)
+        chosen = _find(md, cfg, args.quality, args.readers, least, args.min_read_kib is None)
     elif args.memory_gib is not None:
         chosen = find_best(md, cfg, int(args.memory_gib * _GIB), args.readers, least)
     else:
         chosen = predict(md, cfg, args.readers)
+    mixtures = class_mixtures(md, chosen.cfg, min(_N_CLASSES, md.n_examples)) if args.plot_classes else []
     sys.stdout.write(_describe(chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
@@ -70,8 +74,22 @@ def run(args: argparse.Namespace) -> int:
         if args.plot:
             save(draw_plan(chosen, _others(md, cfg, args.readers)), args.plot)
         if args.plot_classes:
-            save(draw_mixtures(class_mixtures(md, chosen.cfg)), args.plot_classes)
+            save(draw_mixtures(mixtures), args.plot_classes)
     return 0
+
+
+def _find(
+    md: Metadata, cfg: ShuffledConfig, quality: float, n_readers: int, least: float, may_be_less: bool
+) -> Prediction:
+    """The smallest memory for a quality, with the largest reads that reach it: of a half, a quarter, ... of `least`."""
+    while may_be_less and least > md.row_nbytes:
+        with contextlib.suppress(ConfigError):
+            return find_smallest(md, cfg, quality, n_readers, least)
+        least /= 2
+    given = predict(md, cfg, n_readers)
+    if may_be_less and given.quality >= quality:
+        return given
+    return find_smallest(md, cfg, quality, n_readers, least)
 
 
 def _others(md: Metadata, cfg: ShuffledConfig, n_readers: int) -> list[Prediction]:
@@ -89,7 +107,7 @@ def _describe(found: Prediction) -> str:
         "configuration": ", ".join(f"{name}={getattr(found.cfg, name)}" for name in _OPTIONS),
         "readers": f"{found.n_readers} (ranks x workers)",
         "distinct examples": f"{found.distinct_examples:,.0f} in a batch; {uniform}",
-        "reads": f"{found.read_nbytes / 1024:,.0f} KiB on average; {found.read_per_byte:.2f} bytes for each one used",
+        "reads": f"{found.read_nbytes / 1024:,.3g} KiB on average; {found.read_per_byte:.2f} bytes for each one used",
         "memory": f"{found.memory_nbytes / _GIB:.2f} GiB of batches in all readers, besides what processes take",
     }
     return "".join(f"{name + ':':<19}{text}\n" for name, text in rows.items())

@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
+from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
 from saev_torch.reading.extents import make_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
-from saev_torch.tools.arguments import at_least
+from saev_torch.tools.arguments import at_least, integers, positions
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
 
@@ -47,7 +48,7 @@ def repack(
         layers: Recorded layers to keep, by value, in the new order; all by default.
         examples: Examples to keep, in the new order; all by default.
         max_tokens_per_shard: Activations (token x layer) in a file; as in the source by default.
-        progress: Draw a progress bar; None for where stderr is a terminal.
+        progress: Draw a progress bar; None for where stderr is a terminal, and elsewhere a line a minute.
 
     Returns:
         The new directory.
@@ -62,9 +63,7 @@ def repack(
     layers = tuple(old.layers if layers is None else layers)
     if not layers or not set(layers) <= set(old.layers):
         raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(layers)}.")
-    numbers = np.array(range(old.n_examples) if examples is None else examples, dtype=np.int64)
-    if not len(numbers) or not 0 <= numbers.min() <= numbers.max() < old.n_examples:
-        raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got another or none.")
+    numbers = _numbers(old, examples)
     new = dataclasses.replace(
         old,
         data=_describe(old, numbers),
@@ -79,14 +78,26 @@ def repack(
     n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
     with (
         contextlib.closing(store),
-        ShardWriter(Path(shards_root), new) as writer,
         Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
+        ShardWriter(Path(shards_root), new) as writer,
     ):
         for start in range(0, len(numbers), n_fit):
             acts, labels = source.read(numbers[start : start + n_fit])
             writer.write_batch(acts, start, labels)
             bar.update(acts.nbytes)
     return writer.shards_dir
+
+
+def _numbers(old: Metadata, examples: Sequence[int] | None) -> npt.NDArray[np.int64]:
+    """The examples to keep, as an array."""
+    numbers = np.asarray(range(old.n_examples) if examples is None else examples)
+    got = "none" if numbers.size == 0 else short(examples)
+    if numbers.size and numbers.ndim == 1 and numbers.dtype.kind in "iu":
+        outside = numbers[(numbers < 0) | (numbers >= old.n_examples)]
+        if not len(outside):
+            return numbers.astype(np.int64)
+        got = f"{outside[0]}"
+    raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got {got}; choose others.")
 
 
 def _describe(old: Metadata, examples: npt.NDArray[np.int64]) -> str:
@@ -146,23 +157,13 @@ class _Examples:
             )
 
 
-def _layers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _examples(text: str) -> slice | list[int]:
-    if ":" not in text:
-        return _layers(text)
-    return slice(*(int(part) if part else None for part in text.split(":")))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("dir", type=Path, help="shard directory to read")
     parser.add_argument("root", type=Path, help="where the new directory <hash> is made")
-    parser.add_argument("--layers", type=_layers, metavar="A,B", help="layers to keep, for instance --layers=-2,11")
+    parser.add_argument("--layers", type=integers(), metavar="A,B", help="layers to keep, for instance --layers=-2,11")
     kept = "examples to keep: start:stop[:step], or a list 3,5,8"
-    parser.add_argument("--examples", type=_examples, metavar="A:B", help=kept)
+    parser.add_argument("--examples", type=positions, metavar="A:B", help=kept)
     most = "activations (token x layer) in a file"
     parser.add_argument("--max-tokens-per-shard", type=at_least(1), metavar="N", help=most)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

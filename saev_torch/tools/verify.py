@@ -16,7 +16,7 @@ import numpy as np
 
 from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
-from saev_torch.format.files import read_regular
+from saev_torch.format.files import counted, read_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, stat_regular
 from saev_torch.processes.world import count_cores
@@ -104,7 +104,7 @@ def verify(
     Args:
         shards_dir: The directory.
         finite: Also look for NaN and infinity.
-        progress: Draw a progress bar; None for where stderr is a terminal.
+        progress: Draw a progress bar; None for where stderr is a terminal, and elsewhere a line a minute.
         n_threads: Reading threads; as many as there are cores by default, but 4 to 8, as disks want several.
 
     Returns:
@@ -238,9 +238,11 @@ class _Verification:
                 ]
         if self.finite and piece.file.idx != LABELS_IDX:
             for i, block in enumerate(blocks):
-                n_bad = self.md.value_type.count_nonfinite(block)
-                if n_bad:
-                    bad.append((i, f"expected finite values, got {n_bad} that are not"))
+                is_wrong = self.md.value_type.is_nonfinite(block)
+                if n_wrong := np.count_nonzero(is_wrong):
+                    token, dimension = divmod(int(is_wrong.argmax()), self.md.d_model)
+                    where = f"the first in stored token {token}, dimension {dimension}"
+                    bad.append((i, f"expected finite values, got {n_wrong} that are not, {where}"))
         return [
             Fault(name, what, piece.first + i // n_layers, layers[i % n_layers], piece.offset + i * width)
             for i, what in bad
@@ -263,8 +265,8 @@ def run(args: argparse.Namespace) -> int:
     report = verify(args.dir, finite=args.finite, progress=False if args.quiet else None)
     for fault in report.faults:
         print(fault)
-    what = f"{report.n_blocks:,} checksums" if report.has_checksums else "sizes only, as there is no checksums.json"
+    what = counted(report.n_blocks, "checksum") if report.has_checksums else "sizes only, as there is no checksums.json"
     if args.finite:
         what += ", values"
-    print(f"{args.dir}: {'all is well' if report.ok else f'{len(report.faults)} faults'} ({what})")
+    print(f"{args.dir}: {counted(len(report.faults), 'fault') if report.faults else 'all is well'} ({what})")
     return int(not report.ok)

@@ -4,6 +4,7 @@ Each check raises a `WriteError` that says what was expected and what came.
 """
 
 import operator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.f
         raise WriteError(f"activations: expected a tensor or an array, got {type(activations).__name__}")
     if md.dtype != "float32":
         raise WriteError(f"dtype: expected float32, all that is written so far, got {md.dtype}")
+    _require_values("activations", activations)
     if activations.dtype not in (torch.float32, np.dtype(np.float32)):
         raise WriteError(f"activations: expected float32, got {activations.dtype}; convert it, as with .float()")
     shape = (md.n_layers, md.tokens_per_example, md.d_model)
@@ -32,8 +34,33 @@ def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.f
             f"{shape[1]}, {shape[2]}], got {list(activations.shape)}"
         )
     if isinstance(activations, torch.Tensor):
-        activations = activations.detach().cpu().numpy()
+        activations = _to_numpy("activations", activations)
     return np.ascontiguousarray(activations, dtype=md.value_type.storage)
+
+
+def _require_values(name: str, given: torch.Tensor | npt.NDArray[Any]) -> None:
+    """Refuse tensors and arrays that do not hold a value at each place."""
+    if isinstance(given, np.ndarray):
+        if np.ma.is_masked(given):
+            raise WriteError(f"{name}: expected a value at each place, got masked ones; fill them, as with .filled(0)")
+    elif given.is_nested or given.layout != torch.strided:
+        got = "a nested one" if given.is_nested else f"{given.layout}"
+        raise WriteError(f"{name}: expected a dense tensor, got {got}; convert it, as with .to_dense()")
+    elif given.is_meta:
+        raise WriteError(
+            f"{name}: expected a tensor with values, got one on the device 'meta'; load the model's weights"
+        )
+
+
+def _to_numpy(name: str, tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Copy a tensor to the host if need be, with what is pending on it: a negation, a conjugation."""
+    try:
+        return tensor.numpy(force=True)
+    except (RuntimeError, TypeError, NotImplementedError) as err:
+        raise WriteError(
+            f"{name}: expected a tensor of plain values, got {type(tensor).__name__} of {tensor.dtype} ({err}); "
+            "convert it first"
+        ) from err
 
 
 def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> None:
@@ -53,9 +80,11 @@ def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> Non
 
 def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch: int) -> npt.NDArray[np.uint8]:
     """Return labels as a contiguous [batch, content_tokens_per_example] uint8 array."""
-    if isinstance(patch_labels, torch.Tensor):
-        patch_labels = patch_labels.detach().cpu()
+    if isinstance(patch_labels, torch.Tensor | np.ndarray):
+        _require_values("patch_labels", patch_labels)
     try:
+        if isinstance(patch_labels, torch.Tensor):
+            patch_labels = _to_numpy("patch_labels", patch_labels)
         labels = np.asarray(patch_labels)
     except (TypeError, ValueError, RuntimeError) as err:
         raise WriteError(f"patch_labels: expected an array of integers, got {short(patch_labels)}") from err

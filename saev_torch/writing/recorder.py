@@ -6,11 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from saev_torch.errors import ConfigError
+from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.processes.world import find_world
 from saev_torch.writing.progress import Progress
@@ -43,8 +45,10 @@ def record(
 ) -> Path:
     """Run a model over a data set and write what its blocks put out.
 
-    Layer i is the output of block i, from 0: what transformers calls `hidden_states[i + 1]`. Example i is `dataset[i]`
-    of the loader's data set, so the loader must not shuffle. Writing a batch overlaps with computing the next one; two
+    Layer i is the output of block i, from 0, as the next block gets it. transformers calls it `hidden_states[i + 1]`,
+    but for the last block: there it gives what comes out of the model's final norm, where there is one (Llama, GPT-2
+    and most other language models), and recorded is what goes into it. Example i is `dataset[i]` of the loader's data
+    set, so the loader must not shuffle. Writing a batch overlaps with computing the next one; two
     batches are held on the host. The model is in evaluation mode meanwhile, and builds no graph.
 
     Under torchrun each rank records its share of the batches, and the last one to finish publishes. Put each rank's
@@ -73,7 +77,7 @@ def record(
         resume: Continue a recording that was killed; batches that are on disk are not computed again, but for the first
             one, which shows whether they are of the same data and model.
         check_finite: Refuse NaN and infinity.
-        progress: Show progress on stderr; None for the first rank only, and without a terminal only if it takes long.
+        progress: Show progress on stderr; None for the first rank only, and without a terminal a line a minute.
 
     Returns:
         The shard directory.
@@ -87,7 +91,11 @@ def record(
     taps = Taps(model, layers, blocks, batch_dim)
     first = int(cls_token) if first_content_token is None else first_content_token
     source = Source(model, loader, taps, forward, Tokens(cls_token, first, content_tokens_per_example))
-    with _evaluating(model), torch.inference_mode(), taps:
+    start, stop = (loader.span(mine[0])[0], loader.span(mine[-1])[1]) if mine else (0, 0)
+    shown = progress if progress is not None or world.rank == 0 else False
+    # All the time: the first batch and publishing may take minutes, too.
+    bar = Progress(stop - start, "recording", "examples", shown)
+    with _evaluating(model), torch.inference_mode(), taps, bar:
         # A rank without any batch looks at the first of all, as it must know the directory's name.
         shape = source.peek(mine.start if mine else 0)
         md = Metadata(
@@ -105,17 +113,14 @@ def record(
         )
         if not mine:
             return Path(shards_root) / md.hash
-        start, stop = loader.span(mine[0])[0], loader.span(mine[-1])[1]
         example_range = (start, stop) if world.world_size > 1 else None
-        shown = progress if progress is not None or world.rank == 0 else False
         writer = ShardWriter(Path(shards_root), md, resume, example_range=example_range, check_finite=check_finite)
         with writer:
             todo = loader.touching(mine, writer.missing())
             # The first is computed already, and the writer looks whether what it has on disk is of these data.
             todo = todo if todo[:1] == [mine[0]] else [mine[0], *todo]
-            done = stop - start - sum(high - low for low, high in map(loader.span, todo))
-            bar = Progress(stop - start, "recording", "examples", shown, done)
-            with _Stream(writer, source.device) as stream, bar:
+            bar.skip(stop - start - sum(high - low for low, high in map(loader.span, todo)))
+            with _Stream(writer, source.device) as stream:
                 for i, batch, acts in source.compute(todo):
                     stream.write(acts, loader.span(i), None if labels is None else labels(batch))
                     bar.update(len(acts))
@@ -204,12 +209,34 @@ def token_windows(
         [n_windows, len(prefix) + n_content + len(suffix)] int64.
 
     Raises:
-        ConfigError: There is less text than one window.
+        ConfigError: There is less text than one window, or something else than integers.
     """
-    joined = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
-    n_windows = len(joined) // n_content if n_content > 0 else 0
+    if not hasattr(n_content, "__index__") or n_content < 1:
+        raise ConfigError(f"n_content: expected an integer of at least 1, got {short(n_content)}.")
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise _not_tokens("texts", texts)
+    joined = torch.cat([torch.empty(0, dtype=torch.int64), *(_tokens("texts", text) for text in texts)])
+    n_windows = len(joined) // n_content
     if not n_windows:
         raise ConfigError(f"texts: expected at least one window of {n_content} tokens, got {len(joined)} tokens.")
     content = joined[: n_windows * n_content].reshape(n_windows, n_content)
-    ends = [torch.tensor(list(end), dtype=torch.int64).expand(n_windows, len(end)) for end in (prefix, suffix)]
+    ends = [_tokens(name, end).expand(n_windows, -1) for name, end in (("prefix", prefix), ("suffix", suffix))]
     return torch.cat([ends[0], content, ends[1]], dim=1)
+
+
+def _tokens(name: str, text: Any) -> torch.Tensor:
+    """One text as `[n] int64` vocabulary indices."""
+    try:
+        tokens = np.asarray(text.cpu() if isinstance(text, torch.Tensor) else text)
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise _not_tokens(name, text) from err
+    if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+        raise _not_tokens(name, text)
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def _not_tokens(name: str, got: Any) -> ConfigError:
+    return ConfigError(
+        f"{name}: expected vocabulary indices, lists of integers, got {short(got)}; turn text into tokens first, as "
+        "with tokenizer(texts)['input_ids']."
+    )

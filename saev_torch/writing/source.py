@@ -139,6 +139,12 @@ class Taps:
         out = getattr(out, "last_hidden_state", out)
         if isinstance(out, tuple | list) and out:
             out = out[0]
+        if isinstance(out, torch.Tensor) and (out.is_nested or out.layout != torch.strided):
+            kind = "nested ones" if out.is_nested else out.layout
+            raise ConfigError(
+                f"layers: expected blocks that put out dense tensors, got {kind}; nn.TransformerEncoder makes such of "
+                "padded batches: build it with enable_nested_tensor=False."
+            )
         if not isinstance(out, torch.Tensor) or out.ndim != 3:
             got = list(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise ConfigError(f"layers: expected blocks that put out [batch, tokens, d_model], got {got}.")

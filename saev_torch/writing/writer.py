@@ -164,10 +164,18 @@ class ShardWriter:
             if exc_type is None and not self.published:
                 missing = self.missing()
                 if missing:
+                    if self._keeps:
+                        self._checkpoints.force()
                     n_missing = sum(stop - start for start, stop in missing)
+                    kept = (
+                        "what was written stays: write the rest with ShardWriter(..., resume=True)"
+                        if self._keeps
+                        else "what was written is removed: ShardWriter(..., resume=True) keeps it, to go on later"
+                    )
                     raise WriteError(
                         f"{self.shards_dir}: expected {self.example_range[1] - self.example_range[0]} examples, as "
-                        f"announced, {n_missing} are missing: {short(missing)} (ends excluded); nothing was published"
+                        f"announced, {n_missing} are missing: {short(missing)} (ends excluded); nothing was published, "
+                        f"and {kept}"
                     )
                 self._checkpoints.force()
                 self._unfinished.publish()

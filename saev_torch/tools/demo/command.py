@@ -7,6 +7,7 @@ latents mean. Needs the `demo` extra.
 
 import argparse
 import contextlib
+import importlib
 import tempfile
 import time
 from pathlib import Path
@@ -14,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
 from saev_torch.errors import ConfigError
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.tools.arguments import at_least
 from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
 from saev_torch.tools.demo.figure import Firings, draw, find_meanings
 from saev_torch.tools.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
@@ -35,20 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("saev_torch_demo.png"), help="figure (default: %(default)s)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the shards under this folder")
     parser.add_argument("--layer", type=int, choices=LAYERS, default=LAYERS[-1], help="layer to train on")
-    parser.add_argument("--windows", type=_positive, default=800, help="windows of text at most (default: %(default)s)")
-    parser.add_argument("--epochs", type=_positive, default=Recipe.n_epochs, help="epochs (default: %(default)s)")
+    parser.add_argument(
+        "--windows", type=at_least(1), default=800, help="windows of text at most (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=at_least(1), default=Recipe.n_epochs, help="epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order and the weights (default: %(default)s)")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {number}")
-    return number
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo, and return 0."""
+    # Now, and not after all the work; to ask for --help does not take them.
+    for name in ("tqdm", "matplotlib", "tokenizers", "transformers"):
+        importlib.import_module(name)
     started = time.perf_counter()
     if not args.out.absolute().parent.is_dir():
         # Now, and not after all the work.
@@ -114,6 +113,8 @@ def _print_rate(loader: "DataLoader[ActivationBatch]") -> torch.Tensor:
 def _train(
     sae: TopKSAE, loader: "DataLoader[ActivationBatch]", recipe: Recipe, held_out: torch.Tensor
 ) -> tuple[list[float], list[tuple[int, float]]]:
+    from tqdm import tqdm
+
     losses: list[float] = []
     curve: list[tuple[int, float]] = [(0, explained_variance(sae, held_out))]
     n_steps = recipe.n_epochs * len(loader)
