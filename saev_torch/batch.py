@@ -1,19 +1,24 @@
-"""A batch of activations: a dict of tensors that may live in reusable memory."""
+"""A batch of activations: a dict of tensors that may live in reusable memory; and the samples of one."""
 
 import os
+from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
+from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
 from saev_torch.reading.leases import Lease
-from saev_torch.reading.slots import OpenBatch, Slot, attach
+from saev_torch.reading.received import attach
+from saev_torch.reading.regions import Name
+from saev_torch.reading.slots import OpenBatch, Slot
 from saev_torch.resume.state import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]
@@ -134,13 +139,8 @@ def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     return batch
 
 
-def make_batch(
-    opened: OpenBatch, selection: Selection, batch_size: int, label_key: str = "token_labels"
-) -> ActivationBatch:
-    """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result.
-
-    A full batch has `batch_size` samples: the columns stand behind the activations of so many.
-    """
+def make_batch(opened: OpenBatch, selection: Selection, label_key: str = "token_labels") -> ActivationBatch:
+    """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result."""
     n, md = opened.size, selection.md
     examples, layers, tokens = selection.split(opened.cells)
     columns = {"example_idx": examples, "token_idx": tokens - selection.n_special}
@@ -149,9 +149,9 @@ def make_batch(
     if selection.layer_is_all:
         columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
-    act_nbytes = slot_nbytes(batch_size, selection.act_nbytes) - N_COLUMNS * 8 * batch_size
+    act_nbytes = slot_nbytes(n, selection.act_nbytes) - N_COLUMNS * 8 * n
     fields: list[_Field] = [("act", selection.act_type.name, 0, shape)]
-    fields += [(key, "int64", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]
+    fields += [(key, "int64", act_nbytes + i * 8 * n, (n,)) for i, key in enumerate(columns)]
     batch = _from_memory(opened.slot.lease(), tuple(fields))
     for key, column in columns.items():
         batch[key].numpy()[:] = column
@@ -159,10 +159,14 @@ def make_batch(
     return batch
 
 
-def _receive(
-    name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest: int | None, number: int | None
-) -> ActivationBatch:
+def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number: int | None) -> ActivationBatch:
     batch = _from_memory(attach(*name), fields)
+    batch._digest, batch.number = digest, number
+    return batch
+
+
+def _receive_copy(columns: dict[str, NDArray[Any]], digest: int | None, number: int | None) -> ActivationBatch:
+    batch = ActivationBatch({key: torch.from_numpy(column) for key, column in columns.items()})
     batch._digest, batch.number = digest, number
     return batch
 
@@ -183,9 +187,14 @@ def _is_untouched(batch: ActivationBatch, slot: Slot) -> bool:
 def _send(batch: ActivationBatch) -> tuple[Any, ...]:
     """Reduce a batch for another process: as the name of its memory, if the tensors are still those of its slot."""
     slot = batch._slot
-    if slot is None or not slot.is_own or not _is_untouched(batch, slot):
+    if slot is None or get_worker_info() is None or not _is_untouched(batch, slot):
         return batch.__reduce__()
-    return _receive, (slot.send(), batch._fields, batch._digest, batch.number)
+    name = slot.send() if slot.is_own else None
+    if name is None:
+        # Through the pipe: torch would copy to /dev/shm, which may be too small, and take a descriptor for each tensor.
+        columns = {key: tensor.numpy() for key, tensor in batch.items()}
+        return _receive_copy, (columns, batch._digest, batch.number)
+    return _receive, (name, batch._fields, batch._digest, batch.number)
 
 
 ForkingPickler.register(ActivationBatch, _send)
@@ -202,3 +211,43 @@ def _collate(batches: list[ActivationBatch], *, collate_fn_map: Any = None) -> A
 
 
 default_collate_fn_map[ActivationBatch] = _collate
+
+
+class Sample(dict[str, Any]):
+    """One sample of `IndexedDataset`; lists of them are collated at once."""
+
+
+class Samples(Sequence[Sample]):
+    """The samples of one call, made when they are looked at; `DataLoader` collates them without looking."""
+
+    def __init__(self, batch: ActivationBatch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch["act"])
+
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        sample = Sample(act=self.batch["act"][i])
+        for key, column in self.batch.items():
+            if key != "act":
+                sample[key] = int(column[i])
+        return sample
+
+
+def _collate_samples(samples: Any, *, collate_fn_map: Any = None) -> Any:
+    if isinstance(samples, Samples):
+        return samples.batch
+    # torch takes the keys of the first sample: the others would lose theirs.
+    keys = [set(sample) for sample in samples]
+    partial = set().union(*keys) - keys[0].intersection(*keys)
+    if partial:
+        raise ConfigError(
+            f"IndexedDataset: expected samples with the same keys, got {sorted(partial)} only in some; join data sets "
+            "of one kind, or give a collate_fn that says what to do"
+        )
+    return torch.utils.data.default_collate([dict(sample) for sample in samples])
+
+
+default_collate_fn_map[Sample] = _collate_samples

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler, get_worker_info
-from torch.utils.data._utils.collate import default_collate_fn_map
+from torch.utils.data import Dataset, Sampler
 
-from saev_torch.batch import ActivationBatch, make_batch
+from saev_torch.batch import Sample, Samples, make_batch
 from saev_torch.config import IndexedConfig, is_integer, require_config, tell_counted_layers
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
@@ -41,46 +40,6 @@ _N_SLOTS = 4
 _MIN_PARALLEL = 512
 # What a copy in another process makes for itself.
 _OF_PROCESS = ("_labels", "_source", "_pace", "_pool")
-
-
-class Sample(dict[str, Any]):
-    """One sample of `IndexedDataset`; lists of them are collated at once."""
-
-
-class _Samples(Sequence[Sample]):
-    """The samples of one call, made when they are looked at; `DataLoader` collates them without looking."""
-
-    def __init__(self, batch: ActivationBatch) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return len(self.batch["act"])
-
-    def __getitem__(self, i: int | slice) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        sample = Sample(act=self.batch["act"][i])
-        for key, column in self.batch.items():
-            if key != "act":
-                sample[key] = int(column[i])
-        return sample
-
-
-def _collate_samples(samples: Any, *, collate_fn_map: Any = None) -> Any:
-    if isinstance(samples, _Samples):
-        return samples.batch
-    # torch takes the keys of the first sample: the others would lose theirs.
-    keys = [set(sample) for sample in samples]
-    partial = set().union(*keys) - keys[0].intersection(*keys)
-    if partial:
-        raise ConfigError(
-            f"IndexedDataset: expected samples with the same keys, got {sorted(partial)} only in some; join data sets "
-            "of one kind, or give a collate_fn that says what to do"
-        )
-    return torch.utils.data.default_collate([dict(sample) for sample in samples])
-
-
-default_collate_fn_map[Sample] = _collate_samples
 
 
 def _read_to(slot: Slot, extents: Extents, start: int, stop: int, reader: Reader) -> None:
@@ -183,7 +142,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             raise IndexError(f"sample {short(int(numbers[wrong][0]))} is out of range: there are {len(self)}, from 0.")
         return numbers.astype(np.int64)
 
-    def _transformed(self, samples: _Samples) -> Sequence[dict[str, Any]]:
+    def _transformed(self, samples: Samples) -> Sequence[dict[str, Any]]:
         if type(self).transform is IndexedDataset.transform:
             return samples
         return [Sample(sample, act=self.transform(sample["act"].numpy())) for sample in samples]
@@ -202,7 +161,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         labels[order[self._selection.split(cells)[2] < self._selection.n_special]] = -1
         return labels
 
-    def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Samples:
+    def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> Samples:
         n, selection = len(samples), self._selection
         slot = self._acquire(n)
         try:
@@ -218,9 +177,9 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             if self._pool is not None:
                 self._pool.forget(slot)
             raise
-        batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, n, label_key="token_label")
+        batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, label_key="token_label")
         finish(batch["act"])
-        return _Samples(batch)
+        return Samples(batch)
 
     def _read_extents(self, parts: list[Extents], slot: Slot) -> Callable[[torch.Tensor], None]:
         """Read extents; what is left to do with the activations is returned."""
@@ -246,7 +205,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         if n < _MIN_PARALLEL:
             return Slot(nbytes, shared=False)
         if self._pool is None or self._pool.nbytes < nbytes:
-            self._pool = SlotPool(nbytes, shared=get_worker_info() is not None and can_share())
+            self._pool = SlotPool(nbytes, shared=can_share())
         return self._pool.acquire(_N_SLOTS)
 
 

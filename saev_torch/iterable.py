@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, require_config, tell_counted_layers
@@ -21,9 +21,9 @@ from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
 from saev_torch.processes.world import require_shared_once
-from saev_torch.reading.direct import fits_page_cache
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
+from saev_torch.reading.room import advise_order, advise_room, count_ranks_here
 from saev_torch.reading.selecting import select
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
@@ -203,15 +203,6 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
     def _engine_options(self, plan: Plan, share: Share) -> dict[str, Any]:
         return {"n_threads": _ORDERED_THREADS, "n_fills": 0}
 
-    def _advise(self, plan: Plan, share: Share) -> str | None:
-        nbytes = self.n_samples * self._own_selection().sample_nbytes
-        if isinstance(plan, UniformPlan) and not fits_page_cache(nbytes):
-            return (
-                f"order: expected data that memory can hold, because order='uniform' reads each sample alone, got "
-                f"{nbytes / 1e9:.1f} GB; a disk gives large blocks several times faster: use order='blocks'."
-            )
-        return advise_lanes(plan, share)
-
     def _open_engine(self, plan: Plan, iteration: Iteration) -> Engine:
         labels, start = Labels(self._store.clone(), self._own_selection()), iteration.start
         selection = self._own_selection().reading_with(labels.of_examples)
@@ -233,14 +224,25 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             _log.debug("%s: begins at batch %d of %d", name, start.batch, share.stop)
         return Watch(self.counters.begin(start.rank), name, cfg.log_every_s)
 
+    def _advise(self, plan: Plan, iteration: Iteration) -> None:
+        """Say once what would be better, or what will not do."""
+        start, share, info, selection = iteration.start, iteration.share, get_worker_info(), self._own_selection()
+        advice = []
+        if start.rank == 0:
+            advice += [advise_lanes(plan, share), advise_order(plan, selection.sample_nbytes)]
+        if (info is None or info.id == 0) and start.rank % count_ranks_here(start.world_size) == 0:
+            advice.append(advise_room(plan, share, self.cfg.buffer_size, selection.act_nbytes, start.world_size))
+        advice = [line for line in advice if line is not None]
+        if advice and self.cursor.may_advise():
+            for line in advice:
+                _log.warning(line)
+
     def _iterate(self, iteration: Iteration) -> Iterator[ActivationBatch]:
         start, share = iteration.start, iteration.share
         if share.first >= share.stop:
             return
         plan, selection, gate = self._plan(start.epoch), self._own_selection(), Gate()
-        advice = self._advise(plan, share) if start.rank == 0 else None
-        if advice is not None and self.cursor.may_advise():
-            _log.warning(advice)
+        self._advise(plan, iteration)
         with iteration.naming():
             with gate:
                 engine = self._open_engine(plan, iteration)
@@ -253,7 +255,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
                         if opened is None:
                             break
                         watch.count(opened.size, engine.batches.waits, engine.batches.fill)
-                        batch = make_batch(opened, selection, self.batch_size)
+                        batch = make_batch(opened, selection)
                         engine.finish(batch["act"])
                         # The caller alone decides how long the batch lives.
                         del opened
