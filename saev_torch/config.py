@@ -67,6 +67,7 @@ _RULES: dict[str, _Rule] = {
     "scale_norm": _FLAG,
     "debug": _FLAG,
     "use_tmpdir": _FLAG,
+    "allow_links": _FLAG,
     "ignore_labels": ("a list of integers from 0 to 255", _is_labels),
 }
 
@@ -94,7 +95,13 @@ class _Config:
         if isinstance(self.shards, str | os.PathLike) and os.fspath(self.shards):
             expanded = os.path.expandvars(os.fspath(self.shards))
             if isinstance(expanded, str) and "\0" not in expanded:
-                return Path(expanded).expanduser()
+                try:
+                    return Path(expanded).expanduser()
+                except RuntimeError as err:
+                    raise ConfigError(
+                        f"{type(self).__name__}.shards: expected a path, got {expanded!r}, whose ~ stands for no home "
+                        "directory: HOME is not set, or there is no such user; set HOME, or write the path in full."
+                    ) from err
         raise self._refuse("shards", "a path")
 
     def _refuse(self, field: str, expected: str) -> ConfigError:
@@ -111,12 +118,14 @@ class IndexedConfig(_Config):
         tokens: "special" ([CLS] only), "content", or "all".
         layer: A recorded layer, "all", or a tuple of layers that each sample holds side by side.
         debug: Log what is opened and read.
+        allow_links: Follow symbolic links in the directory to regular files, wherever they lead; else they are refused.
 
     Raises:
         ConfigError: A field has a bad value (it is a `ValueError`).
     """
 
     debug: bool = False
+    allow_links: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +136,7 @@ class OrderedConfig(_Config):
         shards, tokens, layer: What to read; see `IndexedConfig`.
         buffer_size: Batches that may be read ahead by the whole job.
         batch_size, batch_timeout_s, drop_last, debug, log_every_s: As in `ShuffledConfig`.
+        allow_links: As in `IndexedConfig`.
 
     Errors are those of `IndexedConfig`.
     """
@@ -137,6 +147,7 @@ class OrderedConfig(_Config):
     buffer_size: int = 64
     debug: bool = False
     log_every_s: float = 30.0
+    allow_links: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +174,7 @@ class ShuffledConfig(_Config):
         block_size: Consecutive samples that one lane reads at once; None chooses for good mixing.
         scale_samples: Samples that `scale_norm` measures, drawn with a fixed seed; None measures all of them up to
             16 GiB of activations, and of more 262,144.
+        allow_links: As in `IndexedConfig`.
 
     Errors are those of `IndexedConfig`.
     """
@@ -183,6 +195,7 @@ class ShuffledConfig(_Config):
     n_lanes: int = 8
     block_size: int | None = None
     scale_samples: int | None = None
+    allow_links: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -101,7 +101,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
 
     def __init__(self, cfg: IndexedConfig) -> None:
         self.cfg = cfg
-        self._store = ShardStore(cfg.shards)
+        self._store = ShardStore(cfg.shards, allow_links=cfg.allow_links)
         self.metadata = self._store.metadata
         self._selection = Selection(self.metadata, cfg.tokens, cfg.layer)
         self.index_map = IndexMap(self.metadata, cfg.tokens, cfg.layer)

@@ -282,7 +282,7 @@ class OrderedActivations(Activations):
     cfg: OrderedConfig
 
     def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
-        super().__init__(cfg, ShardStore(cfg.shards), rank, world_size)
+        super().__init__(cfg, ShardStore(cfg.shards, allow_links=cfg.allow_links), rank, world_size)
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
         return OrderedPlan(self.n_samples, self.batch_size)
@@ -297,7 +297,7 @@ class ShuffledActivations(Activations):
     cfg: ShuffledConfig
 
     def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
-        store, copy = ShardStore(cfg.shards), None
+        store, copy = ShardStore(cfg.shards, allow_links=cfg.allow_links), None
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:
             raise ConfigError(
@@ -305,8 +305,8 @@ class ShuffledActivations(Activations):
                 "which must be changed; choose a layer."
             )
         if cfg.use_tmpdir:
-            copy = local_copy(cfg.shards, store.shards)
-            store = ShardStore(copy.path)
+            copy = local_copy(cfg.shards, store.shards, cfg.allow_links)
+            store = ShardStore(copy.path, allow_links=cfg.allow_links)
         super().__init__(cfg, store, rank, world_size, copy)
         if cfg.scale_norm:
             # Here, because all workers and epochs must have the same number.

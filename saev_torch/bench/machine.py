@@ -3,25 +3,29 @@
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import mmap
 import os
 import platform
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from saev_torch.format.files import open_regular
 from saev_torch.processes.machine import cpu_quota, memory
-from saev_torch.reading.store import ShardStore
+from saev_torch.processes.world import count_cores
+from saev_torch.reading.store import ShardStore, advise
 
 NOT_COLD = 0.01
 """Pages of which a larger share is in the page cache are not quite cold."""
 
-_mincore = ctypes.CDLL(None, use_errno=True).mincore
-_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_mincore: Any = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
+if _mincore is not None:
+    _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +59,7 @@ def look() -> Machine:
         shm_nbytes = shutil.disk_usage("/dev/shm").total
     n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     system = f"Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
-    return Machine(len(os.sched_getaffinity(0)), cpu_quota(), *memory(), shm_nbytes, n_files, system)
+    return Machine(count_cores(), cpu_quota(), *memory(), shm_nbytes, n_files, system)
 
 
 @contextlib.contextmanager
@@ -65,7 +69,7 @@ def opened_shards(store: ShardStore) -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         for shard in store.shards:
             if shard.n_examples:
-                fds.append(open_regular(store.shards_dir, shard.name))
+                fds.append(open_regular(store.shards_dir, shard.name, store.allow_links))
                 stack.callback(os.close, fds[-1])
         yield fds
 
@@ -75,11 +79,13 @@ def drop_cache(stores: Sequence[ShardStore]) -> None:
     for store in stores:
         with opened_shards(store) as fds:
             for fd in fds:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                advise(fd, "DONTNEED")
 
 
 def cached_share(store: ShardStore) -> float:
     """Share of the examples' pages that are in the page cache, 0.0 to 1.0."""
+    if _mincore is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     found = []
     with opened_shards(store) as fds:
         # A shard without examples is the last one, and not opened.

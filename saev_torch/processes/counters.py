@@ -25,7 +25,16 @@ _SUMS = ("n_samples", "nbytes", *_WAITS.values())
 
 
 def _is_alive(pid: int) -> bool:
-    return pid != 0 and os.path.exists(f"/proc/{pid}")
+    if pid == 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # It is somebody else's.
+        pass
+    return True
 
 
 class Counters:
