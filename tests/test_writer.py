@@ -98,9 +98,10 @@ def content(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 @pytest.mark.parametrize("md", REFERENCE_METADATA, ids=lambda md: md.hash)
 def test_reference(tmp_path, md, batch_size):
+    """With files of full size, as saev's readers map them, every byte is as saev's own writer leaves it."""
     acts, labels = torch.from_numpy(oracle(md)), torch.from_numpy(oracle_labels(md))
     has_labels = "labels.bin" in REFERENCE[md.hash]
-    with ShardWriter(tmp_path, md) as writer:
+    with ShardWriter(tmp_path, md, preallocate=True) as writer:
         assert writer.shards_dir == tmp_path / md.hash
         for start in range(0, md.n_examples, batch_size):
             rows = slice(start, start + batch_size)
@@ -121,13 +122,15 @@ def test_equals_the_factory(tmp_path_factory, data):
         d_model=data.draw(st.integers(1, 5)),
         examples_per_shard=data.draw(st.integers(1, 7)),
         labels=data.draw(st.booleans()),
+        preallocate_last=data.draw(st.booleans()),
     )
     acts, labels = oracle(spec), oracle_labels(spec)
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, spec.n_examples)))), spec.n_examples]
     batches = data.draw(st.permutations(list(itertools.pairwise(cuts))))
     wrap = torch.from_numpy if data.draw(st.booleans()) else np.asarray
     root = tmp_path_factory.mktemp("any")
-    with ShardWriter(root / "new" / "root", Metadata(**spec.metadata())) as writer:
+    md = Metadata(**spec.metadata())
+    with ShardWriter(root / "new" / "root", md, preallocate=spec.preallocate_last) as writer:
         for start, stop in batches:
             writer.write_batch(wrap(acts[start:stop]), start, wrap(labels[start:stop]) if spec.labels else None)
     expected = factory.make_shards(root / "factory", spec)
@@ -144,7 +147,7 @@ def test_any_memory_layout(tmp_path, make_shards):
     with ShardWriter(tmp_path, md) as writer:
         writer.write_batch(strange[:5], np.int64(0), labels.long()[:5].tolist())
         writer.write_batch(np.asfortranarray(acts[5:]), 5, labels.T.contiguous().T[5:])
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
@@ -163,7 +166,7 @@ def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
         with ShardWriter(tmp_path, md) as writer:
             writer.write_batch(oracle(md), 0, oracle_labels(md))
     assert n_calls > 10
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def test_few_descriptors(tmp_path):
@@ -191,7 +194,7 @@ def test_several_threads(tmp_path, monkeypatch):
     monkeypatch.setattr("saev_torch.writing.writer._SYNC_NBYTES", 2000)
     md = metadata(n_examples=200, examples_per_shard=3)
     acts, labels = oracle(md), oracle_labels(md)
-    expected = content(factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3)))
+    expected = content(factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3, preallocate_last=False)))
 
     def write(start):
         writer.write_batch(acts[start : start + 1], start, labels[start : start + 1])
@@ -273,7 +276,7 @@ def test_forked_child_does_not_write(tmp_path, make_shards):
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         writer.write_batch(oracle(md)[5:], 5, oracle_labels(md)[5:])
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def good_batch(md: Metadata) -> tuple[torch.Tensor, int, torch.Tensor]:
@@ -320,7 +323,7 @@ def test_bad_batch(tmp_path, case, make_shards):
         with pytest.raises(WriteError, match=message):
             writer.write_batch(**batch)
         writer.write_batch(oracle(md), 0, oracle_labels(md))
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 @pytest.mark.parametrize(("start", "overlap"), [(0, "0..2"), (1, "1..3"), (3, "3..4"), (2, "2..4")])
@@ -372,7 +375,7 @@ def test_empty_batch(tmp_path, make_shards):
         writer.write_batch(oracle(md)[:0], 0)
         writer.write_batch(oracle(md), 0, oracle_labels(md))
         writer.write_batch(oracle(md)[:0], 3)
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -448,7 +451,7 @@ def test_announced_with_dump(tmp_path, make_shards):
         assert set(content(shards_dir)) == {".unfinished", ".journal-0-11"}
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     md.dump(tmp_path)
-    assert content(shards_dir) == content(make_shards())
+    assert content(shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def test_other_metadata_is_kept(tmp_path):
@@ -559,7 +562,7 @@ def test_disk_full_for_a_moment(tmp_path, make_shards, monkeypatch, name):
             writer.write_batch(oracle(md), 0, oracle_labels(md))
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     assert info.value.__cause__.errno == errno.ENOSPC
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 CALLS = ("mkdir", "open", "ftruncate", "pwrite", "write", "fsync", "rename", "replace", "unlink", "rmdir")
@@ -601,7 +604,7 @@ def write_until(monkeypatch, root, md, n_calls, error, resume=False):
 def test_stopped_at_every_system_call(tmp_path, monkeypatch, make_shards, error, fields, resume):
     """A writer that ends at any call leaves no directory that loads and is wrong, or that cannot be continued."""
     md = metadata(**fields)
-    expected = content(make_shards(**fields))
+    expected = content(make_shards(**fields, preallocate_last=False))
     sidecar = None
     for n_calls in range(300):
         root = tmp_path / str(n_calls)
