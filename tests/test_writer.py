@@ -194,7 +194,9 @@ def test_several_threads(tmp_path, monkeypatch):
     monkeypatch.setattr("saev_torch.writing.writer._SYNC_NBYTES", 2000)
     md = metadata(n_examples=200, examples_per_shard=3)
     acts, labels = oracle(md), oracle_labels(md)
-    expected = content(factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3, preallocate_last=False)))
+    expected = content(
+        factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3, preallocate_last=False))
+    )
 
     def write(start):
         writer.write_batch(acts[start : start + 1], start, labels[start : start + 1])

@@ -84,7 +84,7 @@ def check_name(name: object) -> str:
 
 
 def links_allowed() -> bool:
-    """Whether `$SAEV_TORCH_ALLOW_LINKS` says that links are followed, whatever configs say; `ConfigError` if unclear."""
+    """Whether `$SAEV_TORCH_ALLOW_LINKS` lets links be followed, whatever configs say; `ConfigError` if unclear."""
     value = os.environ.get(_LINKS_VARIABLE, "")
     if value not in ("", "0", "1"):
         raise ConfigError(f"{_LINKS_VARIABLE}: expected 1 to follow symbolic links, or 0, got {short(value)}; set it.")
@@ -167,9 +167,7 @@ def read_regular(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES, al
     return raw
 
 
-def read_json(
-    directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES, allow_links: bool = False
-) -> object:
+def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES, allow_links: bool = False) -> object:
     """Read one JSON document from an untrusted directory, strictly; integers are exact, of any size.
 
     Raises what `read_regular` does, and `FormatError` for what is not UTF-8, not JSON or too deeply nested, for NaN and

@@ -26,8 +26,8 @@ _MAX_PWRITE_BYTES = 1 << 30  # The kernel takes at most 2 GiB less a page in one
 class Unfinished:
     """The directory of a data set, from the claim to publishing, for the writer of `example_range` (end excluded).
 
-    With `resume` it goes on with what is there. With `keeps`, what was written stays when it is closed unpublished. With
-    `preallocate`, the last file keeps its full size. Where the system refuses, methods raise a `WriteError`.
+    With `resume` it goes on with what is there. With `keeps`, what was written stays when it is closed unpublished.
+    With `preallocate`, the last file keeps its full size. Where the system refuses, methods raise a `WriteError`.
     """
 
     def __init__(
@@ -316,8 +316,8 @@ class _Parts:
                 found, full = os.fstat(fd).st_size, self._nbytes(name)
                 if found not in (nbytes, full):
                     raise WriteError(
-                        f"{path}: expected {full} bytes, got {found}: it was changed; delete the directory and write it "
-                        "again"
+                        f"{path}: expected {full} bytes, got {found}: it was changed; delete the directory and write "
+                        "it again"
                     )
                 if found != nbytes:
                     # What else stands there is zeros that nobody wrote.

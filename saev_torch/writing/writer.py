@@ -60,8 +60,8 @@ class ShardWriter:
         resume: Continue what a killed writer, or one that raised, has left; start anew where there is nothing.
         example_range: Examples `start..stop` (end excluded) that this writer is for; default is all.
         check_finite: Refuse NaN and infinity.
-        preallocate: Leave the last file at the size of a full one, with zeros behind its examples. Readers that map whole
-            shards need that, as those of saev 0.1 do; by default it is cut to its examples.
+        preallocate: Leave the last file at the size of a full one, with zeros behind its examples. Readers that map
+            whole shards need that, as those of saev 0.1 do; by default it is cut to its examples.
 
     Attributes:
         md: The metadata that was announced.
