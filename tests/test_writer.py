@@ -16,6 +16,7 @@ from factory import Spec, oracle, oracle_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saev_torch import IndexedConfig, IndexedDataset, repack, verify
 from saev_torch.errors import SaevTorchError, ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import MAX_SHARDS, Shard, ShardInfo, shard_name
@@ -137,6 +138,61 @@ def test_equals_the_factory(tmp_path_factory, data):
     assert writer.shards_dir.name == expected.name
     assert content(writer.shards_dir) == content(expected)
     ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+
+
+def sizes(directory: Path) -> list[int]:
+    return [path.stat().st_size for path in sorted(directory.glob("acts*.bin"))]
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "expected"), [(1, [1]), (11, [4, 4, 3]), (9, [4, 4, 1]), (12, [4, 4, 4, 0]), (4, [4, 0])]
+)
+def test_the_last_file_is_as_large_as_its_examples(tmp_path, n_examples, expected):
+    """As are its names: what `ls`, `tar` and `scp` see is what is there. Readers and `verify` take it so."""
+    md = metadata(n_examples=n_examples)
+    for root, preallocate in ((tmp_path / "cut", False), (tmp_path / "full", True)):
+        with ShardWriter(root, md, preallocate=preallocate) as writer:
+            writer.write_batch(oracle(md), 0)
+            assert set(sizes_of_parts(writer.shards_dir)) == {4 * md.example_nbytes}
+        full = [4] * len(expected)
+        assert sizes(writer.shards_dir) == [n * md.example_nbytes for n in (full if preallocate else expected)]
+        ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+        report = verify(writer.shards_dir, finite=True)
+        assert report.ok
+        assert report.n_blocks == n_examples * md.n_layers
+        data = IndexedDataset(IndexedConfig(shards=writer.shards_dir, layer="all", tokens="all"))
+        got = data.__getitems__(range(len(data))).batch["act"].numpy()
+        assert (got == oracle(md).reshape(-1, md.d_model)).all()
+
+
+def sizes_of_parts(directory: Path) -> list[int]:
+    return [path.stat().st_size for path in directory.glob(".acts*.part")]
+
+
+def test_repack_cuts(tmp_path, make_shards):
+    """Of files of full size it makes one that is cut."""
+    source = make_shards()
+    md = Metadata.load(source)
+    assert sizes(source) == [4 * md.example_nbytes] * 3
+    made = repack(source, tmp_path, layers=[7])
+    assert sizes(made) == [n * Metadata.load(made).example_nbytes for n in (9, 2)]
+    assert verify(made).ok
+    assert verify(source).ok
+
+
+@pytest.mark.parametrize("preallocate", [False, True])
+def test_what_a_writer_of_either_kind_has_left_is_published(tmp_path, monkeypatch, preallocate):
+    """A writer that was killed between its last two renames; the one that goes on wants the other size."""
+    md = metadata()
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardInfo, "dump", lambda *args: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError), ShardWriter(tmp_path, md, resume=True, preallocate=not preallocate) as writer:
+            writer.write_batch(oracle(md), 0)
+    assert sizes(writer.shards_dir)[-1] == (3 if preallocate else 4) * md.example_nbytes
+    with ShardWriter(tmp_path, md, resume=True, preallocate=preallocate) as writer:
+        assert writer.missing() == []
+    assert sizes(writer.shards_dir)[-1] == (4 if preallocate else 3) * md.example_nbytes
+    assert verify(writer.shards_dir).ok
 
 
 def test_any_memory_layout(tmp_path, make_shards):

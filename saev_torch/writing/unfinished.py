@@ -180,8 +180,7 @@ class Unfinished:
         if info[-1].n_examples == 0:
             self.parts.write_empty(info[-1].name)
         for shard in info:
-            n_examples = self._md.examples_per_shard if self._preallocate else shard.n_examples
-            self.parts.reveal(shard.name, shard_nbytes(self._md, n_examples))
+            self.parts.reveal(shard.name, shard_nbytes(self._md, shard.n_examples), cut=not self._preallocate)
         if has_labels:
             self.parts.reveal(LABELS_NAME, labels_nbytes(self._md))
         # Dumping these makes the renames before them last, too; metadata.json comes when all else is sure to be there.
@@ -305,8 +304,8 @@ class _Parts:
                 finally:
                     os.close(fd)
 
-    def reveal(self, name: str, nbytes: int) -> None:
-        """Give a file its own name and final size, unless a writer that was killed has done so."""
+    def reveal(self, name: str, nbytes: int, cut: bool = True) -> None:
+        """Give a file its own name, unless a writer that was killed has done so, and cut it to `nbytes` if asked to."""
         path, part = self._shards_dir / name, self._shards_dir / _part_name(name)
         with writing(path):
             if part.exists():
@@ -319,9 +318,9 @@ class _Parts:
                         f"{path}: expected {full} bytes, got {found}: it was changed; delete the directory and write "
                         "it again"
                     )
-                if found != nbytes:
-                    # What else stands there is zeros that nobody wrote.
-                    os.ftruncate(fd, nbytes)
+                if found != (nbytes if cut else full):
+                    # What stands behind its examples is zeros that nobody wrote.
+                    os.ftruncate(fd, nbytes if cut else full)
                     os.fsync(fd)
             finally:
                 os.close(fd)
