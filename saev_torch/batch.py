@@ -7,12 +7,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
 from saev_torch.reading.leases import Lease
-from saev_torch.reading.slots import OpenBatch, Slot, attach
+from saev_torch.reading.received import attach
+from saev_torch.reading.regions import Name
+from saev_torch.reading.slots import OpenBatch, Slot
 from saev_torch.resume.state import batch_digest
 
 _Field = tuple[str, str, int, tuple[int, ...]]
@@ -129,13 +132,8 @@ def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     return batch
 
 
-def make_batch(
-    opened: OpenBatch, selection: Selection, batch_size: int, label_key: str = "token_labels"
-) -> ActivationBatch:
-    """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result.
-
-    A full batch has `batch_size` samples: the columns stand behind the activations of so many.
-    """
+def make_batch(opened: OpenBatch, selection: Selection, label_key: str = "token_labels") -> ActivationBatch:
+    """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result."""
     n, md = opened.size, selection.md
     examples, layers, tokens = selection.split(opened.cells)
     columns = {"example_idx": examples, "token_idx": tokens - selection.n_special}
@@ -144,9 +142,9 @@ def make_batch(
     if selection.layer_is_all:
         columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
-    act_nbytes = slot_nbytes(batch_size, selection.sample_nbytes) - N_COLUMNS * 8 * batch_size
+    act_nbytes = slot_nbytes(n, selection.sample_nbytes) - N_COLUMNS * 8 * n
     fields: list[_Field] = [("act", md.value_type.storage, 0, shape)]
-    fields += [(key, "<i8", act_nbytes + i * 8 * batch_size, (n,)) for i, key in enumerate(columns)]
+    fields += [(key, "<i8", act_nbytes + i * 8 * n, (n,)) for i, key in enumerate(columns)]
     batch = _from_memory(opened.slot.lease(), tuple(fields))
     for key, column in columns.items():
         batch[key].numpy()[:] = column
@@ -154,10 +152,14 @@ def make_batch(
     return batch
 
 
-def _receive(
-    name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest: int | None, number: int | None
-) -> ActivationBatch:
+def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number: int | None) -> ActivationBatch:
     batch = _from_memory(attach(*name), fields)
+    batch._digest, batch.number = digest, number
+    return batch
+
+
+def _receive_copy(columns: dict[str, NDArray[Any]], digest: int | None, number: int | None) -> ActivationBatch:
+    batch = ActivationBatch({key: torch.from_numpy(column) for key, column in columns.items()})
     batch._digest, batch.number = digest, number
     return batch
 
@@ -178,9 +180,14 @@ def _is_untouched(batch: ActivationBatch, slot: Slot) -> bool:
 def _send(batch: ActivationBatch) -> tuple[Any, ...]:
     """Reduce a batch for another process: as the name of its memory, if the tensors are still those of its slot."""
     slot = batch._slot
-    if slot is None or not slot.is_own or not _is_untouched(batch, slot):
+    if slot is None or get_worker_info() is None or not _is_untouched(batch, slot):
         return batch.__reduce__()
-    return _receive, (slot.send(), batch._fields, batch._digest, batch.number)
+    name = slot.send() if slot.is_own else None
+    if name is None:
+        # Through the pipe: torch would copy to /dev/shm, which may be too small, and take a descriptor for each tensor.
+        columns = {key: tensor.numpy() for key, tensor in batch.items()}
+        return _receive_copy, (columns, batch._digest, batch.number)
+    return _receive, (name, batch._fields, batch._digest, batch.number)
 
 
 ForkingPickler.register(ActivationBatch, _send)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.batch import ActivationBatch, make_batch
@@ -166,7 +166,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             if self._pool is not None:
                 self._pool.forget(slot)
             raise
-        batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, n, label_key="token_label")
+        batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, label_key="token_label")
         return _Samples(batch)
 
     def _read_extents(self, parts: list[Extents], slot: Slot) -> None:
@@ -191,5 +191,5 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         if n < _MIN_PARALLEL:
             return Slot(nbytes, shared=False)
         if self._pool is None or self._pool.nbytes < nbytes:
-            self._pool = SlotPool(nbytes, shared=get_worker_info() is not None and can_share())
+            self._pool = SlotPool(nbytes, shared=can_share())
         return self._pool.acquire(_N_SLOTS)

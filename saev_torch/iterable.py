@@ -245,7 +245,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
                         if opened is None:
                             break
                         watch.count(opened.size, engine.batches.waits, engine.batches.fill)
-                        batch = make_batch(opened, selection, self.batch_size)
+                        batch = make_batch(opened, selection)
                         if start.scale is not None and not engine.is_scaled:
                             act = batch["act"].numpy()
                             np.multiply(act, np.float32(start.scale), out=act)

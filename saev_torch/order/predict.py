@@ -93,7 +93,7 @@ def predict(md: Metadata, cfg: ShuffledConfig, n_readers: int = 1) -> Prediction
         uniform_distinct=expected_distinct(md.n_examples, per_example, batch_size),
         read_nbytes=read_nbytes,
         read_per_byte=read_per_byte,
-        memory_nbytes=n_open * slot_nbytes(plan.batch_size, selection.sample_nbytes),
+        memory_nbytes=n_open * slot_nbytes(batch_size, selection.sample_nbytes),
     )
 
 

@@ -1,14 +1,88 @@
-"""How much memory and processor time this process may use, by the machine and by its control groups."""
+"""What this process may use: memory and processor time, by the machine and its control groups, and nameless files."""
 
 import contextlib
+import errno
 import itertools
 import operator
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 # A limit that is not set reads as about 2**63.
 _UNLIMITED = 1 << 60
+
+# Where a file without a name lies in memory, on systems that have such a folder.
+_SHARED_MEMORY = "/dev/shm"
+_PIECE_NBYTES = 1 << 20
+
+
+def memory_file(nbytes: int = 0) -> int:
+    """Make a file without a name, of zeros, that goes with the last process that has it open or mapped.
+
+    It is in memory, where the system has such files. Else it is a temporary file, with room for all of its bytes: a
+    process that writes to mapped memory for which there is none is killed.
+
+    Returns:
+        Its descriptor, which is the caller's to close.
+
+    Raises:
+        OSError: There is no room, or no descriptor.
+    """
+    fd = _memory_fd()
+    if fd is not None:
+        try:
+            os.ftruncate(fd, nbytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+    try:
+        return _temporary_fd(nbytes, _SHARED_MEMORY)
+    except OSError:
+        return _temporary_fd(nbytes, None)
+
+
+def has_memory_files() -> bool:
+    """Whether files without names are in memory, and take only what was written to them."""
+    fd = _memory_fd()
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
+
+
+def _memory_fd() -> int | None:
+    """A descriptor of an empty file in memory; None where the system has no such files."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        return os.memfd_create("saev_torch")
+    except OSError as err:
+        # Old systems, and containers that forbid it.
+        if err.errno in (errno.ENOSYS, errno.EPERM, errno.EACCES):
+            return None
+        raise
+
+
+def _temporary_fd(nbytes: int, folder: str | None) -> int:
+    """A descriptor of a temporary file of so many bytes of zeros; without a folder it is in the user's."""
+    with tempfile.TemporaryFile(prefix="saev_torch", dir=folder, buffering=0) as file:
+        # Room is made by writing: a hole would be filled later, or not.
+        for start in range(0, nbytes, _PIECE_NBYTES):
+            os.pwrite(file.fileno(), bytes(min(_PIECE_NBYTES, nbytes - start)), start)
+        return os.dup(file.fileno())
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number, which may be another's by now."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return pid > 0
 
 
 def memory() -> tuple[int, int, int | None]:

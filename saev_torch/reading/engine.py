@@ -69,7 +69,7 @@ class Engine:
         self._source = Source(self._store, scale=options.scale)
         self.is_scaled = self._source.is_scaled
         self._scheduler_spot = Spot()
-        pool = make_pool(slot_nbytes(plan.batch_size, selection.sample_nbytes))
+        pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), selection.sample_nbytes))
         max_open = count_open_slots(plan, share, options.buffer_size)
         self.batches = Batches(pool, max_open, options.timeout_s, options.n_fills)
         pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail

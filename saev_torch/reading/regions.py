@@ -1,0 +1,222 @@
+"""Files of memory that a worker shares with its parent: each holds many slots, so that few descriptors do for all.
+
+Slots stand next to each other, in whole pages. Behind them are words for both sides: for each slot how often it was
+sent, how often it came back, and how often it was given back to the system. Each word has one writer, so there are no
+locks. Memory that is given back is gone from the file, whoever maps it, and the place in the file is used again.
+"""
+
+import collections
+import ctypes
+import itertools
+import mmap
+import os
+import sys
+import weakref
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saev_torch.processes import handover
+from saev_torch.processes.machine import memory_file
+
+HUGE_PAGE = 2 << 20
+_MAP_FIXED, _MADV_REMOVE, _MADV_COLLAPSE = 0x10, 9, 25
+_IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
+_SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+
+Name = tuple[int, int, int, int, int, int, int, Any]
+"""Process, number and descriptor of a region; size and number of its slots; the slot, its age; what was offered."""
+
+
+def advise(memory: NDArray[np.uint8], advice: int) -> None:
+    """Give the system advice about memory that begins and ends with a page; where it takes none, nothing happens."""
+    if hasattr(_libc, "madvise") and sys.platform == "linux":
+        _libc.madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), advice)
+
+
+class Region:
+    """Memory for `n_slots` slots of `nbytes` bytes each, in a file that is mapped here.
+
+    Raises:
+        OSError: The system refuses to map it.
+    """
+
+    def __init__(self, fd: int, nbytes: int, n_slots: int) -> None:
+        self.nbytes, self.n_slots = nbytes, n_slots
+        self._stride = _slot_stride(nbytes)
+        self._owner = _map_shared(fd, file_nbytes(nbytes, n_slots))
+        words = self._owner[self._stride * n_slots :].view(np.int64)
+        self._words = words[:_N_WORDS]
+        self._counts = words[_N_WORDS : _N_WORDS + _N_COUNTS * n_slots].reshape(n_slots, _N_COUNTS)
+
+    def memory(self, index: int) -> NDArray[np.uint8]:
+        """The pages of a slot; an array of its own for each call."""
+        return self._owner[index * self._stride : (index + 1) * self._stride]
+
+
+class OwnRegion(Region):
+    """A region that this process made; it takes only as much memory as was written to.
+
+    Args:
+        nbytes: Size of a slot.
+        n_slots: Slots that there is room for.
+
+    Raises:
+        OSError: There is no memory, or no descriptor.
+    """
+
+    def __init__(self, nbytes: int, n_slots: int) -> None:
+        self.fd = memory_file(file_nbytes(nbytes, n_slots))
+        try:
+            super().__init__(self.fd, nbytes, n_slots)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.pid = os.getpid()
+        # A process id is used again, and what its last owner sent may be mapped still; an inode is not.
+        self._number = os.fstat(self.fd).st_ino
+        self._unused = collections.deque(reversed(range(n_slots)))
+        self._is_used = np.zeros(n_slots + 1, dtype=bool)
+        weakref.finalize(self, _close, self.fd, self.pid, self._words).atexit = False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is a slot that nobody uses."""
+        return len(self._unused) > 0
+
+    def take(self) -> int:
+        """The number of a slot that nobody uses, of which there must be one."""
+        index = self._unused.pop()
+        self._is_used[index] = True
+        if self.nbytes >= HUGE_PAGE:
+            self._make_huge(index)
+        return index
+
+    def _make_huge(self, index: int) -> None:
+        """Let the memory of a slot be of huge pages, but for what it would share with one that is not used."""
+        # A huge page comes where there is a small one. Without any, all is as if nothing had been asked.
+        self.memory(index)[::HUGE_PAGE] = 0
+        first, last = index * self._stride, (index + 1) * self._stride
+        before, after = first % HUGE_PAGE, last % HUGE_PAGE
+        first += -before if self._is_used[index - 1] else -first % HUGE_PAGE
+        last += -last % HUGE_PAGE if self._is_used[index + 1] else -after
+        if first < last:
+            advise(self._owner[first : min(last, self._stride * self.n_slots)], _MADV_COLLAPSE)
+
+    def give_back(self, index: int) -> None:
+        """Take a slot back that nobody can see any more, and let the system have its memory."""
+        if os.getpid() == self.pid:
+            advise(self.memory(index), _MADV_REMOVE)
+            self._counts[index, _AGE] += 1
+            self._words[_N_DISCARDED] += 1
+            self._is_used[index] = False
+            self._unused.append(index)
+
+    def offset(self, index: int) -> int:
+        """Where a slot begins in the file."""
+        return index * self._stride
+
+    def is_back(self, index: int) -> bool:
+        """Whether a slot is here as often as it was sent."""
+        return bool(self._counts[index, _SENT] == self._counts[index, _RETURNED])
+
+    def send(self, index: int) -> Name | None:
+        """Note that a slot goes to the parent process: the name by which it finds it; None where it cannot have it."""
+        can_have, offered = (True, None) if self._words[_IS_MAPPED] else handover.offer(self.fd)
+        if not can_have:
+            return None
+        self._counts[index, _SENT] += 1
+        age = int(self._counts[index, _AGE])
+        return self.pid, self._number, self.fd, self.nbytes, self.n_slots, index, age, offered
+
+
+class ReceivedRegion(Region):
+    """A region of another process, of which slots are used here; errors are those of `Region`."""
+
+    def __init__(self, fd: int, nbytes: int, n_slots: int) -> None:
+        super().__init__(fd, nbytes, n_slots)
+        self._memories: dict[int, tuple[int, NDArray[np.uint8]]] = {}
+        # Of each use, the slot. Nothing is counted: uses end in any thread at any time.
+        self._uses: dict[int, int] = {}
+        self._numbers = itertools.count()
+        self._n_discarded = 0
+        self._is_orphan = False
+
+    def keep(self) -> None:
+        """Tell the other process that its slots need no more than a name from now on."""
+        self._words[_IS_MAPPED] = 1
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the other process has no use for it any more."""
+        return bool(self._words[_IS_CLOSED])
+
+    def begin_use(self, index: int, age: int) -> tuple[int, NDArray[np.uint8]]:
+        """Use a slot that was sent: the number of the use, and its pages, which are the same array at the same age.
+
+        A `ProcessLookupError` says that the other process is gone.
+        """
+        number = next(self._numbers)
+        self._uses[number] = index
+        if self._is_orphan:
+            raise ProcessLookupError
+        if self._n_discarded != self._words[_N_DISCARDED]:
+            # What was page-locked there, for one, is not what will be there.
+            self._n_discarded = int(self._words[_N_DISCARDED])
+            for other, (known, _) in tuple(self._memories.items()):
+                if known != self._counts[other, _AGE]:
+                    del self._memories[other]
+        if self._memories.get(index, (-1, None))[0] != age:
+            self._memories[index] = age, self.memory(index)
+        return number, self._memories[index][1]
+
+    def end_use(self, number: int) -> None:
+        """Send a slot back."""
+        index = self._uses.pop(number)
+        self._counts[index, _RETURNED] += 1
+        if self._is_orphan and index not in self._uses.copy().values():
+            advise(self.memory(index), _MADV_REMOVE)
+
+    def be_orphan(self) -> None:
+        """The other process is gone: keep only the memory that is used here."""
+        self._is_orphan = True
+        self._memories.clear()
+        used = set(self._uses.copy().values())
+        for index in set(range(self.n_slots)) - used if used else ():
+            advise(self.memory(index), _MADV_REMOVE)
+
+
+def _slot_stride(nbytes: int) -> int:
+    return -(-max(1, nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def file_nbytes(nbytes: int, n_slots: int) -> int:
+    """Size of the file of a region."""
+    words = (_N_WORDS + _N_COUNTS * n_slots) * np.dtype(np.int64).itemsize
+    return _slot_stride(nbytes) * n_slots + _slot_stride(words)
+
+
+def _close(fd: int, pid: int, words: NDArray[np.int64]) -> None:
+    # A forked child drops its copy, too.
+    if os.getpid() == pid:
+        words[_IS_CLOSED] = 1
+    os.close(fd)
+
+
+def _map_shared(fd: int, nbytes: int) -> NDArray[np.uint8]:
+    """Map a file at a boundary of huge pages; an `OSError` where the system refuses."""
+    # A reservation of address space, given back as one with what is mapped into it.
+    reserved = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    owner = np.frombuffer(reserved, dtype=np.uint8)
+    first = -owner.ctypes.data % HUGE_PAGE
+    owner = owner[first : first + nbytes]
+    address, protection = owner.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
+    if _libc.mmap(address, nbytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return owner
