@@ -29,7 +29,7 @@ from saev_torch import (
     verify,
 )
 from saev_torch.order.selection import Selection
-from saev_torch.processes.counters import _is_alive
+from saev_torch.processes import counters
 from saev_torch.reading import direct
 from saev_torch.reading.reader import Spot
 from saev_torch.reading.source import Source
@@ -84,7 +84,7 @@ def tour(shards: str, place: str, workers: list[int], methods: list[str]) -> dic
             found[name] = f"{type(err).__name__}: {err}"
         except BaseException as err:  # noqa: BLE001 -- told to the test
             found[name] = f"RAW {type(err).__name__}: {err}"
-    return {"steps": found, "log": said, "reader": _find_reader(shards), "is_alive": _is_alive(os.getpid())}
+    return {"steps": found, "log": said, "reader": _find_reader(shards), "is_alive": counters.is_alive(os.getpid())}
 
 
 @contextlib.contextmanager

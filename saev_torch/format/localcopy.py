@@ -75,27 +75,10 @@ def local_copy(shards_dir: Path, shards: ShardInfo, allow_links: bool = False) -
             "to another, or set use_tmpdir=False."
         )
     root = Path(place).absolute() / f"saev_torch-{os.getuid()}"
-    names = [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples)]
-    others = [name for name in (LABELS_NAME, CHECKSUMS_NAME) if os.path.lexists(shards_dir / name)]
-    for name in others:
-        # It may be no file at all: nobody has looked yet.
-        os.close(open_regular(shards_dir, name, allow_links))
-    names += others
-    source = str(shards_dir.resolve())
-    copy = root / _key(source, names)
+    names = _list(shards_dir, shards, allow_links)
+    copy = root / _key(str(shards_dir.resolve()), names)
     try:
-        root.mkdir(mode=0o700, exist_ok=True)
-        if root.lstat().st_uid != os.getuid() or root.is_symlink():
-            raise WriteError(f"{root}: expected a directory of this user, got somebody else's; set TMPDIR.")
-        with _locked(copy):
-            found = LocalCopy(copy, _use(copy, source, names))
-            for other in root.glob("*.use"):
-                # Before room is needed.
-                _remove_if_stale(other.with_suffix(""))
-            missing = [name for name in names if not _is_whole(copy / name, shards_dir / name)]
-            if missing:
-                _log.info("copying %s to %s: %d of %d files", shards_dir, copy, len(missing), len(names))
-                _copy(shards_dir, missing, copy, allow_links)
+        return _find_or_make(copy, shards_dir, names, allow_links)
     except OSError as err:
         if isinstance(err, ReadError | WriteError) or not err.errno:
             raise
@@ -110,6 +93,31 @@ def local_copy(shards_dir: Path, shards: ShardInfo, allow_links: bool = False) -
         else:
             what = f"the copy of {shards_dir} could not be made: {err.strerror}; check permissions and the file system"
         raise WriteError(f"{copy}: {what}, set TMPDIR to another file system, or set use_tmpdir=False.") from err
+
+
+def _list(shards_dir: Path, shards: ShardInfo, allow_links: bool) -> list[str]:
+    """The names of the files to copy."""
+    others = [name for name in (LABELS_NAME, CHECKSUMS_NAME) if os.path.lexists(shards_dir / name)]
+    for name in others:
+        # It may be no file at all: nobody has looked yet.
+        os.close(open_regular(shards_dir, name, allow_links))
+    return [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples), *others]
+
+
+def _find_or_make(copy: Path, shards_dir: Path, names: list[str], allow_links: bool) -> LocalCopy:
+    root = copy.parent
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.lstat().st_uid != os.getuid() or root.is_symlink():
+        raise WriteError(f"{root}: expected a directory of this user, got somebody else's; set TMPDIR.")
+    with _locked(copy):
+        found = LocalCopy(copy, _use(copy, str(shards_dir.resolve()), names))
+        for other in root.glob("*.use"):
+            # Before room is needed.
+            _remove_if_stale(other.with_suffix(""))
+        missing = [name for name in names if not _is_whole(copy / name, shards_dir / name)]
+        if missing:
+            _log.info("copying %s to %s: %d of %d files", shards_dir, copy, len(missing), len(names))
+            _copy(shards_dir, missing, copy, allow_links)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from saev_torch.processes.machine import is_alive
 from saev_torch.processes.page import SharedPage, is_spawning
 
 _N_ROWS = 256
@@ -22,19 +23,6 @@ _INTEGERS = ("rank", "is_active", "n_samples", "nbytes")
 _FLOATS = ("began", "fill", *_WAITS.values())
 _ROW = np.dtype([*((name, np.int64) for name in _INTEGERS), *((name, np.float64) for name in _FLOATS)])
 _SUMS = ("n_samples", "nbytes", *_WAITS.values())
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        # It is somebody else's.
-        pass
-    return True
 
 
 class Counters:
@@ -62,14 +50,14 @@ class Counters:
                 return int(wanted.argmax())
         # The last of them are of processes that were killed, or, with very many readers, are shared.
         mine = np.flatnonzero(ranks == rank + 1)
-        ended = (i for i in mine if not _is_alive(self._rows["is_active"][i]))
+        ended = (i for i in mine if not is_alive(self._rows["is_active"][i]))
         return int(next(ended, (mine if len(mine) else np.flatnonzero(ranks))[0]))
 
     def sums(self, rank: int) -> dict[str, float]:
         """Sums over the readers of a rank, and of those at work: how many, their mean fill, when the first began."""
         mine = self._rows[self._rows["rank"] == rank + 1]
         # A reader that was killed could not say so.
-        active = mine[[_is_alive(pid) for pid in mine["is_active"].tolist()]]
+        active = mine[[is_alive(pid) for pid in mine["is_active"].tolist()]]
         found = {name: float(mine[name].sum()) for name in _SUMS}
         found["n_active"] = float(len(active))
         found["fill"] = float(active["fill"].sum()) / max(1, len(active))
