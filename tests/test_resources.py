@@ -84,3 +84,36 @@ def test_a_container_size_dev_shm_is_enough(make_shards, tmp_path):
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("50000 True\n", "")
+
+
+MANY_DATA_SETS = """
+import os, sys
+from saev_torch import IndexedConfig, IndexedDataset, OrderedActivations, OrderedConfig, ShuffledConfig
+from saev_torch import ShuffledDataLoader
+shards, kinds = sys.argv[1], []
+kinds.append(lambda: IndexedDataset(IndexedConfig(shards=shards, layer=0)))
+kinds.append(lambda: OrderedActivations(OrderedConfig(shards=shards, layer=0, batch_size=100)))
+kinds.append(lambda: ShuffledDataLoader(ShuffledConfig(shards=shards, layer=0, batch_size=100, buffer_size=2)))
+kept = []
+for i in range(600):
+    data_set = kinds[i % 3]()
+    if i % 3 == 0:
+        # Each from other files.
+        found = [data_set[j * 25 % 300]["example_idx"] for j in range(12)]
+        assert found == [j * 25 % 300 // 5 for j in range(12)], found
+    elif i % 60 < 3:
+        assert sum(len(batch["act"]) for batch in data_set) == 300
+    kept.append(data_set)
+print(len(os.listdir("/proc/self/fd")))
+assert [int(data_set[7]["example_idx"]) for data_set in kept[::3]] == [1] * 200
+"""
+
+
+def test_600_data_sets_in_one_process(shards):
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-W", "error", "-c", MANY_DATA_SETS, str(shards)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) < 128

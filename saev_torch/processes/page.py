@@ -12,10 +12,51 @@ from typing import Any
 
 import numpy as np
 
+from saev_torch.processes.machine import memory_file
+
+_SHEET_NBYTES = 1 << 20
+_ALIGN = 64
+
 
 def is_spawning() -> bool:
     """Whether what is being pickled goes to a process that is being started."""
     return context.get_spawning_popen() is not None
+
+
+class _Sheet:
+    """A file that many pages are parts of, so that few descriptors do; what a page had is not used again."""
+
+    def __init__(self, nbytes: int, fd: int | None = None) -> None:
+        self.fd = memory_file(nbytes) if fd is None else fd
+        weakref.finalize(self, os.close, self.fd).atexit = False
+        self.memory = mmap.mmap(self.fd, nbytes)
+        self._n_used = 0
+        _sheets[os.fstat(self.fd).st_ino] = self
+
+    def take(self, nbytes: int) -> int | None:
+        """Where so many bytes begin that nobody has had yet; None where there are not so many."""
+        start = self._n_used
+        if nbytes > len(self.memory) - start:
+            return None
+        self._n_used += -(-nbytes // _ALIGN) * _ALIGN
+        return start
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Many pages may be pickled for a process, but a descriptor must be passed to it only once.
+        return _attach_sheet, (len(self.memory), reduction.DupFd(self.fd))
+
+
+_sheets: "weakref.WeakValueDictionary[int, _Sheet]" = weakref.WeakValueDictionary()
+
+
+def _attach_sheet(nbytes: int, offered: Any) -> _Sheet:
+    fd = offered.detach()
+    # A process loses its locks of a file when it closes any descriptor of it, so there must be one only.
+    with _here.lock:
+        known = _sheets.get(os.fstat(fd).st_ino)
+        if known is not None:
+            os.close(fd)
+        return known or _Sheet(nbytes, fd)
 
 
 class _Here:
@@ -24,6 +65,19 @@ class _Here:
     def __init__(self) -> None:
         # A signal handler may ask for what its own thread is about to write.
         self.lock = threading.RLock()
+        # It goes with its last page.
+        self._sheet: weakref.ref[_Sheet] | None = None
+
+    def find_place(self, nbytes: int) -> tuple[_Sheet, int]:
+        """Memory that nobody has had yet: its sheet, and where it begins there."""
+        with self.lock:
+            sheet = None if self._sheet is None else self._sheet()
+            start = None if sheet is None else sheet.take(nbytes)
+            if sheet is None or start is None:
+                sheet, start = _Sheet(max(_SHEET_NBYTES, nbytes)), 0
+                sheet.take(nbytes)
+                self._sheet = weakref.ref(sheet)
+            return sheet, start
 
 
 _here = _Here()
@@ -39,19 +93,17 @@ os.register_at_fork(after_in_child=_begin_anew)
 
 
 class SharedPage:
-    """Memory for one structured value, which goes with the last process that has it.
+    """Memory for one structured value, which goes with the last process that has it, and what was made around it.
 
     Forked, or pickled for a process that is being started, it is the same memory; pickled or copied otherwise it
     becomes memory of its own with the same value. The value is all zeros at first; writing to its `fields` writes to
-    the memory. A descriptor `fd` of memory that exists already is the page's to close.
+    the memory. A `place` is that of memory that exists already.
     """
 
-    def __init__(self, dtype: np.dtype[Any], fd: int | None = None) -> None:
-        self._maker = _here if fd is None else None
-        self.fd = os.memfd_create("saev_torch", os.MFD_CLOEXEC) if fd is None else fd
-        weakref.finalize(self, os.close, self.fd).atexit = False
-        os.ftruncate(self.fd, dtype.itemsize)
-        self.fields: Any = np.frombuffer(mmap.mmap(self.fd, dtype.itemsize), dtype=dtype)[0]
+    def __init__(self, dtype: np.dtype[Any], place: tuple[_Sheet, int] | None = None) -> None:
+        self._maker = _here if place is None else None
+        self._sheet, self._start = place or _here.find_place(dtype.itemsize)
+        self.fields: Any = np.frombuffer(self._sheet.memory, dtype, 1, self._start)[0]
 
     @property
     def is_own(self) -> bool:
@@ -63,23 +115,19 @@ class SharedPage:
         """Keep other threads and processes out."""
         # A lock of the file system goes away with a killed worker; it does not tell threads apart.
         with _here.lock:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX)
+            fcntl.lockf(self._sheet.fd, fcntl.LOCK_EX, self.fields.nbytes, self._start)
             try:
                 yield
             finally:
-                fcntl.lockf(self.fd, fcntl.LOCK_UN)
+                fcntl.lockf(self._sheet.fd, fcntl.LOCK_UN, self.fields.nbytes, self._start)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if is_spawning():
-            return _attach, (self.fields.dtype, reduction.DupFd(self.fd))
+            return SharedPage, (self.fields.dtype, (self._sheet, self._start))
         return _copy, (self.fields.dtype, self.fields.tobytes())
-
-
-def _attach(dtype: np.dtype[Any], fd: Any) -> SharedPage:
-    return SharedPage(dtype, fd.detach())
 
 
 def _copy(dtype: np.dtype[Any], value: bytes) -> SharedPage:
     page = SharedPage(dtype)
-    os.pwrite(page.fd, value, 0)
+    page._sheet.memory[page._start : page._start + len(value)] = value
     return page

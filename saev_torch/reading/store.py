@@ -66,6 +66,22 @@ class _Descriptor:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         weakref.finalize(self, os.close, fd).atexit = False
+        _descriptors.add(self)
+
+
+_descriptors: "weakref.WeakSet[_Descriptor]" = weakref.WeakSet()
+_stores: "weakref.WeakSet[ShardStore]" = weakref.WeakSet()
+
+
+def _limit_open(most: int, store: "ShardStore") -> None:
+    """Let other stores than this close files that they only keep open, where the process has too many."""
+    for other in tuple(_stores):
+        if len(_descriptors) <= most:
+            return
+        # One that is busy goes on; in a forked process it may be so for ever.
+        if other is not store and other._lock.acquire(blocking=False):
+            other._kept.clear()
+            other._lock.release()
 
 
 class ShardStore:
@@ -106,6 +122,7 @@ class ShardStore:
         self._kept: collections.OrderedDict[tuple[int, bool], _Descriptor] = collections.OrderedDict()
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = _MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, min(_MAX_OPEN, soft // 8))
+        _stores.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if not k.startswith("_")}
@@ -144,6 +161,7 @@ class ShardStore:
             with self._lock:
                 held = self._open.setdefault(key, opened)
                 self._keep(key, held)
+                _limit_open(2 * self._limit, self)
             del opened
         try:
             yield held.fd
