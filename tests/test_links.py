@@ -116,7 +116,9 @@ def test_followed(snapshot: Path, says: str, monkeypatch: pytest.MonkeyPatch, tm
     assert {path.name for path in copy.iterdir()} == {path.name for path in snapshot.iterdir()}
     assert not [path for path in copy.iterdir() if path.is_symlink()]
     assert Metadata.load(snapshot, allow_links=is_config) == Metadata(**SPEC.metadata())
-    assert len(ShardInfo.load(snapshot, allow_links=is_config)) == 5
+    info = ShardInfo.load(snapshot, allow_links=is_config)
+    assert len(info) == 5
+    info.validate(snapshot, allow_links=is_config)
 
 
 def test_a_state_is_of_the_files(snapshot: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Systems that lack something: the table in docs/systems.md, row by row, in processes from which that is taken away."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -12,6 +14,8 @@ import factory
 import lacking
 import pytest
 import uring
+
+from saev_torch import Metadata, ShardWriter, WriteError, verify
 
 ROOT = Path(__file__).parent.parent
 # The same as in touring.py, which is not to be imported here.
@@ -96,6 +100,39 @@ def test_nothing_is_said_where_nothing_lacks(outcomes: dict[str, Any]) -> None:
 def test_without(outcomes: dict[str, Any], name: str, way: str) -> None:
     case = f"{name}.{way}"
     _check(outcomes[case], TABLE[name].messages, READERS.get(case) or READERS.get(name) or "DirectReader")
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.parametrize("options", [{"resume": True}, {"example_range": (0, 9)}])
+def test_a_writer_that_needs_locks_leaves_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
+    md = Metadata(**SPEC.metadata())
+    with pytest.raises(WriteError, match="expected a file system with locks"), ShardWriter(tmp_path, md, **options):
+        pytest.fail("opened")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_writer_without_locks_is_alone(tmp_path: Path) -> None:
+    """Another one is refused as long as it writes, and when it has written."""
+    md = Metadata(**SPEC.metadata())
+    with ShardWriter(tmp_path, md) as writer:
+        for options in ({}, {"resume": True}):
+            with pytest.raises(WriteError, match="expected"), ShardWriter(tmp_path, md, **options):
+                pytest.fail("opened")
+        writer.write_batch(factory.oracle(md), 0)
+    assert verify(writer.shards_dir).ok
+    with pytest.raises(WriteError, match="got a finished one"), ShardWriter(tmp_path, md):
+        pytest.fail("opened")
+    with ShardWriter(tmp_path, md, resume=True) as again:
+        assert again.missing() == []
 
 
 def test_without_all_of_them(tmp_path: Path) -> None:

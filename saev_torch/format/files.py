@@ -26,6 +26,8 @@ MAX_JSON_BYTES = 3 << 20
 LOCKLESS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
 """Errors of a file system that has no locks: Lustre without `-o flock`, NFS without its lock manager."""
 
+# Some file systems force files to disk, but no directories: FUSE, shares of Windows.
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
 _NAME_MAX_BYTES = 255
 _LINKS_VARIABLE = "SAEV_TORCH_ALLOW_LINKS"
 _KINDS = (
@@ -244,9 +246,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_dir(directory: Path) -> None:
-    """Make the names in a directory (created, renamed) survive a power failure."""
+    """Make the names in a directory (created, renamed) survive a power failure, where its file system can do that."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as err:
+        if err.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)

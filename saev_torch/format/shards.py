@@ -160,17 +160,18 @@ class ShardInfo(Sequence[Shard]):
                 "one of the two files is of another data set, or the list is cut short"
             )
 
-    def validate(self, shards_dir: Path) -> None:
+    def validate(self, shards_dir: Path, *, allow_links: bool = False) -> None:
         """Check this table, and the presence and size of every file with data, in a directory.
 
-        Looks at sizes, not at values. A file without examples is not looked at.
+        Looks at sizes, not at values. A file without examples is not looked at. With `allow_links` symbolic links to
+        regular files are followed.
 
         Raises:
             ShardsNotFoundError: A file is missing.
             FormatError: The table does not fit the metadata, or a file is no regular file of the right size.
             ReadError: A file could not be opened.
         """
-        self.check_files(Path(shards_dir), Metadata.load(shards_dir))
+        self.check_files(Path(shards_dir), Metadata.load(shards_dir, allow_links=allow_links), allow_links)
 
     def check_files(self, shards_dir: Path, md: Metadata, allow_links: bool = False) -> NDArray[np.int64]:
         """Do what `validate` does, with metadata that were loaded before; links may be followed.
