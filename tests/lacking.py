@@ -38,7 +38,9 @@ def refuse(name: str, code: int, *arguments: int) -> None:
 
     `arguments` are those from the second on, as numbers of 32 bits.
     """
-    numbers = _NUMBERS[platform.machine()]
+    numbers = _NUMBERS.get(platform.machine())
+    if numbers is None or not sys.platform.startswith("linux"):
+        raise OSError(errno.ENOSYS, f"{sys.platform} on {platform.machine()}: system calls cannot be refused here")
     load, equal, give = 0x20, 0x15, 0x06
     # struct seccomp_data: the number, the architecture, the instruction pointer, six arguments of 64 bits.
     checks = [(4, numbers["arch"]), (0, numbers[name]), *((16 + 8 * i, x) for i, x in enumerate(arguments, start=1))]

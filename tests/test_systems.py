@@ -78,6 +78,7 @@ def _check(outcome: dict[str, Any], messages: list[str], reader: str) -> None:
     assert not [text for text in said if not any(message in text for message in messages)]
     assert not [message for message in messages if not any(message in text for text in said)]
     assert outcome["reader"] == (reader if uring.refusal() is None else "CallReader")
+    assert outcome["has_ring"] == (reader != "CallReader" and uring.refusal() is None)
     assert outcome["is_alive"]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import contracts
 import factory
 import numpy as np
+import uring
 from torch.utils.data import DataLoader
 
 from saev_torch import (
@@ -49,7 +50,7 @@ def tour(shards: str, place: str, workers: list[int], methods: list[str]) -> dic
 
     Returns:
         By the step of the tour what it raised, None for nothing; what was logged; what reads data that are not in the
-        page cache.
+        page cache; whether the kernel gives an io_uring; whether this process is known to live.
     """
     said: list[str] = []
 
@@ -84,7 +85,13 @@ def tour(shards: str, place: str, workers: list[int], methods: list[str]) -> dic
             found[name] = f"{type(err).__name__}: {err}"
         except BaseException as err:  # noqa: BLE001 -- told to the test
             found[name] = f"RAW {type(err).__name__}: {err}"
-    return {"steps": found, "log": said, "reader": _find_reader(shards), "is_alive": counters.is_alive(os.getpid())}
+    return {
+        "steps": found,
+        "log": said,
+        "reader": _find_reader(shards),
+        "has_ring": uring.refusal() is None,
+        "is_alive": counters.is_alive(os.getpid()),
+    }
 
 
 @contextlib.contextmanager

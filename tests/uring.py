@@ -24,7 +24,10 @@ def refusal() -> str | None:
     if found is None or (int(found[1]), int(found[2])) < _LEAST:
         return f"io_uring: Linux {platform.release()} is too old"
     params = ctypes.create_string_buffer(_PARAMS_NBYTES)
-    fd = ctypes.CDLL(None, use_errno=True).syscall(_SETUP, 1, params)
+    syscall = getattr(ctypes.CDLL(None, use_errno=True), "syscall", None)
+    if syscall is None:
+        return "io_uring: the C library has no `syscall`"
+    fd = syscall(_SETUP, 1, params)
     if fd < 0:
         return f"io_uring is not allowed here: {os.strerror(ctypes.get_errno())}"
     os.close(fd)

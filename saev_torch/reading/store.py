@@ -43,6 +43,8 @@ _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, 
 _SHORT = frozenset({0x65735546, 0x01021997, 0x786F4256, 0x7C7C6673, 0x00C0FFEE, 0x73757245})
 _STATFS_NBYTES = 256
 
+_ADVICE = {name: getattr(os, f"POSIX_FADV_{name}", None) for name in ("RANDOM", "SEQUENTIAL", "WILLNEED", "DONTNEED")}
+
 _fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs if sys.platform.startswith("linux") else None
 
 
@@ -54,10 +56,13 @@ def _file_system(fd: int) -> int:
 
 def advise(fd: int, advice: str, offset: int = 0, nbytes: int = 0) -> None:
     """Tell the kernel what comes, by the end of a name `POSIX_FADV_...`; some systems cannot be told."""
-    number = getattr(os, f"POSIX_FADV_{advice}", None)
+    number = _ADVICE.get(advice)
     if number is not None:
-        with contextlib.suppress(OSError):
+        try:
             os.posix_fadvise(fd, offset, nbytes, number)
+        except OSError:
+            # It is only advice.
+            return
 
 
 class _Descriptor:
