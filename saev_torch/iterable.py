@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
@@ -24,6 +24,7 @@ from saev_torch.processes.world import require_shared_once
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
+from saev_torch.reading.room import advise_room, count_ranks_here
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
 from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
@@ -225,14 +226,24 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             _log.debug("%s: begins at batch %d of %d", name, start.batch, share.stop)
         return Watch(self.counters.begin(start.rank), name, cfg.log_every_s)
 
+    def _advise(self, plan: OrderedPlan | ShufflePlan, iteration: Iteration) -> None:
+        """Say once what would be better, or what will not do."""
+        start, share, info = iteration.start, iteration.share, get_worker_info()
+        advice = [advise_lanes(plan, share)] if start.rank == 0 else []
+        if (info is None or info.id == 0) and start.rank % count_ranks_here(start.world_size) == 0:
+            nbytes = self._own_selection().sample_nbytes
+            advice.append(advise_room(plan, share, self.cfg.buffer_size, nbytes, start.world_size))
+        advice = [line for line in advice if line is not None]
+        if advice and self.cursor.may_advise():
+            for line in advice:
+                _log.warning(line)
+
     def _iterate(self, iteration: Iteration) -> Iterator[ActivationBatch]:
         start, share = iteration.start, iteration.share
         if share.first >= share.stop:
             return
         plan, selection, gate = self._plan(start.epoch), self._own_selection(), Gate()
-        advice = advise_lanes(plan, share) if start.rank == 0 else None
-        if advice is not None and self.cursor.may_advise():
-            _log.warning(advice)
+        self._advise(plan, iteration)
         with iteration.naming():
             with gate:
                 engine = self._open_engine(plan, iteration)

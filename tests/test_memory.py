@@ -18,7 +18,7 @@ from conftest import Resources
 from factory import Spec
 from torch.utils.data import DataLoader
 
-from saev_torch import ReadError, ShuffledActivations, ShuffledConfig, WorkerLostError
+from saev_torch import IndexedConfig, IndexedDataset, ReadError, ShuffledActivations, ShuffledConfig, WorkerLostError
 from saev_torch.reading import leases, received
 from saev_torch.reading import slots as memory
 from saev_torch.reading.received import attach
@@ -575,3 +575,57 @@ def test_a_child_keeps_the_batch_that_it_was_given(make_shards, n_workers):
         child.join()
         child.close()
     wrong.close()
+
+
+# Memory, mappings and descriptors, over many epochs
+
+
+class Use:
+    """What this process and some others have of our shared memory: megabytes, mappings, descriptors."""
+
+    def __init__(self, pids):
+        gc.collect()
+        leases.settle()
+        self.shared_mb, self.n_mappings, self.n_fds = 0.0, 0, 0
+        for pid in [os.getpid(), *pids]:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            self.shared_mb += int(re.search(r"^Pss_Shmem: +(\d+) kB", rollup, re.MULTILINE)[1]) / 1024
+            self.n_mappings += Path(f"/proc/{pid}/maps").read_text().count("memfd:saev_torch")
+            self.n_fds += len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def iterable_loader(shards, prefetch_factor):
+    cfg = ShuffledConfig(shards=shards, layer=0, batch_size=512, buffer_size=4, n_lanes=2)
+    return DataLoader(ShuffledActivations(cfg), num_workers=1, prefetch_factor=prefetch_factor, persistent_workers=True)
+
+
+def indexed_loader(shards, prefetch_factor):
+    return DataLoader(
+        IndexedDataset(IndexedConfig(shards=shards, layer=0)), batch_size=512, shuffle=True, num_workers=1,
+        prefetch_factor=prefetch_factor, persistent_workers=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make_loader", "prefetch_factor"),
+    [(iterable_loader, 2), (iterable_loader, 8), (iterable_loader, 24), (indexed_loader, 8)],
+)
+def test_50_epochs_take_no_more_than_a_few(make_shards, make_loader, prefetch_factor):
+    """Even where 60 batches are held in each for a while."""
+    spec = Spec(n_examples=250, content_tokens=131, cls=False, layers=(0,), d_model=32, labels=False, examples_per_shard=99)
+    loader = make_loader(make_shards(spec), prefetch_factor)
+    uses = []
+    for epoch in range(50):
+        held = []
+        for batch in loader:
+            if len(held) < 60:
+                held.append(batch)
+        del held, batch
+        if epoch % 5 == 4:
+            uses.append(Use([worker.pid for worker in loader._iterator._workers]))
+    for what in ("n_mappings", "n_fds"):
+        seen = [getattr(use, what) for use in uses]
+        assert max(seen[2:]) <= max(seen[:2]), what
+    # A batch takes 80 KB.
+    assert max(use.shared_mb for use in uses[2:]) < max(use.shared_mb for use in uses[:2]) + 1.5
+    assert uses[-1].n_mappings < 40
