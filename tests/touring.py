@@ -29,6 +29,7 @@ from saev_torch import (
     compute_statistics,
     verify,
 )
+from saev_torch.bench import machine
 from saev_torch.order.selection import Selection
 from saev_torch.processes import counters
 from saev_torch.reading import direct
@@ -72,7 +73,9 @@ def tour(shards: str, place: str, workers: list[int], methods: list[str]) -> dic
         "writer": lambda: _write(Path(place) / "written"),
         "resumed": lambda: _write(Path(place) / "resumed", resume=True),
         "verify": lambda: _verify(shards),
-        "tilde": lambda: _name_home(),
+        "tilde": _name_home,
+        "machine": _look,
+        "cached": lambda: _ask_what_is_cached(shards),
     }
     found: dict[str, str | None] = {}
     for name, step in steps.items():
@@ -171,3 +174,11 @@ def _verify(shards: str) -> None:
 
 def _name_home() -> None:
     IndexedConfig(shards="~/shards")
+
+
+def _look() -> None:
+    assert machine.look().n_affinity > 0
+
+
+def _ask_what_is_cached(shards: str) -> None:
+    assert 0 <= machine.cached_share(ShardStore(Path(shards))) <= 1
