@@ -81,6 +81,7 @@ _RULES: dict[str, _Rule] = {
     "use_tmpdir": _FLAG,
     "examples": ("Examples", lambda value: isinstance(value, Examples)),
     "order": ("'blocks' or 'uniform'", lambda value: value in ("blocks", "uniform")),
+    "allow_links": _FLAG,
     "ignore_labels": ("a list of integers from 0 to 255", _is_labels),
 }
 
@@ -149,7 +150,13 @@ class _Config:
         if isinstance(value, str | os.PathLike) and os.fspath(value):
             expanded = os.path.expandvars(os.fspath(value))
             if isinstance(expanded, str) and "\0" not in expanded:
-                return Path(expanded).expanduser()
+                try:
+                    return Path(expanded).expanduser()
+                except RuntimeError as err:
+                    raise ConfigError(
+                        f"{type(self).__name__}.{field}: expected a path, got {expanded!r}, whose ~ stands for no home "
+                        "directory: HOME is not set, or there is no such user; set HOME, or write the path in full."
+                    ) from err
         raise self._refuse(field, "a path")
 
     def _refuse(self, field: str, expected: str) -> ConfigError:
@@ -190,6 +197,7 @@ class IndexedConfig(_Config):
         examples: Which examples to use; None for all. Their numbers in batches stay those of the directory.
         mask: A `.npy` file of bool `[n_examples, content_tokens_per_example]`: content tokens that are False are left
             out. `$VARS` and `~` are expanded; None for no mask.
+        allow_links: Follow symbolic links in the directory to regular files, wherever they lead; else they are refused.
 
     Raises:
         ConfigError: A field has a bad value (it is a `ValueError`).
@@ -199,6 +207,7 @@ class IndexedConfig(_Config):
     act_dtype: ActDtype = "float32"
     examples: Examples | None = None
     mask: Path | None = None
+    allow_links: bool = False
 
 
 @plain.told_simply
@@ -210,6 +219,7 @@ class OrderedConfig(_Config):
         shards, tokens, layer, act_dtype, examples, mask: What to read; see `IndexedConfig`.
         buffer_size: Batches that may be read ahead by the whole job.
         batch_size, batch_timeout_s, drop_last, debug, log_every_s: As in `ShuffledConfig`.
+        allow_links: As in `IndexedConfig`.
 
     Errors are those of `IndexedConfig`.
     """
@@ -223,6 +233,7 @@ class OrderedConfig(_Config):
     act_dtype: ActDtype = "float32"
     examples: Examples | None = None
     mask: Path | None = None
+    allow_links: bool = False
 
 
 @plain.told_simply
@@ -255,6 +266,7 @@ class ShuffledConfig(_Config):
             Then `buffer_size`, `n_lanes` and `block_size` do not matter.
         act_dtype: "float32", or "stored" for the type that the shards have: 16 bits take half the memory.
         examples, mask: Which examples and tokens to use; see `IndexedConfig`. With `ignore_labels` both must keep it.
+        allow_links: As in `IndexedConfig`.
 
     Errors are those of `IndexedConfig`.
     """
@@ -279,6 +291,7 @@ class ShuffledConfig(_Config):
     act_dtype: ActDtype = "float32"
     examples: Examples | None = None
     mask: Path | None = None
+    allow_links: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,7 +70,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     def __init__(self, cfg: IndexedConfig) -> None:
         require_config("IndexedDataset", cfg, IndexedConfig)
         self.cfg = cfg
-        self._store = ShardStore(cfg.shards)
+        self._store = ShardStore(cfg.shards, allow_links=cfg.allow_links)
         self.metadata = self._store.metadata
         self._selection = select(self._store, cfg)
         self.index_map = IndexMap(self.metadata, cfg.tokens, cfg.layer)

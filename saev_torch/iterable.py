@@ -291,7 +291,7 @@ class OrderedActivations(Activations):
 
     def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
         require_config("OrderedActivations", cfg, OrderedConfig)
-        super().__init__(cfg, ShardStore(cfg.shards), rank, world_size)
+        super().__init__(cfg, ShardStore(cfg.shards, allow_links=cfg.allow_links), rank, world_size)
         self._compile()
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
@@ -308,7 +308,7 @@ class ShuffledActivations(Activations):
 
     def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
         require_config("ShuffledActivations", cfg, ShuffledConfig)
-        store = ShardStore(cfg.shards, is_local=cfg.use_tmpdir)
+        store = ShardStore(cfg.shards, is_local=cfg.use_tmpdir, allow_links=cfg.allow_links)
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:
             raise ConfigError(

@@ -20,6 +20,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import uring
 from conftest import wait_until
 from torch.utils.data import DataLoader
 
@@ -395,7 +396,7 @@ def test_the_doctor_reads_a_cold_disk_as_the_loader_does(make_shards: Make, monk
     assert set(cold.values()) == {7.0 if has_ring else 3.0}
 
 
-@pytest.mark.skipif(Ring.open() is None, reason="io_uring is not allowed here")
+@uring.needed
 @pytest.mark.parametrize("task_nbytes", [1000, 1 << 20])
 def test_reads_as_the_loader_does_have_every_byte(make_shards: Make, monkeypatch, task_nbytes: int) -> None:
     store = ShardStore(make_shards(d_model=100, n_examples=60, examples_per_shard=16))

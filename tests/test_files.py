@@ -1,6 +1,8 @@
 import errno
+import fcntl
 import os
 import socket
+import stat
 from pathlib import Path
 
 import orjson
@@ -13,6 +15,7 @@ from saev_torch.format import files
 from saev_torch.format.files import (
     check_name,
     first_repeated,
+    lock,
     open_regular,
     read_json,
     short,
@@ -291,6 +294,49 @@ def test_writing_passes_ours_through(tmp_path):
         raise WriteError("mine")
     with pytest.raises(KeyError), writing(tmp_path):
         raise KeyError
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_directory_that_cannot_be_forced_to_disk(tmp_path, monkeypatch, code):
+    """Some file systems refuse that; what is written there is there all the same."""
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        write_atomic(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_lock_where_there_are_none(tmp_path, monkeypatch, code):
+    def refuse(*args):
+        raise OSError(code, os.strerror(code))
+
+    with open(tmp_path / "a", "w") as file, open(tmp_path / "a") as other:
+        assert lock(file.fileno(), fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            lock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with monkeypatch.context() as patch:
+            patch.setattr(files.fcntl, "flock", refuse)
+            assert not lock(file.fileno(), fcntl.LOCK_EX)
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.ENOSPC, "check free space, quota and permissions"),
+        (errno.EROFS, "write to another file system, or let this one be mounted for writing"),
+        (errno.ENOSYS, "the file system cannot do that: write to another one"),
+    ],
+)
+def test_writing_says_what_helps(tmp_path, code, remedy):
+    with pytest.raises(WriteError, match=rf"could not be written: {os.strerror(code)}; {remedy}$"), writing(tmp_path):
+        raise OSError(code, os.strerror(code))
 
 
 def test_sync_dir(tmp_path):

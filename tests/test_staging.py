@@ -7,6 +7,7 @@ from pathlib import Path
 
 import contracts
 import pytest
+import uring
 from conftest import Resources
 from factory import Spec
 
@@ -29,7 +30,7 @@ CONFIGS = {
     "in order": (OrderedConfig, {"layer": "all", "tokens": "all", "batch_size": 100}),
 }
 
-pytestmark = pytest.mark.skipif(Ring.open() is None, reason="io_uring is not allowed here")
+pytestmark = uring.needed
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import factory
 import numpy as np
 import pytest
+import uring
 from conftest import Resources
 from factory import Spec, write_acts
 
@@ -29,7 +30,7 @@ from saev_torch import (
 from saev_torch.reading import direct as staging
 from saev_torch.reading import reader as reading
 from saev_torch.reading.reader import Reader
-from saev_torch.reading.ring import Ring, RingReader
+from saev_torch.reading.ring import RingReader
 from saev_torch.stats import moments, statistics, streaming
 
 
@@ -364,9 +365,8 @@ def test_an_error_keeps_nothing_open(make_shards, monkeypatch, past_cache: bool)
         gc.enable()
 
 
+@uring.needed
 def test_read_past_the_page_cache(make_shards, monkeypatch) -> None:
-    if Ring.open() is None:
-        pytest.skip("io_uring is not allowed here")
     monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: False)
     monkeypatch.setattr(RingReader, "_read", lambda *args: pytest.fail("through the page cache"))
     monkeypatch.setattr(streaming, "_TASK_NBYTES", 100_000)

@@ -16,6 +16,7 @@ from factory import Spec, oracle, oracle_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saev_torch import IndexedConfig, IndexedDataset, repack, verify
 from saev_torch.errors import SaevTorchError, ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import MAX_SHARDS, Shard, ShardInfo, shard_name
@@ -98,9 +99,10 @@ def content(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 @pytest.mark.parametrize("md", REFERENCE_METADATA, ids=lambda md: md.hash)
 def test_reference(tmp_path, md, batch_size):
+    """With files of full size, as saev's readers map them, every byte is as saev's own writer leaves it."""
     acts, labels = torch.from_numpy(oracle(md)), torch.from_numpy(oracle_labels(md))
     has_labels = "labels.bin" in REFERENCE[md.hash]
-    with ShardWriter(tmp_path, md) as writer:
+    with ShardWriter(tmp_path, md, preallocate=True) as writer:
         assert writer.shards_dir == tmp_path / md.hash
         for start in range(0, md.n_examples, batch_size):
             rows = slice(start, start + batch_size)
@@ -121,19 +123,76 @@ def test_equals_the_factory(tmp_path_factory, data):
         d_model=data.draw(st.integers(1, 5)),
         examples_per_shard=data.draw(st.integers(1, 7)),
         labels=data.draw(st.booleans()),
+        preallocate_last=data.draw(st.booleans()),
     )
     acts, labels = oracle(spec), oracle_labels(spec)
     cuts = [0, *sorted(data.draw(st.sets(st.integers(1, spec.n_examples)))), spec.n_examples]
     batches = data.draw(st.permutations(list(itertools.pairwise(cuts))))
     wrap = torch.from_numpy if data.draw(st.booleans()) else np.asarray
     root = tmp_path_factory.mktemp("any")
-    with ShardWriter(root / "new" / "root", Metadata(**spec.metadata())) as writer:
+    md = Metadata(**spec.metadata())
+    with ShardWriter(root / "new" / "root", md, preallocate=spec.preallocate_last) as writer:
         for start, stop in batches:
             writer.write_batch(wrap(acts[start:stop]), start, wrap(labels[start:stop]) if spec.labels else None)
     expected = factory.make_shards(root / "factory", spec)
     assert writer.shards_dir.name == expected.name
     assert content(writer.shards_dir) == content(expected)
     ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+
+
+def sizes(directory: Path) -> list[int]:
+    return [path.stat().st_size for path in sorted(directory.glob("acts*.bin"))]
+
+
+@pytest.mark.parametrize(
+    ("n_examples", "expected"), [(1, [1]), (11, [4, 4, 3]), (9, [4, 4, 1]), (12, [4, 4, 4, 0]), (4, [4, 0])]
+)
+def test_the_last_file_is_as_large_as_its_examples(tmp_path, n_examples, expected):
+    """As are its names: what `ls`, `tar` and `scp` see is what is there. Readers and `verify` take it so."""
+    md = metadata(n_examples=n_examples)
+    for root, preallocate in ((tmp_path / "cut", False), (tmp_path / "full", True)):
+        with ShardWriter(root, md, preallocate=preallocate) as writer:
+            writer.write_batch(oracle(md), 0)
+            assert set(sizes_of_parts(writer.shards_dir)) == {4 * md.example_nbytes}
+        full = [4] * len(expected)
+        assert sizes(writer.shards_dir) == [n * md.example_nbytes for n in (full if preallocate else expected)]
+        ShardInfo.load(writer.shards_dir).validate(writer.shards_dir)
+        report = verify(writer.shards_dir, finite=True)
+        assert report.ok
+        assert report.n_blocks == n_examples * md.n_layers
+        data = IndexedDataset(IndexedConfig(shards=writer.shards_dir, layer="all", tokens="all"))
+        got = data.__getitems__(range(len(data))).batch["act"].numpy()
+        assert (got == oracle(md).reshape(-1, md.d_model)).all()
+
+
+def sizes_of_parts(directory: Path) -> list[int]:
+    return [path.stat().st_size for path in directory.glob(".acts*.part")]
+
+
+def test_repack_cuts(tmp_path, make_shards):
+    """Of files of full size it makes one that is cut."""
+    source = make_shards()
+    md = Metadata.load(source)
+    assert sizes(source) == [4 * md.example_nbytes] * 3
+    made = repack(source, tmp_path, layers=[7])
+    assert sizes(made) == [n * Metadata.load(made).example_nbytes for n in (9, 2)]
+    assert verify(made).ok
+    assert verify(source).ok
+
+
+@pytest.mark.parametrize("preallocate", [False, True])
+def test_what_a_writer_of_either_kind_has_left_is_published(tmp_path, monkeypatch, preallocate):
+    """A writer that was killed between its last two renames; the one that goes on wants the other size."""
+    md = metadata()
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardInfo, "dump", lambda *args: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError), ShardWriter(tmp_path, md, resume=True, preallocate=not preallocate) as writer:
+            writer.write_batch(oracle(md), 0)
+    assert sizes(writer.shards_dir)[-1] == (3 if preallocate else 4) * md.example_nbytes
+    with ShardWriter(tmp_path, md, resume=True, preallocate=preallocate) as writer:
+        assert writer.missing() == []
+    assert sizes(writer.shards_dir)[-1] == (4 if preallocate else 3) * md.example_nbytes
+    assert verify(writer.shards_dir).ok
 
 
 def test_any_memory_layout(tmp_path, make_shards):
@@ -144,7 +203,7 @@ def test_any_memory_layout(tmp_path, make_shards):
     with ShardWriter(tmp_path, md) as writer:
         writer.write_batch(strange[:5], np.int64(0), labels.long()[:5].tolist())
         writer.write_batch(np.asfortranarray(acts[5:]), 5, labels.T.contiguous().T[5:])
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
@@ -163,7 +222,7 @@ def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
         with ShardWriter(tmp_path, md) as writer:
             writer.write_batch(oracle(md), 0, oracle_labels(md))
     assert n_calls > 10
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def test_few_descriptors(tmp_path):
@@ -191,7 +250,9 @@ def test_several_threads(tmp_path, monkeypatch):
     monkeypatch.setattr("saev_torch.writing.checkpoints._SYNC_NBYTES", 2000)
     md = metadata(n_examples=200, examples_per_shard=3)
     acts, labels = oracle(md), oracle_labels(md)
-    expected = content(factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3)))
+    expected = content(
+        factory.make_shards(tmp_path / "factory", Spec(n_examples=200, examples_per_shard=3, preallocate_last=False))
+    )
 
     def write(start):
         writer.write_batch(acts[start : start + 1], start, labels[start : start + 1])
@@ -273,7 +334,7 @@ def test_forked_child_does_not_write(tmp_path, make_shards):
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         writer.write_batch(oracle(md)[5:], 5, oracle_labels(md)[5:])
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def good_batch(md: Metadata) -> tuple[torch.Tensor, int, torch.Tensor]:
@@ -320,7 +381,7 @@ def test_bad_batch(tmp_path, case, make_shards):
         with pytest.raises(WriteError, match=message):
             writer.write_batch(**batch)
         writer.write_batch(oracle(md), 0, oracle_labels(md))
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 @pytest.mark.parametrize(("start", "overlap"), [(0, "0..2"), (1, "1..3"), (3, "3..4"), (2, "2..4")])
@@ -372,7 +433,7 @@ def test_empty_batch(tmp_path, make_shards):
         writer.write_batch(oracle(md)[:0], 0)
         writer.write_batch(oracle(md), 0, oracle_labels(md))
         writer.write_batch(oracle(md)[:0], 3)
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -521,7 +582,7 @@ def test_announced_with_dump(tmp_path, make_shards):
         assert set(content(shards_dir)) == {".unfinished", ".journal-0-11"}
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     md.dump(tmp_path)
-    assert content(shards_dir) == content(make_shards())
+    assert content(shards_dir) == content(make_shards(preallocate_last=False))
 
 
 def test_other_metadata_is_kept(tmp_path):
@@ -632,7 +693,7 @@ def test_disk_full_for_a_moment(tmp_path, make_shards, monkeypatch, name):
             writer.write_batch(oracle(md), 0, oracle_labels(md))
         writer.write_batch(oracle(md), 0, oracle_labels(md))
     assert info.value.__cause__.errno == errno.ENOSPC
-    assert content(writer.shards_dir) == content(make_shards())
+    assert content(writer.shards_dir) == content(make_shards(preallocate_last=False))
 
 
 CALLS = ("mkdir", "open", "ftruncate", "pwrite", "write", "fsync", "rename", "replace", "unlink", "rmdir")
@@ -674,7 +735,7 @@ def write_until(monkeypatch, root, md, n_calls, error, resume=False):
 def test_stopped_at_every_system_call(tmp_path, monkeypatch, make_shards, error, fields, resume):
     """A writer that ends at any call leaves no directory that loads and is wrong, or that cannot be continued."""
     md = metadata(**fields)
-    expected = content(make_shards(**fields))
+    expected = content(make_shards(**fields, preallocate_last=False))
     sidecar = None
     for n_calls in range(300):
         root = tmp_path / str(n_calls)

@@ -3,25 +3,30 @@
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import mmap
 import os
 import platform
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from saev_torch.errors import ReadError
 from saev_torch.format.files import open_regular
 from saev_torch.processes.machine import cpu_quota, memory
-from saev_torch.reading.store import ShardStore
+from saev_torch.processes.world import count_cores
+from saev_torch.reading.store import ShardStore, advise
 
 NOT_COLD = 0.01
 """Pages of which a larger share is in the page cache are not quite cold."""
 
-_mincore = ctypes.CDLL(None, use_errno=True).mincore
-_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_mincore: Any = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
+if _mincore is not None:
+    _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,13 @@ def look() -> Machine:
         shm_nbytes = shutil.disk_usage("/dev/shm").total
     n_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     system = f"Linux {platform.release()}, Python {platform.python_version()}, torch {torch.__version__}"
-    return Machine(len(os.sched_getaffinity(0)), cpu_quota(), *memory(), shm_nbytes, n_files, system)
+    try:
+        nbytes = memory()
+    except (OSError, KeyError, ValueError) as err:
+        raise ReadError(
+            f"/proc/meminfo: expected to read how much memory there is, got: {err}; measure where there is a /proc."
+        ) from err
+    return Machine(count_cores(), cpu_quota(), *nbytes, shm_nbytes, n_files, system)
 
 
 @contextlib.contextmanager
@@ -65,7 +76,7 @@ def opened_shards(store: ShardStore) -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         for shard in store.shards:
             if shard.n_examples:
-                fds.append(open_regular(store.shards_dir, shard.name))
+                fds.append(open_regular(store.shards_dir, shard.name, store.allow_links))
                 stack.callback(os.close, fds[-1])
         yield fds
 
@@ -75,11 +86,13 @@ def drop_cache(stores: Sequence[ShardStore]) -> None:
     for store in stores:
         with opened_shards(store) as fds:
             for fd in fds:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                advise(fd, "DONTNEED")
 
 
 def cached_share(store: ShardStore) -> float:
     """Share of the examples' pages that are in the page cache, 0.0 to 1.0."""
+    if _mincore is None:
+        raise _unknown(errno.ENOSYS)
     found = []
     with opened_shards(store) as fds:
         # A shard without examples is the last one, and not opened.
@@ -88,6 +101,13 @@ def cached_share(store: ShardStore) -> float:
                 there = np.zeros(-(-len(pages) // mmap.PAGESIZE), dtype=np.uint8)
                 address = np.frombuffer(pages, dtype=np.uint8).ctypes.data
                 if _mincore(address, len(pages), there.ctypes.data):
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+                    raise _unknown(ctypes.get_errno())
                 found.append(there & 1)
     return float(np.concatenate(found).mean())
+
+
+def _unknown(code: int) -> ReadError:
+    return ReadError(
+        f"mincore: expected to be told what of a file is in the page cache, got: {os.strerror(code)}; without that "
+        "nothing can be measured with a cold one."
+    )

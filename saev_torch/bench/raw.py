@@ -23,7 +23,7 @@ from saev_torch.order.selection import resolve_layers
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.ring import Ring, RingReader
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import ShardStore, advise
 
 _BUFFER_NBYTES = 4 << 20
 _N_INDEX_SETS = 8
@@ -91,7 +91,7 @@ def read_rate(
     with opened_shards(store) as fds:
         if not reads_ahead:
             for fd in fds:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                advise(fd, "RANDOM")
         reads = [functools.partial(read, buffer) for buffer in buffers]
         try:
             return _rate(store, itertools.cycle(pieces) if repeat else iter(pieces), reads, seconds)

@@ -105,11 +105,11 @@ class Checksums:
         write_atomic(shards_dir / CHECKSUMS_NAME, json.dumps(obj, indent=2).encode())
 
     @classmethod
-    def load(cls, shards_dir: Path, md: Metadata) -> "Checksums":
+    def load(cls, shards_dir: Path, md: Metadata, allow_links: bool = False) -> "Checksums":
         """Load them; `FormatError` if they are damaged, of another version, or not for this metadata."""
         path = shards_dir / CHECKSUMS_NAME
         n_blocks = md.n_examples * (md.n_layers + 1)
-        obj = read_json(shards_dir, CHECKSUMS_NAME, max_bytes=8 * n_blocks + 4096)
+        obj = read_json(shards_dir, CHECKSUMS_NAME, max_bytes=8 * n_blocks + 4096, allow_links=allow_links)
         if not isinstance(obj, dict) or set(obj) != _KEYS or obj["crc32"] != _own_crc(obj):
             raise FormatError(f"{path}: expected what the writer left, got a file that was changed; copy it again")
         if obj["version"] != _VERSION or obj["algorithm"] not in ("crc32", "xxh3"):
@@ -127,10 +127,10 @@ class Checksums:
         return cls(acts, labels, files, obj["algorithm"])
 
 
-def checksums_digest(shards_dir: Path) -> str | None:
+def checksums_digest(shards_dir: Path, allow_links: bool = False) -> str | None:
     """Digest checksums.json, in 16 hex digits, without reading all of it; None where there is none that can be read."""
     try:
-        fd = open_regular(shards_dir, CHECKSUMS_NAME)
+        fd = open_regular(shards_dir, CHECKSUMS_NAME, allow_links)
     except SaevTorchError:
         return None
     try:

@@ -6,6 +6,7 @@ link, a FIFO that never answers, or a device. Everything that reads a shard dire
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import orjson
 
-from saev_torch.errors import FormatError, ReadError, ShardsNotFoundError, WriteError
+from saev_torch.errors import ConfigError, FormatError, ReadError, ShardsNotFoundError, WriteError
 
 MAX_JSON_BYTES = 3 << 20
 """Default bound of `read_json`: hostile JSON takes 30 times its bytes while it is parsed, real metadata is a few KB."""
@@ -26,8 +27,14 @@ MAX_JSON_BYTES = 3 << 20
 NOT_SAVED = "Activations are not saved at"
 """How a `ShardsNotFoundError` begins: as `saev` does, whose users may look for it."""
 
-_NAME_MAX_BYTES = 255
 _MAX_LOOKED_AT, _MAX_NAMED = 1000, 3
+LOCKLESS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP})
+"""Errors of a file system that has no locks: Lustre without `-o flock`, NFS without its lock manager."""
+
+# Some file systems force files to disk, but no directories: FUSE, shares of Windows.
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+_NAME_MAX_BYTES = 255
+_LINKS_VARIABLE = "SAEV_TORCH_ALLOW_LINKS"
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
     (stat.S_ISDIR, "a directory"),
@@ -58,7 +65,7 @@ def fingerprint(directory: Path, names: Iterable[str], about: bytes) -> str:
     """Digest, in 64 hex digits, of `about` and of each file's size and time of change."""
     digest = hashlib.sha256(about)
     for name in names:
-        found = os.stat(directory / name, follow_symlinks=False)
+        found = os.stat(directory / name)
         digest.update(f"\0{name}\0{found.st_size}\0{found.st_mtime_ns}".encode())
     return digest.hexdigest()
 
@@ -88,23 +95,43 @@ def check_name(name: object) -> str:
     return name
 
 
-def open_regular(directory: Path, name: str) -> int:
+def links_allowed() -> bool:
+    """Whether `$SAEV_TORCH_ALLOW_LINKS` lets links be followed, whatever configs say; `ConfigError` if unclear."""
+    value = os.environ.get(_LINKS_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ConfigError(f"{_LINKS_VARIABLE}: expected 1 to follow symbolic links, or 0, got {short(value)}; set it.")
+    return value == "1"
+
+
+def open_regular(directory: Path, name: str, allow_links: bool = False) -> int:
     """Open a regular file of a directory for reading, whatever a stranger may have put in its place.
 
     The directory is trusted, and may itself be reached through links; the name is not. The caller closes what it gets.
+    With `allow_links`, or where `$SAEV_TORCH_ALLOW_LINKS` is 1, a link is followed, wherever it leads.
 
     Raises:
-        FormatError: The name is not plain, or names something else than a regular file (links included).
+        FormatError: The name is not plain, or names something else than a regular file.
         ShardsNotFoundError: The directory or the file does not exist.
         ReadError: The operating system refused, for instance for want of permission.
     """
+    return open_own(directory, name, allow_links or links_allowed())
+
+
+def open_own(directory: Path, name: str, allow_links: bool = False) -> int:
+    """As `open_regular`, for files that the writer itself has left: the environment does not make it follow links."""
     path = directory / check_name(name)
     try:
         # Looking first keeps devices from being opened at all, which may do things; O_NOFOLLOW and O_NONBLOCK keep
         # us safe, and fstat right, if the file is exchanged between the two calls.
-        _require_regular(path, os.lstat(path).st_mode)
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        _require_regular(path, (os.stat if allow_links else os.lstat)(path).st_mode)
+        nofollow = 0 if allow_links else os.O_NOFOLLOW
+        fd = os.open(path, os.O_RDONLY | nofollow | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError) as err:
+        if path.is_symlink():
+            raise ShardsNotFoundError(
+                f"{NOT_SAVED} {path}: expected a file, got a symbolic link to {os.readlink(path)}, which does not "
+                "exist; is the download complete?"
+            ) from err
         if not directory.is_dir():
             what = "is not a directory" if directory.exists() else "does not exist"
             raise ShardsNotFoundError(f"{NOT_SAVED} {directory}: expected a shard directory, but it {what}") from err
@@ -113,7 +140,8 @@ def open_regular(directory: Path, name: str) -> int:
         ) from err
     except OSError as err:
         if err.errno == errno.ELOOP and path.is_symlink():
-            raise FormatError(_not_regular(path, "a symbolic link")) from err
+            loop = f"{path}: expected a file, got a symbolic link that leads back to itself; put a regular file there"
+            raise FormatError(loop if allow_links else _not_regular(path, "a symbolic link")) from err
         raise ReadError(f"{path}: could not be opened: {err.strerror}; check permissions and the file system") from err
     try:
         _require_regular(path, os.fstat(fd).st_mode)
@@ -132,7 +160,10 @@ def _not_regular(path: Path, kind: str) -> str:
     remedy = "put a regular file there"
     if kind == "a symbolic link":
         # What huggingface_hub downloads into its cache is a folder of links, so name the way out.
-        remedy = "links are not followed: copy the files themselves (Hugging Face: download with local_dir=...)"
+        remedy = (
+            "links are not followed unless you say so: set allow_links=True in the config (for commands, "
+            f"{_LINKS_VARIABLE}=1), or copy the files themselves (Hugging Face: download with local_dir=...)"
+        )
     return f"{path}: expected a regular file, got {kind}; {remedy}"
 
 
@@ -146,10 +177,10 @@ def folders_with(name: str, root: Path) -> str:
     return ", ".join(map(short, sorted(found)[:_MAX_NAMED])) + more
 
 
-def read_regular(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+def read_regular(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES, allow_links: bool = False) -> bytes:
     """Read a whole JSON file, opened by `open_regular`; `FormatError` beyond `max_bytes`, whatever size it claims."""
     path = directory / check_name(name)
-    with os.fdopen(open_regular(directory, name), "rb") as fd:
+    with os.fdopen(open_regular(directory, name, allow_links), "rb") as fd:
         n_bytes = os.fstat(fd.fileno()).st_size
         try:
             raw = fd.read(max_bytes + 1)
@@ -160,13 +191,13 @@ def read_regular(directory: Path, name: str, max_bytes: int = MAX_JSON_BYTES) ->
     return raw
 
 
-def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> object:
+def read_json(directory: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES, allow_links: bool = False) -> object:
     """Read one JSON document from an untrusted directory, strictly; integers are exact, of any size.
 
     Raises what `read_regular` does, and `FormatError` for what is not UTF-8, not JSON or too deeply nested, for NaN and
     infinities, and for an object with a repeated key.
     """
-    path, raw = directory / name, read_regular(directory, name, max_bytes)
+    path, raw = directory / name, read_regular(directory, name, max_bytes, allow_links)
     try:
         # orjson is the strict gate: it bounds the depth, and refuses bad UTF-8, NaN and infinities. The second parse
         # sees what orjson drops in silence: repeated keys, and the digits of integers beyond 64 bits.
@@ -193,9 +224,29 @@ def writing(path: Path) -> Iterator[None]:
     except WriteError:
         raise
     except OSError as err:
-        raise WriteError(
-            f"{path}: could not be written: {err.strerror or err}; check free space, quota and permissions"
-        ) from err
+        raise WriteError(f"{path}: could not be written: {err.strerror or err}; {_remedy(err)}") from err
+
+
+def _remedy(err: OSError) -> str:
+    if err.errno in LOCKLESS:
+        return "the file system cannot do that: write to another one"
+    if err.errno == errno.EROFS:
+        return "write to another file system, or let this one be mounted for writing"
+    return "check free space, quota and permissions"
+
+
+def lock(fd: int, flags: int) -> bool:
+    """Lock an open file, as `flock` does; False where its file system has no locks.
+
+    Raises `BlockingIOError` with `LOCK_NB` where another process has it, and other errors of the system.
+    """
+    try:
+        fcntl.flock(fd, flags)
+    except OSError as err:
+        if err.errno not in LOCKLESS:
+            raise
+        return False
+    return True
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -217,9 +268,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_dir(directory: Path) -> None:
-    """Make the names in a directory (created, renamed) survive a power failure."""
+    """Make the names in a directory (created, renamed) survive a power failure, where its file system can do that."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as err:
+        if err.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from saev_torch.errors import ConfigError, ReadError, WriteError
 from saev_torch.format.checksums import CHECKSUMS_NAME
-from saev_torch.format.files import fingerprint, open_regular, sync_dir
+from saev_torch.format.files import LOCKLESS, fingerprint, open_regular, sync_dir
 from saev_torch.format.metadata import METADATA_NAME
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
 
@@ -44,7 +44,7 @@ class LocalCopy:
             weakref.finalize(self, os.close, fd).atexit = False
 
 
-def local_copy(shards_dir: Path, shards: ShardInfo) -> LocalCopy:
+def local_copy(shards_dir: Path, shards: ShardInfo, allow_links: bool = False) -> LocalCopy:
     """Copy a shard directory to `$TMPDIR/saev_torch-<user id>/`, unless an unchanged copy is there.
 
     Several processes may ask at once: one copies, the others wait. The copy stays for the next run; it is removed when
@@ -53,9 +53,10 @@ def local_copy(shards_dir: Path, shards: ShardInfo) -> LocalCopy:
     Args:
         shards_dir: Directory with `metadata.json` and the shards, which were checked before.
         shards: Its table.
+        allow_links: Follow symbolic links to regular files. The copy has files.
 
     Returns:
-        The copy; without `$TMPDIR` the original.
+        The copy; without `$TMPDIR`, or where that has no locks, the original.
 
     Raises:
         ConfigError: `$TMPDIR` is no directory.
@@ -74,31 +75,49 @@ def local_copy(shards_dir: Path, shards: ShardInfo) -> LocalCopy:
             "to another, or set use_tmpdir=False."
         )
     root = Path(place).absolute() / f"saev_torch-{os.getuid()}"
-    names = [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples)]
-    names += [name for name in (LABELS_NAME, CHECKSUMS_NAME) if os.path.lexists(shards_dir / name)]
-    source = str(shards_dir.resolve())
-    copy = root / _key(source, names)
+    names = _list(shards_dir, shards, allow_links)
+    copy = root / _key(str(shards_dir.resolve()), names)
     try:
-        root.mkdir(mode=0o700, exist_ok=True)
-        if root.lstat().st_uid != os.getuid() or root.is_symlink():
-            raise WriteError(f"{root}: expected a directory of this user, got somebody else's; set TMPDIR.")
-        with _locked(copy):
-            found = LocalCopy(copy, _use(copy, source, names))
-            for other in root.glob("*.use"):
-                # Before room is needed.
-                _remove_if_stale(other.with_suffix(""))
-            missing = [name for name in names if not _is_whole(copy / name, shards_dir / name)]
-            if missing:
-                _log.info("copying %s to %s: %d of %d files", shards_dir, copy, len(missing), len(names))
-                _copy(shards_dir, missing, copy)
+        return _find_or_make(copy, shards_dir, names, allow_links)
     except OSError as err:
         if isinstance(err, ReadError | WriteError) or not err.errno:
             raise
+        if err.errno in LOCKLESS:
+            _log.warning(
+                "TMPDIR: expected a file system with locks, because of use_tmpdir, got %s without (%s): %s is read "
+                "in place", place, err.strerror, shards_dir,
+            )  # fmt: skip
+            return LocalCopy(shards_dir)
         if err.errno in _NO_ROOM:
             what = f"expected room for a copy of {shards_dir}, got: {err.strerror}; free some"
         else:
             what = f"the copy of {shards_dir} could not be made: {err.strerror}; check permissions and the file system"
         raise WriteError(f"{copy}: {what}, set TMPDIR to another file system, or set use_tmpdir=False.") from err
+
+
+def _list(shards_dir: Path, shards: ShardInfo, allow_links: bool) -> list[str]:
+    """The names of the files to copy."""
+    others = [name for name in (LABELS_NAME, CHECKSUMS_NAME) if os.path.lexists(shards_dir / name)]
+    for name in others:
+        # It may be no file at all: nobody has looked yet.
+        os.close(open_regular(shards_dir, name, allow_links))
+    return [METADATA_NAME, SHARDS_NAME, *(shard.name for shard in shards if shard.n_examples), *others]
+
+
+def _find_or_make(copy: Path, shards_dir: Path, names: list[str], allow_links: bool) -> LocalCopy:
+    root = copy.parent
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.lstat().st_uid != os.getuid() or root.is_symlink():
+        raise WriteError(f"{root}: expected a directory of this user, got somebody else's; set TMPDIR.")
+    with _locked(copy):
+        found = LocalCopy(copy, _use(copy, str(shards_dir.resolve()), names))
+        for other in root.glob("*.use"):
+            # Before room is needed.
+            _remove_if_stale(other.with_suffix(""))
+        missing = [name for name in names if not _is_whole(copy / name, shards_dir / name)]
+        if missing:
+            _log.info("copying %s to %s: %d of %d files", shards_dir, copy, len(missing), len(names))
+            _copy(shards_dir, missing, copy, allow_links)
     return found
 
 
@@ -133,7 +152,7 @@ def _is_whole(path: Path, original: Path) -> bool:
         found = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == original.lstat().st_size
+    return stat.S_ISREG(found.st_mode) and found.st_size == original.stat().st_size
 
 
 def _remove_if_stale(copy: Path) -> None:
@@ -157,7 +176,7 @@ def _remove_if_stale(copy: Path) -> None:
         use.unlink()
 
 
-def _copy(shards_dir: Path, names: list[str], copy: Path) -> None:
+def _copy(shards_dir: Path, names: list[str], copy: Path, allow_links: bool) -> None:
     """Copy files to a directory, or none of them; the caller holds the lock, so that nobody else is at it."""
     part = copy.with_suffix(".part")
     # What a process that was killed has left.
@@ -165,7 +184,7 @@ def _copy(shards_dir: Path, names: list[str], copy: Path) -> None:
     try:
         part.mkdir()
         for name in names:
-            _copy_file(shards_dir, name, part / name)
+            _copy_file(shards_dir, name, part / name, allow_links)
         if copy.exists():
             for name in names:
                 os.replace(part / name, copy / name)
@@ -179,8 +198,8 @@ def _copy(shards_dir: Path, names: list[str], copy: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _copy_file(shards_dir: Path, name: str, target: Path) -> None:
-    source = open_regular(shards_dir, name)
+def _copy_file(shards_dir: Path, name: str, target: Path, allow_links: bool) -> None:
+    source = open_regular(shards_dir, name, allow_links)
     try:
         with open(target, "wb", buffering=0) as out:
             left = os.fstat(source).st_size
@@ -197,11 +216,12 @@ def _copy_file(shards_dir: Path, name: str, target: Path) -> None:
 
 def _send(out: int, source: int, nbytes: int) -> int:
     """Copy up to so many bytes from where a file stands, and say how many."""
-    try:
-        return os.sendfile(out, source, None, min(nbytes, _SEND_NBYTES))
-    except OSError as err:
-        if err.errno not in _NO_SENDFILE:
-            raise
+    if hasattr(os, "sendfile"):
+        try:
+            return os.sendfile(out, source, None, min(nbytes, _SEND_NBYTES))
+        except OSError as err:
+            if err.errno not in _NO_SENDFILE:
+                raise
     data = os.read(source, min(nbytes, _READ_NBYTES))
     rest = memoryview(data)
     while rest:

@@ -118,8 +118,10 @@ class Metadata:
             )
 
     @classmethod
-    def load(cls, shards_dir: Path) -> "Metadata":
+    def load(cls, shards_dir: Path, *, allow_links: bool = False) -> "Metadata":
         """Load the metadata of a shard directory of any protocol; the directory may have any name.
+
+        With `allow_links`, metadata.json may be a symbolic link to a regular file.
 
         Raises:
             ShardsNotFoundError: The directory or its metadata.json does not exist, as after an unfinished write.
@@ -129,9 +131,9 @@ class Metadata:
         shards_dir = Path(shards_dir)
         path = shards_dir / METADATA_NAME
         try:
-            obj = read_json(shards_dir, METADATA_NAME)
+            obj = read_json(shards_dir, METADATA_NAME, allow_links=allow_links)
         except ShardsNotFoundError as err:
-            if not shards_dir.is_dir():
+            if not shards_dir.is_dir() or path.is_symlink():
                 raise
             inside = folders_with(METADATA_NAME, shards_dir)
             if inside:

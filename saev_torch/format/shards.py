@@ -97,7 +97,7 @@ class ShardInfo(Sequence[Shard]):
         self.shards.append(shard)
 
     @classmethod
-    def load(cls, shards_dir: Path) -> "ShardInfo":
+    def load(cls, shards_dir: Path, *, allow_links: bool = False) -> "ShardInfo":
         """Load the shards.json of a directory; older protocols count `n_imgs` or `n_ex`.
 
         Raises:
@@ -106,7 +106,7 @@ class ShardInfo(Sequence[Shard]):
             ReadError: It could not be read.
         """
         path = Path(shards_dir) / SHARDS_NAME
-        entries = read_json(Path(shards_dir), SHARDS_NAME)
+        entries = read_json(Path(shards_dir), SHARDS_NAME, allow_links=allow_links)
         if not isinstance(entries, list):
             raise FormatError(f"{path}: expected a list of shards, got {short(entries)}")
         info = cls()
@@ -163,20 +163,21 @@ class ShardInfo(Sequence[Shard]):
                 "one of the two files is of another data set, or the list is cut short"
             )
 
-    def validate(self, shards_dir: Path) -> None:
+    def validate(self, shards_dir: Path, *, allow_links: bool = False) -> None:
         """Check this table, and the presence and size of every file with data, in a directory.
 
-        Looks at sizes, not at values. A file without examples is not looked at.
+        Looks at sizes, not at values. A file without examples is not looked at. With `allow_links` symbolic links to
+        regular files are followed.
 
         Raises:
             ShardsNotFoundError: A file is missing.
             FormatError: The table does not fit the metadata, or a file is no regular file of the right size.
             ReadError: A file could not be opened.
         """
-        self.check_files(Path(shards_dir), Metadata.load(shards_dir))
+        self.check_files(Path(shards_dir), Metadata.load(shards_dir, allow_links=allow_links), allow_links)
 
-    def check_files(self, shards_dir: Path, md: Metadata) -> NDArray[np.int64]:
-        """Do what `validate` does, with metadata that were loaded before.
+    def check_files(self, shards_dir: Path, md: Metadata, allow_links: bool = False) -> NDArray[np.int64]:
+        """Do what `validate` does, with metadata that were loaded before; links may be followed.
 
         Returns `[len(self) + 1, 2] int64`: what `identify` says of each file, of labels.bin last; -1 where none is.
         """
@@ -184,11 +185,11 @@ class ShardInfo(Sequence[Shard]):
         identities = np.full((len(self) + 1, 2), -1, dtype=np.int64)
         for i, shard in enumerate(self.shards):
             if shard.n_examples > 0:
-                stat = stat_regular(shards_dir, shard.name)
+                stat = stat_regular(shards_dir, shard.name, allow_links)
                 check_nbytes(shards_dir / shard.name, md, shard.n_examples, stat.st_size)
                 identities[i] = identify(stat)
         if os.path.lexists(shards_dir / LABELS_NAME):
-            stat = stat_regular(shards_dir, LABELS_NAME)
+            stat = stat_regular(shards_dir, LABELS_NAME, allow_links)
             check_labels(shards_dir, md, stat.st_size)
             identities[-1] = identify(stat)
         return identities
@@ -204,10 +205,10 @@ def check_labels(shards_dir: Path, md: Metadata, nbytes: int) -> None:
         )
 
 
-def stat_regular(directory: Path, name: str) -> os.stat_result:
-    """Look at a regular file."""
+def stat_regular(directory: Path, name: str, allow_links: bool = False) -> os.stat_result:
+    """Look at a regular file, see `open_regular`."""
     # Opened, not only looked at, so that a file that may not be read is found out here.
-    fd = open_regular(directory, name)
+    fd = open_regular(directory, name, allow_links)
     try:
         return os.fstat(fd)
     finally:

@@ -1,5 +1,6 @@
 """Which part of the work is this process's: rank and worker, found in one place, when iterating."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.queues
 import os
@@ -49,7 +50,10 @@ def find_session(info: Any) -> int:
 
 def count_cores() -> int:
     """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Some systems do not have it, others refuse it.
+    with contextlib.suppress(AttributeError, OSError):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def count_own_cores() -> int:

@@ -14,6 +14,8 @@ second epoch begins they will be wanted again, and go through the page cache.
 import ctypes
 import functools
 import mmap
+import os
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +31,9 @@ from saev_torch.reading.store import ShardStore
 
 _Int64s = NDArray[np.int64]
 
-_mincore = ctypes.CDLL(None, use_errno=True).mincore
-_mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_mincore: Any = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
+if _mincore is not None:
+    _mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 _ALIGN = 4096
 _STAGE_NBYTES = 8 << 20
@@ -42,6 +45,8 @@ def reads_past_cache(store: ShardStore, selection: Selection, is_only: bool, spo
 
     Data that `is_only` may not be read again: in a first epoch, or where somebody asks for statistics.
     """
+    if not hasattr(os, "O_DIRECT"):
+        return False
     nbytes = selection.n_samples * selection.sample_nbytes
     return not fits_page_cache(nbytes) or (is_only and not _is_cached(store, selection, spot))
 
@@ -56,6 +61,8 @@ def fits_page_cache(nbytes: int) -> bool:
 
 def _is_cached(store: ShardStore, selection: Selection, spot: Spot) -> bool:
     """Whether a part of the data worth speaking of is in the page cache, by samples from all over; True if unknown."""
+    if _mincore is None:
+        return True
     samples = np.linspace(0, selection.n_samples - 1, min(_N_PROBES, selection.n_samples)).astype(np.int64)
     n_cached, state = 0, ctypes.c_ubyte()
     try:

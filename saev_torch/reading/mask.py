@@ -33,10 +33,10 @@ class Mask:
         ReadError: It could not be read.
     """
 
-    def __init__(self, path: Path, md: Metadata) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, md: Metadata, allow_links: bool = False) -> None:
+        self.path, self._allow_links = Path(path), allow_links
         self._width = md.content_tokens_per_example
-        fd = open_regular(self.path.parent, self.path.name)
+        fd = open_regular(self.path.parent, self.path.name, self._allow_links)
         try:
             self._start = self._check_header(os.pread(fd, _MAX_HEADER_NBYTES, 0), (md.n_examples, self._width))
             stat = os.fstat(fd)
@@ -87,7 +87,7 @@ class Mask:
     def _read(self, starts: _Int64s, lengths: _Int64s) -> NDArray[np.bool_]:
         values = np.empty(int(lengths.sum()), dtype=np.uint8)
         view, at = memoryview(values.data), 0
-        fd = open_regular(self.path.parent, self.path.name)
+        fd = open_regular(self.path.parent, self.path.name, self._allow_links)
         try:
             if identify(os.fstat(fd)) != self._identity:
                 raise FormatError(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import ShardStore, advise
 
 _Int64s = NDArray[np.int64]
 
@@ -145,7 +145,7 @@ class Reader(abc.ABC):
             part = slice(first, last)
             with self.store.opened(int(extents.shards[first])) as fd:
                 for offset, nbytes in zip(extents.offsets[part].tolist(), extents.nbytes[part].tolist(), strict=True):
-                    os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+                    advise(fd, "WILLNEED", offset, nbytes)
 
     def _finish(self, extents: Extents, first: int, got: NDArray[np.int64] | NDArray[np.int32], code: int) -> None:
         """Finish the extents from `first` on that are not complete; `code` is the error where a result has none."""

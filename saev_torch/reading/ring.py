@@ -56,8 +56,9 @@ _ENTRY = np.dtype(
 )  # fmt: skip
 _RESULT = np.dtype([("number", "u8"), ("result", "i4"), ("flags", "u4")])
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
-_syscall.restype = ctypes.c_long
+_syscall: Any = getattr(ctypes.CDLL(None, use_errno=True), "syscall", None)
+if _syscall is not None:
+    _syscall.restype = ctypes.c_long
 
 
 class Ring:
@@ -83,7 +84,7 @@ class Ring:
     @classmethod
     def open(cls) -> "Ring | None":
         """Make a ring; None where the system has none to give."""
-        if not sys.platform.startswith("linux"):
+        if _syscall is None or not sys.platform.startswith("linux"):
             return None
         for flags in (_COOP_TASKRUN, 0):
             params = np.zeros((), dtype=_PARAMS)

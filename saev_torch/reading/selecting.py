@@ -17,7 +17,7 @@ def select(store: ShardStore, cfg: IndexedConfig | OrderedConfig | ShuffledConfi
     """
     ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
     labels = Labels(store)
-    mask = None if cfg.mask is None else Mask(cfg.mask, store.metadata)
+    mask = None if cfg.mask is None else Mask(cfg.mask, store.metadata, cfg.allow_links)
     read_mask = None if mask is None else mask.of_examples
     md = store.metadata
     selection = Selection(

@@ -44,13 +44,26 @@ _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ENOMEM, errno.ETIMEDOUT, 
 _SHORT = frozenset({0x65735546, 0x01021997, 0x786F4256, 0x7C7C6673, 0x00C0FFEE, 0x73757245})
 _STATFS_NBYTES = 256
 
-_fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
+_ADVICE = {name: getattr(os, f"POSIX_FADV_{name}", None) for name in ("RANDOM", "SEQUENTIAL", "WILLNEED", "DONTNEED")}
+
+_fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs if sys.platform.startswith("linux") else None
 
 
 def _file_system(fd: int) -> int:
     """The number of the file system of an open file, see `_SHORT`; 0 where there is none to be had."""
     found = ctypes.create_string_buffer(_STATFS_NBYTES)
-    return 0 if _fstatfs(fd, found) else int.from_bytes(found.raw[:4], sys.byteorder)
+    return 0 if _fstatfs is None or _fstatfs(fd, found) else int.from_bytes(found.raw[:4], sys.byteorder)
+
+
+def advise(fd: int, advice: str, offset: int = 0, nbytes: int = 0) -> None:
+    """Tell the kernel what comes, by the end of a name `POSIX_FADV_...`; some systems cannot be told."""
+    number = _ADVICE.get(advice)
+    if number is not None:
+        try:
+            os.posix_fadvise(fd, offset, nbytes, number)
+        except OSError:
+            # It is only advice.
+            return
 
 
 class _Descriptor:
@@ -81,7 +94,8 @@ class ShardStore:
     """A shard directory with its metadata and its table of shards.
 
     It is checked: `ShardsNotFoundError` where a file is missing, `FormatError` where one does not follow the format or
-    has the wrong size. With tables that were loaded before, no file is looked at until it is opened.
+    has the wrong size. With tables that were loaded before, no file is looked at until it is opened. With `allow_links`
+    its files may be symbolic links to regular files.
 
     With `is_local` it reads a copy under `$TMPDIR`, which stays there as long as this object lives; see `local_copy`.
 
@@ -90,17 +104,24 @@ class ShardStore:
     """
 
     def __init__(
-        self, shards_dir: Path, tables: tuple[Metadata, ShardInfo] | None = None, is_local: bool = False
+        self,
+        shards_dir: Path,
+        tables: tuple[Metadata, ShardInfo] | None = None,
+        allow_links: bool = False,
+        is_local: bool = False,
     ) -> None:
-        self.shards_dir = Path(shards_dir)
-        self.metadata, self.shards = tables or (Metadata.load(self.shards_dir), ShardInfo.load(self.shards_dir))
-        self.identities = None if tables else self.shards.check_files(self.shards_dir, self.metadata)
-        self._copy = local_copy(self.shards_dir, self.shards) if is_local else None
+        self.shards_dir, self.allow_links = Path(shards_dir), allow_links
+        self.metadata, self.shards = tables or (
+            Metadata.load(self.shards_dir, allow_links=allow_links),
+            ShardInfo.load(self.shards_dir, allow_links=allow_links),
+        )
+        self.identities = None if tables else self.shards.check_files(self.shards_dir, self.metadata, allow_links)
+        self._copy = local_copy(self.shards_dir, self.shards, allow_links) if is_local else None
         if self._copy is not None:
             self.shards_dir = self._copy.path
             self.identities = self.shards.check_files(self.shards_dir, self.metadata)
         # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
-        self.advice = os.POSIX_FADV_RANDOM
+        self.advice = "RANDOM"
         # What comes after the check is left to the next one who checks.
         has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
         self.has_labels = has_labels if self.identities is None else bool((self.identities[LABELS_IDX] != -1).any())
@@ -218,7 +239,7 @@ class ShardStore:
                 tries += 1
 
     def _open_checked(self, shard_idx: int, direct: bool) -> int:
-        fd = open_regular(self.shards_dir, self._name(shard_idx))
+        fd = open_regular(self.shards_dir, self._name(shard_idx), self.allow_links)
         try:
             stat = os.fstat(fd)
             self._check(shard_idx, stat)
@@ -226,9 +247,9 @@ class ShardStore:
                 self.answers_short = self.answers_short or _file_system(fd) in _SHORT
                 self._devices.add(stat.st_dev)
             if shard_idx != LABELS_IDX:
-                os.posix_fadvise(fd, 0, 0, self.advice)
+                advise(fd, self.advice)
                 if direct:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, AttributeError):
                         fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
         except BaseException:
             os.close(fd)

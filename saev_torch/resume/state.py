@@ -131,7 +131,7 @@ class Recording:
     def of(cls, store: ShardStore, selection: Selection) -> "Recording":
         """Describe what is selected of a store."""
         table = repr([(shard.name, shard.n_examples) for shard in store.shards if shard.n_examples])
-        checksums = checksums_digest(store.shards_dir)
+        checksums = checksums_digest(store.shards_dir, store.allow_links)
         chosen = selection.examples
         examples = None if chosen is None else _digest(json.dumps(chosen.to_dict()))
         return cls(selection.n_samples, _digest(table), checksums, *selection.digests, examples)

@@ -22,7 +22,7 @@ import numpy as np
 
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, require_config, tell_counted_layers
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
-from saev_torch.format.files import fingerprint, write_atomic, writing
+from saev_torch.format.files import fingerprint, lock, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection
@@ -171,7 +171,7 @@ def compute_statistics(
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
-    with contextlib.closing(ShardStore(cfg.shards)) as store:
+    with contextlib.closing(ShardStore(cfg.shards, allow_links=cfg.allow_links)) as store:
         selection = select(store, cfg)
         tell_counted_layers(cfg, store.metadata.layers)
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
@@ -236,6 +236,12 @@ def _compute(
     if cache is False:
         return make()
     folder = _cache_dir() if cache is True else Path(cache)
+    if folder is None:
+        _log.warning(
+            "XDG_CACHE_HOME: expected a folder to keep statistics in, or a home directory, got neither; the result is "
+            "not kept, and will be computed again."
+        )
+        return make()
     if folder.resolve().is_relative_to(store.shards_dir.resolve()):
         raise ConfigError(
             f"cache: expected a folder outside {store.shards_dir}, got {folder}; shards are never written to."
@@ -243,24 +249,29 @@ def _compute(
     path = folder / f"statistics-{made_from}.npz"
     if (found := _load_matching(path, made_from)) is not None:
         return found
-    with _locked(path):
+    with _locked(path) as may_keep:
         if (found := _load_matching(path, made_from)) is not None:
             return found
         made = make()
-        try:
-            made.save(path)
-        except WriteError as err:
-            _log.warning("%s; the result is not kept, and will be computed again.", err)
+        if may_keep:
+            try:
+                made.save(path)
+            except WriteError as err:
+                _log.warning("%s; the result is not kept, and will be computed again.", err)
         return made
 
 
-def _cache_dir() -> Path:
-    """The user's cache folder for this package: `$XDG_CACHE_HOME/saev_torch`, else `~/.cache/saev_torch`.
+def _cache_dir() -> Path | None:
+    """The user's cache folder for this package: `$XDG_CACHE_HOME/saev_torch`, else `~/.cache/saev_torch`, if any.
 
-    See the XDG Base Directory Specification, which says that a relative path there is to be ignored.
+    See the XDG Base Directory Specification, which says that a relative path there is to be ignored. A user without
+    HOME and without an entry in the list of users, as in some containers, has no `~`.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "saev_torch"
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "saev_torch"
+    except RuntimeError:
+        return None
 
 
 def _load_matching(path: Path, made_from: str) -> Statistics | None:
@@ -275,14 +286,17 @@ def _load_matching(path: Path, made_from: str) -> Statistics | None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file that is being made; without one where the folder cannot have it."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file that is being made, or go on without one; yields whether the file can be made at all."""
     with contextlib.ExitStack() as stack:
+        may_keep = True
         try:
             with writing(path):
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                file = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+                if not lock(file.fileno(), fcntl.LOCK_EX):
+                    _log.warning("%s: its file system has no locks; other processes may compute the same.", path)
         except WriteError as err:
-            _log.warning("%s; other processes may compute the same.", err)
-        yield
+            may_keep = False
+            _log.warning("%s; the result is not kept, and will be computed again.", err)
+        yield may_keep

@@ -189,7 +189,7 @@ class _Verification:
 
     def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
         store = ShardStore(self.shards_dir, (self.md, self.info))
-        store.advice = os.POSIX_FADV_SEQUENTIAL
+        store.advice = "SEQUENTIAL"
         with contextlib.closing(store), Progress(nbytes, "verifying", "B", progress) as bar:
             several = itertools.chain.from_iterable(map(self._cut, files))
             tasks = (Task(functools.partial(self._read_and_check, pieces, bar)) for pieces in several)

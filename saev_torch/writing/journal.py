@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from saev_torch.errors import WriteError
 from saev_torch.format.checksums import ALGORITHM
-from saev_torch.format.files import open_regular
+from saev_torch.format.files import lock, open_own
 from saev_torch.format.metadata import Metadata
 
 CLAIM_NAME = ".unfinished"
@@ -63,11 +63,12 @@ class Entry(NamedTuple):
 
 
 @contextlib.contextmanager
-def claimed(shards_dir: Path, content: bytes) -> Iterator[bool]:
+def claimed(shards_dir: Path, content: bytes, alone: bool) -> Iterator[bool]:
     """Hold the claim of a directory, one process at a time; its content says what is being written there.
 
     Yields whether the claim is new, so that nobody wrote here before. A new one is removed after an exception. A claim
-    with other content, or a file that is none, is a `WriteError`.
+    with other content, or a file that is none, is a `WriteError`, as is a file system without locks unless the writer
+    is to be `alone`: making the claim is enough for who goes on only with a new one.
     """
     path = shards_dir / CLAIM_NAME
     while True:
@@ -82,7 +83,11 @@ def claimed(shards_dir: Path, content: bytes) -> Iterator[bool]:
                 continue
         _held.add(fd)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not lock(fd, fcntl.LOCK_EX) and not alone:
+                raise WriteError(
+                    f"{shards_dir}: expected a file system with locks, because of resume or example_range, got one "
+                    "without; mount it with them (Lustre: -o flock), write to another one, or write without both."
+                )
             # Whoever published while we waited has removed the file that we hold.
             if not _is_same(path, fd):
                 continue
@@ -141,7 +146,7 @@ def read_journals(shards_dir: Path, md: Metadata) -> Iterator[Entry]:
 
 def _read_journal(shards_dir: Path, name: str) -> Iterator[Entry]:
     # Up to the first line that is torn.
-    with os.fdopen(open_regular(shards_dir, name), "rb") as file:
+    with os.fdopen(open_own(shards_dir, name), "rb") as file:
         for line in file:
             entry = Entry._from_line(line)
             if entry is None:
@@ -160,7 +165,7 @@ class Journal:
         self._fd = os.open(shards_dir / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         _held.add(self._fd)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # What a kill left of a line would swallow the next one.
             n_bytes = sum(len(entry._to_line()) for entry in _read_journal(shards_dir, name))
             os.ftruncate(self._fd, n_bytes)
@@ -192,7 +197,7 @@ class Journal:
         """Whether a living writer holds the journal of this name."""
         fd = os.open(shards_dir / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:

@@ -2,7 +2,7 @@
 
 .unfinished              the claim, see journal.py
 .journal-<start>-<stop>  what one writer has on disk
-.<name>.part             acts000000.bin and its like, of full size from the start
+.<name>.part             acts000000.bin and its like, of full size until they are published
 metadata.json            comes last, so that what loads is complete
 """
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from saev_torch.errors import WriteError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums
-from saev_torch.format.files import open_regular, sync_dir, write_atomic, writing
+from saev_torch.format.files import open_own, sync_dir, write_atomic, writing
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, Shard, ShardInfo, labels_nbytes, shard_name, shard_nbytes
 from saev_torch.writing.journal import CLAIM_NAME, Entry, Journal, Ranges, claimed, journal_ranges, read_journals
@@ -27,16 +27,24 @@ class Unfinished:
     """The directory of a data set, from the claim to publishing, for the writer of `example_range` (end excluded).
 
     With `resume` it goes on with what is there. With `keeps`, what was written stays when it is closed unpublished.
-    Where the system refuses, methods raise a `WriteError`.
+    With `preallocate`, the last file keeps its full size. Where the system refuses, methods raise a `WriteError`.
     """
 
     def __init__(
-        self, shards_dir: Path, md: Metadata, example_range: tuple[int, int], *, resume: bool, keeps: bool
+        self,
+        shards_dir: Path,
+        md: Metadata,
+        example_range: tuple[int, int],
+        *,
+        resume: bool,
+        keeps: bool,
+        preallocate: bool = False,
     ) -> None:
         self.published = False
         self.parts = _Parts(shards_dir, md)
         self._shards_dir, self._md, self._metadata_json = shards_dir, md, md.to_json()
         self._example_range, self._resume, self._keeps = example_range, resume, keeps
+        self._preallocate = preallocate
         self._is_made = False
         self._journal: Journal | None = None
 
@@ -60,11 +68,11 @@ class Unfinished:
         if self._is_finished():
             if (self._shards_dir / CLAIM_NAME).exists():
                 # A writer was killed at its very last step.
-                with claimed(self._shards_dir, self._metadata_json):
+                with self._claimed():
                     self._remove_claim()
             return everything, self._has_labels()
         self._require_vacant()
-        with claimed(self._shards_dir, self._metadata_json) as is_new:
+        with self._claimed() as is_new:
             try:
                 # Once more: another writer may have come, and even finished, in between.
                 if self._is_finished():
@@ -81,6 +89,9 @@ class Unfinished:
                 if is_new:
                     (self._shards_dir / Journal.name(*self._example_range)).unlink(missing_ok=True)
                 raise
+
+    def _claimed(self) -> contextlib.AbstractContextManager[bool]:
+        return claimed(self._shards_dir, self._metadata_json, alone=not self._keeps)
 
     def _is_finished(self) -> bool:
         self.published = self._is_published()
@@ -152,7 +163,7 @@ class Unfinished:
 
         Every step may have been done before, by a writer that was killed at it.
         """
-        with writing(self._shards_dir), claimed(self._shards_dir, self._metadata_json):
+        with writing(self._shards_dir), self._claimed():
             if not self._is_published():
                 done, has_labels = self._read_journals()
                 if list(done.gaps(self._md.n_examples)):
@@ -168,8 +179,10 @@ class Unfinished:
         info = _make_shard_info(self._md)
         if info[-1].n_examples == 0:
             self.parts.write_empty(info[-1].name)
-        for name in [shard.name for shard in info] + [LABELS_NAME] * has_labels:
-            self.parts.reveal(name)
+        for shard in info:
+            self.parts.reveal(shard.name, shard_nbytes(self._md, shard.n_examples), cut=not self._preallocate)
+        if has_labels:
+            self.parts.reveal(LABELS_NAME, labels_nbytes(self._md))
         # Dumping these makes the renames before them last, too; metadata.json comes when all else is sure to be there.
         info.dump(self._shards_dir)
         checksums.dump(self._shards_dir, self._metadata_json)
@@ -238,7 +251,7 @@ class _Parts:
     def read(self, name: str, nbytes: int, offset: int) -> bytes:
         """Read what was written to a file, under whichever name it has by now."""
         part = _part_name(name)
-        fd = open_regular(self._shards_dir, part if (self._shards_dir / part).exists() else name)
+        fd = open_own(self._shards_dir, part if (self._shards_dir / part).exists() else name)
         with writing(self._shards_dir / name), os.fdopen(fd, "rb") as file:
             file.seek(offset)
             found = file.read(nbytes)
@@ -269,7 +282,7 @@ class _Parts:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(self._shards_dir / _part_name(name), flags, 0o666)
         try:
-            # Full size at once, zeros where nothing is written: saev's files are preallocated, the last one too.
+            # Full size at once, zeros where nothing is written; the last one is cut when it is published.
             os.ftruncate(fd, self._nbytes(name))
         except BaseException:
             os.close(fd)
@@ -291,18 +304,26 @@ class _Parts:
                 finally:
                     os.close(fd)
 
-    def reveal(self, name: str) -> None:
-        """Give a file its own name, unless a writer that was killed has done so; its size must be right."""
+    def reveal(self, name: str, nbytes: int, cut: bool = True) -> None:
+        """Give a file its own name, unless a writer that was killed has done so, and cut it to `nbytes` if asked to."""
         path, part = self._shards_dir / name, self._shards_dir / _part_name(name)
         with writing(path):
             if part.exists():
                 os.rename(part, path)
-            found = path.stat().st_size
-        if found != self._nbytes(name):
-            raise WriteError(
-                f"{path}: expected {self._nbytes(name)} bytes, got {found}: it was changed; delete the directory and "
-                "write it again"
-            )
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                found, full = os.fstat(fd).st_size, self._nbytes(name)
+                if found not in (nbytes, full):
+                    raise WriteError(
+                        f"{path}: expected {full} bytes, got {found}: it was changed; delete the directory and write "
+                        "it again"
+                    )
+                if found != (nbytes if cut else full):
+                    # What stands behind its examples is zeros that nobody wrote.
+                    os.ftruncate(fd, nbytes if cut else full)
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         while self._fds:

@@ -62,6 +62,8 @@ class ShardWriter:
         resume: Continue what a killed writer, or one that raised, has left; start anew where there is nothing.
         example_range: Examples `start..stop` (end excluded) that this writer is for; default is all.
         check_finite: Refuse NaN and infinity.
+        preallocate: Leave the last file at the size of a full one, with zeros behind its examples. Readers that map
+            whole shards need that, as those of saev 0.1 do; by default it is cut to its examples.
 
     Attributes:
         md: The metadata that was announced.
@@ -81,6 +83,7 @@ class ShardWriter:
         *,
         example_range: tuple[int, int] | None = None,
         check_finite: bool = False,
+        preallocate: bool = False,
     ) -> None:
         if md.n_shards >= MAX_SHARDS:
             raise WriteError(
@@ -90,7 +93,9 @@ class ShardWriter:
         self.shards_dir = Path(shards_root) / md.hash
         self.example_range = check_example_range(md, example_range)
         self._keeps = resume or example_range is not None
-        self._unfinished = Unfinished(self.shards_dir, md, self.example_range, resume=resume, keeps=self._keeps)
+        self._unfinished = Unfinished(
+            self.shards_dir, md, self.example_range, resume=resume, keeps=self._keeps, preallocate=preallocate
+        )
         self._check_finite = check_finite
         # What was given in this `with` block, and with it what was on disk before.
         self._given, self._done = Ranges(), Ranges()
