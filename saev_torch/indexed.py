@@ -124,6 +124,13 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self._selection.n_samples
 
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        return (
+            f"<IndexedDataset of {cfg.shards}: tokens={cfg.tokens!r}, layer={cfg.layer!r}, {len(self)} samples, "
+            "whatever the rank>"
+        )
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         sample: dict[str, Any] = self._read(np.array([operator.index(i)], dtype=np.int64))[0]
         return sample

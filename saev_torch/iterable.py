@@ -20,12 +20,13 @@ from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
-from saev_torch.processes.world import require_shared_once
+from saev_torch.processes.world import Rank, require_shared_once
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
+from saev_torch.resume.standing import Standing
 from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
 
@@ -33,13 +34,11 @@ _log = logging.getLogger("saev_torch")
 _ORDERED_THREADS = 4
 
 
-class Batched(Described):
+class Batched(Standing, Described):
     """What a data set of batches, of `n_samples` in all, and a loader of it have in common."""
 
-    cfg: BatchConfig
     n_samples: int
     recording: Recording
-    cursor: Cursor
     counters: Counters
 
     @property
@@ -71,10 +70,6 @@ class Batched(Described):
         """What the readers of this rank, here or in workers, did since the last call; see `Counters.rates`."""
         return self.counters.rates(self.cursor.world.rank)
 
-    def __len__(self) -> int:
-        """Batches that this rank yields in an epoch."""
-        return self.cursor.end() // self.cursor.world.world_size
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration continue where a state was taken, with any number of workers and ranks.
 
@@ -94,7 +89,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self,
         cfg: BatchConfig,
         store: ShardStore,
-        rank: int | None,
+        rank: Rank,
         world_size: int | None,
         copy: LocalCopy | None = None,
     ) -> None:
@@ -231,7 +226,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             return
         plan, selection, gate = self._plan(start.epoch), self._own_selection(), Gate()
         advice = advise_lanes(plan, share) if start.rank == 0 else None
-        if advice is not None and self.cursor.may_advise():
+        if advice is not None and self.cursor.may_say("lanes"):
             _log.warning(advice)
         with iteration.naming():
             with gate:
@@ -265,7 +260,8 @@ class OrderedActivations(Activations):
 
     Args:
         cfg: What to read.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        rank: This rank; without it torch.distributed, else RANK and WORLD_SIZE tell, when iterating. "slurm" and "mpi"
+            take it, and the number of ranks, from the variables of `srun` and `mpirun`.
         world_size: Number of ranks; given with `rank`.
 
     Attributes:
@@ -281,7 +277,7 @@ class OrderedActivations(Activations):
 
     cfg: OrderedConfig
 
-    def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+    def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
         super().__init__(cfg, ShardStore(cfg.shards), rank, world_size)
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
@@ -296,7 +292,7 @@ class ShuffledActivations(Activations):
 
     cfg: ShuffledConfig
 
-    def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+    def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
         store, copy = ShardStore(cfg.shards), None
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:

@@ -14,6 +14,7 @@ from saev_torch.errors import EndedError, SaevTorchError
 from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
 from saev_torch.processes.epochs import PLACE
 from saev_torch.processes.page import SharedPage
+from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
 
@@ -132,6 +133,11 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             return self.dataset.state_dict()
         # Somebody else may have looked into the data set meanwhile.
         return dump_state(self.metadata, self.recording, self.cfg, self._counted.position)
+
+    @property
+    def n_batches_left(self) -> int:
+        """Batches that are still to be taken of this epoch; see the data set."""
+        return self.cursor.n_left(None if self.cursor.is_chosen else self._counted)
 
     @property
     def digest(self) -> StreamDigest:
@@ -294,14 +300,12 @@ class OrderedDataLoader(_ActivationDataLoader):
 
     Args:
         cfg: What to read.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        rank: This rank, or "slurm" or "mpi"; see `OrderedActivations`.
         world_size: Number of ranks; given with `rank`.
         **kwargs: Arguments of `torch.utils.data.DataLoader`, for instance `num_workers`.
     """
 
-    def __init__(
-        self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(OrderedActivations(cfg, rank=rank, world_size=world_size), **kwargs)
 
 
@@ -311,7 +315,5 @@ class ShuffledDataLoader(_ActivationDataLoader):
     Arguments are those of `OrderedDataLoader`.
     """
 
-    def __init__(
-        self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
         super().__init__(ShuffledActivations(cfg, rank=rank, world_size=world_size), **kwargs)
