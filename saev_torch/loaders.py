@@ -18,6 +18,7 @@ from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
 
+_DECIDED = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset"}
 _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
 # How long another thread may wait for the batch that it is about to take.
@@ -33,9 +34,11 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     _is_accelerate_prepared = use_stateful_dataloader = True
 
     def __init__(self, dataset: OrderedActivations | ShuffledActivations, **kwargs: Any) -> None:
-        refused = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset"} & kwargs.keys()
+        # A trainer that makes a loader anew says None where it has no wish.
+        wishes = {key: kwargs.pop(key) for key in _DECIDED & kwargs.keys()}
+        refused = sorted(key for key, value in wishes.items() if value is not None)
         if refused:
-            raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
+            raise TypeError(f"{refused}: the config decides this; remove the argument.")
         self.cfg, self.metadata, self.n_samples = dataset.cfg, dataset.metadata, dataset.n_samples
         self.recording, self.cursor, self.counters = dataset.recording, dataset.cursor, dataset.counters
         if kwargs.get("num_workers"):
@@ -295,6 +298,12 @@ class _EpochListener(Sampler[None]):
             loader.follow_epoch(epoch)
 
 
+def _take_dataset(cfg: Any, kwargs: dict[str, Any]) -> Any:
+    """The data set of a loader that is made anew of its attributes, as Lightning does to predict; None of any other."""
+    is_own = getattr(kwargs.get("dataset"), "cfg", None) is cfg
+    return kwargs.pop("dataset") if is_own else None
+
+
 class OrderedDataLoader(_ActivationDataLoader):
     """Batches in file order: a `DataLoader` on `OrderedActivations`.
 
@@ -306,7 +315,8 @@ class OrderedDataLoader(_ActivationDataLoader):
     """
 
     def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
-        super().__init__(OrderedActivations(cfg, rank=rank, world_size=world_size), **kwargs)
+        dataset = _take_dataset(cfg, kwargs) or OrderedActivations(cfg, rank=rank, world_size=world_size)
+        super().__init__(dataset, **kwargs)
 
 
 class ShuffledDataLoader(_ActivationDataLoader):
@@ -316,4 +326,5 @@ class ShuffledDataLoader(_ActivationDataLoader):
     """
 
     def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
-        super().__init__(ShuffledActivations(cfg, rank=rank, world_size=world_size), **kwargs)
+        dataset = _take_dataset(cfg, kwargs) or ShuffledActivations(cfg, rank=rank, world_size=world_size)
+        super().__init__(dataset, **kwargs)
