@@ -18,9 +18,10 @@ from saev_torch.format.metadata import Described
 from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Share, advise_lanes
+from saev_torch.processes.callers import keep_whole, require_known_epoch, require_shared_once
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
-from saev_torch.processes.world import Rank, require_shared_once
+from saev_torch.processes.world import Rank
 from saev_torch.reading.compiled import find_scale_kernels
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
@@ -190,6 +191,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         require_shared_once(self.cursor.world)
+        require_known_epoch(self.cursor.has_begun)
+        keep_whole()
         # Not a generator itself: which epoch this is must be settled now, not at the first batch.
         return self._iterate(self.cursor.begin())
 

@@ -134,6 +134,11 @@ class EpochCounter:
             latest = self._latest(consumer)
             return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
 
+    def has_begun(self, consumer: int) -> bool:
+        """Whether an iteration has begun, or one was chosen."""
+        with self._locked(consumer):
+            return not isinstance(self._latest(consumer), dict)
+
     def _following(self, consumer: int) -> tuple[int, int]:
         latest = self._latest(consumer)
         is_settled = latest["session"] == _NO_SESSION

@@ -3,8 +3,6 @@
 import multiprocessing
 import multiprocessing.queues
 import os
-import sys
-from types import FrameType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch.distributed
@@ -136,23 +134,3 @@ def _parse(names: tuple[str, str], pid: int) -> World:
     if not 0 <= rank < world_size:
         raise ConfigError(f"environment: expected 0 <= {' < '.join(names)}, got {found}; unset both.")
     return World(rank, world_size, pid, f"from {' and '.join(names)}")
-
-
-def require_shared_once(world: World) -> None:
-    """Refuse to share batches among ranks where Accelerate does so again: each would see a part of its part.
-
-    Accelerate tells a data set nothing of that, but is among the callers: of `set_epoch`, which it calls before it
-    iterates, and of the iteration, also in a worker.
-
-    Raises:
-        ConfigError: It is among them, and there is more than one rank.
-    """
-    frame: FrameType | None = sys._getframe(1) if world.world_size > 1 else None
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "accelerate.data_loader":
-            raise ConfigError(
-                f"Accelerator.prepare: expected a loader whose batches are shared among {world.world_size} ranks once, "
-                "got one that Accelerate shares again, so samples would be missed; prepare ShuffledDataLoader(cfg) "
-                "or OrderedDataLoader(cfg), which it leaves as they are, or give the data set rank=0, world_size=1."
-            )
-        frame = frame.f_back

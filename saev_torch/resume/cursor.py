@@ -158,6 +158,11 @@ class Cursor:
         return self._epochs.current(consumer_pid())[0]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether an iteration has begun or was chosen, so that the next one is not the first by default only."""
+        return self._epochs.has_begun(consumer_pid())
+
+    @property
     def digest(self) -> StreamDigest:
         """Digest of the batches that were counted in this process, and before the state that was loaded."""
         if self._latest is not None:
