@@ -18,7 +18,7 @@ from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
 
-_DECIDED = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset"}
+_SAMPLERS = ("sampler", "batch_sampler")
 _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
 # How long another thread may wait for the batch that it is about to take.
@@ -34,11 +34,12 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     _is_accelerate_prepared = use_stateful_dataloader = True
 
     def __init__(self, dataset: OrderedActivations | ShuffledActivations, **kwargs: Any) -> None:
-        # A trainer that makes a loader anew says None where it has no wish.
-        wishes = {key: kwargs.pop(key) for key in _DECIDED & kwargs.keys()}
-        refused = sorted(key for key, value in wishes.items() if value is not None)
+        if all(key in kwargs and kwargs[key] is None for key in _SAMPLERS):
+            # Lightning makes a loader anew so, of its arguments or of its attributes.
+            kwargs = {key: value for key, value in kwargs.items() if key not in _SAMPLERS}
+        refused = {"batch_size", "shuffle", "drop_last", "dataset", *_SAMPLERS} & kwargs.keys()
         if refused:
-            raise TypeError(f"{refused}: the config decides this; remove the argument.")
+            raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
         self.cfg, self.metadata, self.n_samples = dataset.cfg, dataset.metadata, dataset.n_samples
         self.recording, self.cursor, self.counters = dataset.recording, dataset.cursor, dataset.counters
         if kwargs.get("num_workers"):
@@ -298,10 +299,9 @@ class _EpochListener(Sampler[None]):
             loader.follow_epoch(epoch)
 
 
-def _take_dataset(cfg: Any, kwargs: dict[str, Any]) -> Any:
-    """The data set of a loader that is made anew of its attributes, as Lightning does to predict; None of any other."""
-    is_own = getattr(kwargs.get("dataset"), "cfg", None) is cfg
-    return kwargs.pop("dataset") if is_own else None
+def _is_made_anew(cfg: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a loader is made of the attributes of another, with its data set, as Lightning does to predict."""
+    return getattr(kwargs.get("dataset"), "cfg", None) is cfg
 
 
 class OrderedDataLoader(_ActivationDataLoader):
@@ -315,7 +315,8 @@ class OrderedDataLoader(_ActivationDataLoader):
     """
 
     def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
-        dataset = _take_dataset(cfg, kwargs) or OrderedActivations(cfg, rank=rank, world_size=world_size)
+        is_own = _is_made_anew(cfg, kwargs)
+        dataset = kwargs.pop("dataset") if is_own else OrderedActivations(cfg, rank=rank, world_size=world_size)
         super().__init__(dataset, **kwargs)
 
 
@@ -326,5 +327,6 @@ class ShuffledDataLoader(_ActivationDataLoader):
     """
 
     def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
-        dataset = _take_dataset(cfg, kwargs) or ShuffledActivations(cfg, rank=rank, world_size=world_size)
+        is_own = _is_made_anew(cfg, kwargs)
+        dataset = kwargs.pop("dataset") if is_own else ShuffledActivations(cfg, rank=rank, world_size=world_size)
         super().__init__(dataset, **kwargs)

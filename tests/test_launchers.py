@@ -1,7 +1,6 @@
 """Launchers: where a rank is learned, that it is said once, and that what contradicts it is not passed over."""
 
 import copy
-import io
 import itertools
 import logging
 import multiprocessing
@@ -278,32 +277,26 @@ def test_rank_and_lanes_are_said_once(cfg: ShuffledConfig, lines: Any, context: 
     assert sum("reading processes" in line for line in found) == (context != "spawn"), found
 
 
-def _say(cfg: ShuffledConfig, pipe: Any) -> None:
-    """What a process logs that was forked, or spawned, for a rank, here with workers."""
-    text = io.StringIO()
-    logging.getLogger("saev_torch").addHandler(logging.StreamHandler(text))
+def _iterate(ds: ShuffledActivations, log: Path) -> None:
+    """What a process does that was started for a rank; its workers, which are forked, log to the same file."""
+    logging.getLogger("saev_torch").addHandler(logging.FileHandler(log))
     logging.getLogger("saev_torch").setLevel(logging.INFO)
-    for ds in (ShuffledActivations(cfg), ShuffledActivations(cfg)):
-        list(ShuffledDataLoader(cfg, num_workers=1))
-        list(ds)
-    pipe.send(text.getvalue())
+    forked: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "fork"}
+    for data in (DataLoader(ds, **forked), ds, ShuffledDataLoader(ds.cfg, **forked), ShuffledActivations(ds.cfg)):
+        list(data)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_every_process_says_it_for_itself(cfg: ShuffledConfig, context: str) -> None:
+def test_every_process_says_it_for_itself(cfg: ShuffledConfig, tmp_path: Path, context: str) -> None:
     """Also where its parent has said so before."""
-    next(iter(ShuffledActivations(cfg)))
-    start: Any = multiprocessing.get_context(context)
-    for _ in range(2 if context == "fork" else 1):
-        receiving, sending = start.Pipe(duplex=False)
-        child = start.Process(target=_say, args=(cfg, sending))
+    ds, start = ShuffledActivations(cfg), multiprocessing.get_context(context)
+    next(iter(ds))
+    for i in range(2 if context == "fork" else 1):
+        child: Any = start.Process(target=_iterate, args=(ds, tmp_path / str(i)))
         child.start()
-        assert receiving.poll(100)
-        assert receiving.recv() == "rank 0 of 1 (no launcher found)\n"
-        child.join()
-        receiving.close()
-        sending.close()
+        child.join(100)
         child.close()
+        assert (tmp_path / str(i)).read_text() == "rank 0 of 1 (no launcher found)\n"
 
 
 # What a loader says of itself
