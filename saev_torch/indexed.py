@@ -103,6 +103,13 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         """
         return torch.from_numpy(act.copy())
 
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        return (
+            f"<IndexedDataset of {cfg.shards}: tokens={cfg.tokens!r}, layer={cfg.layer!r}, {len(self)} samples, "
+            "whatever the rank>"
+        )
+
     def __getitem__(self, i: int) -> dict[str, Any]:
         sample: dict[str, Any] = self._transformed(self._read(self._check([i])))[0]
         return sample

@@ -18,9 +18,10 @@ from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Plan, Share, advise_lanes
 from saev_torch.order.uniform import UniformPlan
+from saev_torch.processes.callers import keep_whole, require_known_epoch, require_shared_once
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
-from saev_torch.processes.world import require_shared_once
+from saev_torch.processes.world import Rank
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.room import advise_order, advise_room, count_ranks_here
@@ -28,6 +29,7 @@ from saev_torch.reading.selecting import select
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
+from saev_torch.resume.standing import Standing
 from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
 from saev_torch.stats.statistics import compute_scale
 
@@ -35,13 +37,11 @@ _log = logging.getLogger("saev_torch")
 _ORDERED_THREADS = 4
 
 
-class Batched(Described):
+class Batched(Standing, Described):
     """What a data set of batches, of `n_samples` in all, and a loader of it have in common."""
 
-    cfg: BatchConfig
     n_samples: int
     recording: Recording
-    cursor: Cursor
     counters: Counters
 
     @property
@@ -73,10 +73,6 @@ class Batched(Described):
         """What the readers of this rank, here or in workers, did since the last call; see `Counters.rates`."""
         return self.counters.rates(self.cursor.world.rank)
 
-    def __len__(self) -> int:
-        """Batches that this rank yields in an epoch."""
-        return self.cursor.end() // self.cursor.world.world_size
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration continue where a state was taken, with any number of workers and ranks.
 
@@ -92,7 +88,7 @@ class Batched(Described):
 class Activations(Batched, IterableDataset[ActivationBatch]):
     """What the ordered and the shuffled data set share: everything but the plan. Its cursor says where it stands."""
 
-    def __init__(self, cfg: BatchConfig, store: ShardStore, rank: int | None, world_size: int | None) -> None:
+    def __init__(self, cfg: BatchConfig, store: ShardStore, rank: Rank, world_size: int | None) -> None:
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
         self._kept: tuple[str | None, str | None] | None = None
@@ -193,6 +189,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         require_shared_once(self.cursor.world)
+        require_known_epoch(self.cursor.has_begun)
+        keep_whole()
         # Not a generator itself: which epoch this is must be settled now, not at the first batch.
         return self._iterate(self.cursor.begin())
 
@@ -227,14 +225,15 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
     def _advise(self, plan: Plan, iteration: Iteration) -> None:
         """Say once what would be better, or what will not do."""
         start, share, info, selection = iteration.start, iteration.share, get_worker_info(), self._own_selection()
-        advice = []
+        advice: dict[str, str | None] = {}
         if start.rank == 0:
-            advice += [advise_lanes(plan, share), advise_order(plan, selection.sample_nbytes)]
+            advice["lanes"] = advise_lanes(plan, share)
+            advice["order"] = advise_order(plan, selection.sample_nbytes)
         if (info is None or info.id == 0) and start.rank % count_ranks_here(start.world_size) == 0:
-            advice.append(advise_room(plan, share, self.cfg.buffer_size, selection.act_nbytes, start.world_size))
-        advice = [line for line in advice if line is not None]
-        if advice and self.cursor.may_advise():
-            for line in advice:
+            room = advise_room(plan, share, self.cfg.buffer_size, selection.act_nbytes, start.world_size)
+            advice["room"] = room
+        for key, line in advice.items():
+            if line is not None and self.cursor.may_say(key):
                 _log.warning(line)
 
     def _iterate(self, iteration: Iteration) -> Iterator[ActivationBatch]:
@@ -273,7 +272,8 @@ class OrderedActivations(Activations):
 
     Args:
         cfg: What to read.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        rank: This rank; without it torch.distributed, else RANK and WORLD_SIZE tell, when iterating. "slurm" and "mpi"
+            take it, and the number of ranks, from the variables of `srun` and `mpirun`.
         world_size: Number of ranks; given with `rank`.
 
     Attributes:
@@ -289,7 +289,7 @@ class OrderedActivations(Activations):
 
     cfg: OrderedConfig
 
-    def __init__(self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+    def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
         require_config("OrderedActivations", cfg, OrderedConfig)
         super().__init__(cfg, ShardStore(cfg.shards, allow_links=cfg.allow_links), rank, world_size)
         self._compile()
@@ -306,7 +306,7 @@ class ShuffledActivations(Activations):
 
     cfg: ShuffledConfig
 
-    def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
+    def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
         require_config("ShuffledActivations", cfg, ShuffledConfig)
         store = ShardStore(cfg.shards, is_local=cfg.use_tmpdir, allow_links=cfg.allow_links)
         recorded = store.metadata.layers

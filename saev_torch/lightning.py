@@ -3,11 +3,17 @@
 Lightning restores its own counts of epochs and batches from a checkpoint, but it hands the state of a loader back only
 in some cases: not at the end of an epoch, and not where `estimated_stepping_batches` asked for the loader early. And it
 begins to iterate before it knows where. So the module takes its state back itself, and begins with the first batch.
+
+It is installed as `lightning`, as `pytorch_lightning`, or as both, and the trainer of each takes only what derives from
+its own classes: ours derive from those of all that are there.
 """
 
-from typing import Any
+import contextlib
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch.utils.data import DataLoader
 
 from saev_torch.config import BatchConfig, ShuffledConfig, is_integer
 from saev_torch.errors import ConfigError
@@ -16,22 +22,41 @@ from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
 from saev_torch.resume.state import Position, StreamDigest, dump_state, load_state
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+else:
+
+    def _join(name: str) -> type:
+        """A class that derives from those of this name in all packages that are installed."""
+        bases = []
+        for package in ("lightning.pytorch", "pytorch_lightning"):
+            with contextlib.suppress(ModuleNotFoundError):
+                bases.append(getattr(importlib.import_module(package), name))
+        if not bases:
+            raise ModuleNotFoundError(
+                "lightning or pytorch_lightning: expected one of them, got none; pip install 'saev_torch[lightning]'",
+                name="lightning",
+            )
+        return type(name, tuple(bases), {"__module__": __name__})
+
+    Callback, LightningDataModule = _join("Callback"), _join("LightningDataModule")
+
 _KEY = "saev_torch"
 _N_TRAINED = "n_trained"
 _IS_OVER = "is_over"
 
 
-def _batch_progress(trainer: Trainer) -> Any:
+def _batch_progress(trainer: "Trainer") -> Any:
     """Lightning's counts of batches: in all epochs (`total`), and in this one (`current`)."""
     return trainer.fit_loop.epoch_loop.batch_progress
 
 
-def _n_trained(trainer: Trainer) -> int:
+def _n_trained(trainer: "Trainer") -> int:
     """Batches that this rank has trained on, in all epochs."""
     return int(_batch_progress(trainer).total.processed)
 
 
-def _is_over(trainer: Trainer) -> bool:
+def _is_over(trainer: "Trainer") -> bool:
     """Whether the last batch that was trained on is the last of Lightning's epoch."""
     progress = _batch_progress(trainer)
     # The flag is up as soon as the batch is fetched.
@@ -93,6 +118,13 @@ class _TrainLoader(ShuffledDataLoader):
         self._next_is_new = state.get(_IS_OVER, False)
 
 
+def _drop_defaults(kwargs: dict[str, Any]) -> None:
+    """Drop arguments that are torch's defaults, which a command line fills in, also where the loader has its own."""
+    for name, parameter in inspect.signature(DataLoader).parameters.items():
+        if name in kwargs and kwargs[name] == parameter.default:
+            del kwargs[name]
+
+
 class ActivationsDataModule(LightningDataModule):
     """Shuffled batches to train on, and others to validate on.
 
@@ -106,16 +138,21 @@ class ActivationsDataModule(LightningDataModule):
         **loader_kwargs: Arguments of `torch.utils.data.DataLoader`, for instance `num_workers`.
     """
 
+    # What a module does not have, a trainer must not find: not even the other package's, which only says so.
+    val_dataloader = test_dataloader = predict_dataloader = None  # type: ignore[assignment]
+
     def __init__(self, train_cfg: ShuffledConfig, val_cfg: BatchConfig | None = None, **loader_kwargs: Any) -> None:
         super().__init__()
         self.train_cfg, self.val_cfg = train_cfg, val_cfg
+        # A name that LightningCLI follows, to learn what options there are.
         self._loader_kwargs = loader_kwargs
+        _drop_defaults(loader_kwargs)
         self._train: _TrainLoader | None = None
         self._val: OrderedDataLoader | ShuffledDataLoader | None = None
         self._state: dict[str, Any] | None = None
         if val_cfg is not None:
             # Lightning takes the method for a promise of data to validate on, so without them there must be none.
-            self.val_dataloader = self._val_dataloader  # type: ignore[method-assign]
+            self.val_dataloader = self._val_dataloader
 
     def train_dataloader(self) -> ShuffledDataLoader:
         """The loader of the batches to train on, the same one at each call."""
@@ -168,22 +205,22 @@ class ActivationsCheckpoint(Callback):
         self.dataset = dataset
         self._n_batches = 0
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
         """Begin to count: the loader is iterated anew."""
         self._n_batches = 0
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: "Trainer", pl_module: "LightningModule", *args: Any) -> None:
         """Count a batch."""
         self._n_batches += 1
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Save the place behind the last batch that was trained on; after the last of an epoch, the next epoch."""
         if _is_over(trainer):
             checkpoint[_KEY] = self.dataset.state_dict(n_batches=0, epoch=self.dataset.cursor.epoch + 1)
         else:
             checkpoint[_KEY] = self.dataset.state_dict(n_batches=self._n_batches)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: "Trainer", pl_module: "LightningModule", checkpoint: dict[str, Any]) -> None:
         """Let the loader continue at the place that was saved."""
         self._n_batches = 0
         if _KEY in checkpoint:
@@ -209,7 +246,7 @@ class LoaderMetrics(Callback):
         self._every_n_steps = every_n_steps
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: "Trainer", pl_module: "LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, if it is time to."""
         step, loader = trainer.global_step, trainer.train_dataloader

@@ -15,9 +15,11 @@ from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
 from saev_torch.processes.counters import Reservoir
 from saev_torch.processes.epochs import PLACE
 from saev_torch.processes.page import SharedPage
+from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
 
+_SAMPLERS = ("sampler", "batch_sampler")
 _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
 # How long another thread may wait for the batch that it is about to take.
@@ -37,7 +39,10 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     _is_accelerate_prepared = use_stateful_dataloader = True
 
     def __init__(self, dataset: OrderedActivations | ShuffledActivations, **kwargs: Any) -> None:
-        refused = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "dataset"} & kwargs.keys()
+        if all(key in kwargs and kwargs[key] is None for key in _SAMPLERS):
+            # Lightning makes a loader anew so, of its arguments or of its attributes.
+            kwargs = {key: value for key, value in kwargs.items() if key not in _SAMPLERS}
+        refused = {"batch_size", "shuffle", "drop_last", "dataset", *_SAMPLERS} & kwargs.keys()
         if refused:
             raise TypeError(f"{sorted(refused)}: the config decides this; remove the argument.")
         self.cfg, self.metadata, self.n_samples = dataset.cfg, dataset.metadata, dataset.n_samples
@@ -142,6 +147,11 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             return self.dataset.state_dict()
         # Somebody else may have looked into the data set meanwhile.
         return dump_state(self.metadata, self.recording, self.cfg, self._counted.position)
+
+    @property
+    def n_batches_left(self) -> int:
+        """Batches that are still to be taken of this epoch; see the data set."""
+        return self.cursor.n_left(None if self.cursor.is_chosen else self._counted)
 
     @property
     def digest(self) -> StreamDigest:
@@ -299,20 +309,25 @@ class _EpochListener(Sampler[None]):
             loader.follow_epoch(epoch)
 
 
+def _is_made_anew(cfg: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a loader is made of the attributes of another, with its data set, as Lightning does to predict."""
+    return getattr(kwargs.get("dataset"), "cfg", None) is cfg
+
+
 class OrderedDataLoader(_ActivationDataLoader):
     """Batches in file order: a `DataLoader` on `OrderedActivations`.
 
     Args:
         cfg: What to read.
-        rank: This rank; without it torch.distributed or the launcher's variables tell, when iterating.
+        rank: This rank, or "slurm" or "mpi"; see `OrderedActivations`.
         world_size: Number of ranks; given with `rank`.
         **kwargs: Arguments of `torch.utils.data.DataLoader`, for instance `num_workers`.
     """
 
-    def __init__(
-        self, cfg: OrderedConfig, *, rank: int | None = None, world_size: int | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(OrderedActivations(cfg, rank=rank, world_size=world_size), **kwargs)
+    def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
+        is_own = _is_made_anew(cfg, kwargs)
+        dataset = kwargs.pop("dataset") if is_own else OrderedActivations(cfg, rank=rank, world_size=world_size)
+        super().__init__(dataset, **kwargs)
 
 
 class ShuffledDataLoader(_ActivationDataLoader):
@@ -321,7 +336,7 @@ class ShuffledDataLoader(_ActivationDataLoader):
     Arguments are those of `OrderedDataLoader`.
     """
 
-    def __init__(
-        self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(ShuffledActivations(cfg, rank=rank, world_size=world_size), **kwargs)
+    def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None, **kwargs: Any) -> None:
+        is_own = _is_made_anew(cfg, kwargs)
+        dataset = kwargs.pop("dataset") if is_own else ShuffledActivations(cfg, rank=rank, world_size=world_size)
+        super().__init__(dataset, **kwargs)

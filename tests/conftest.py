@@ -16,6 +16,7 @@ import factory
 import pytest
 import torch
 
+from saev_torch.processes.notices import Notices
 from saev_torch.reading import leases
 
 # How long a test waits for what must happen: long, because a loaded machine is slow, and only a failure waits so long.
@@ -79,7 +80,13 @@ def cuda() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks() -> Iterator[None]:
+def nothing_said() -> None:
+    """Let each test hear what is said once in a process."""
+    Notices.of_process().forget()
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(nothing_said: None) -> Iterator[None]:
     """Fail a test that leaves a file descriptor, thread, child process or shared memory behind."""
     before = Resources.now()
     yield

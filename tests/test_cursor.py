@@ -221,9 +221,9 @@ def test_a_copy_counts_on_by_itself(copied: Any) -> None:
     assert place(cursor.begin()) == (1, 0)
 
 
-def test_advice_comes_once() -> None:
-    cursor = make()
-    assert [cursor.may_advise() for _ in range(3)] == [True, False, False]
+def test_what_is_said_comes_once() -> None:
+    assert [make().may_say("lanes") for _ in range(3)] == [True, False, False]
+    assert make().may_say("ranks")
 
 
 def test_errors_say_who_met_them() -> None:

@@ -112,7 +112,8 @@ assert [int(data_set[7]["example_idx"]) for data_set in kept[::3]] == [1] * 200
 def test_600_data_sets_in_one_process(shards):
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
-        ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-W", "error", "-c", MANY_DATA_SETS, str(shards)],
+        ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-W", "error", "-c", MANY_DATA_SETS,
+         str(shards)],
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

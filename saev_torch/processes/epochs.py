@@ -22,7 +22,7 @@ _WORDS = 16
 # The order is ascending, 0 where a row is not in use; of what is taken there is one bit for each worker.
 _NUMBERS = ("order", "consumer", "session", "epoch", "start")
 _ROW = np.dtype([*((name, np.int64) for name in _NUMBERS), ("taken", np.uint64, (_WORDS,))])
-_PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64), ("has_advised", np.bool_)])
+_PAGE = np.dtype([("rows", _ROW, (_N_ROWS,)), ("scale", np.float64)])
 _NO_SESSION = -1
 PLACE = np.dtype([("epoch", np.int64), ("start", np.int64)])
 """What the workers of a loader are told: epoch of the iteration that they begin, and the batch to start at."""
@@ -64,7 +64,7 @@ class EpochCounter:
         there, page = self._page.fields, SharedPage(_PAGE)
         chosen = there["rows"][(there["rows"]["order"] > 0) & (there["rows"]["session"] == _NO_SESSION)]
         page.fields["rows"][: min(1, len(chosen))] = chosen[np.argsort(chosen["order"])][-1:]
-        page.fields["scale"], page.fields["has_advised"] = there["scale"], there["has_advised"]
+        page.fields["scale"] = there["scale"]
         self._page = page
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,12 +134,10 @@ class EpochCounter:
             latest = self._latest(consumer)
             return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
 
-    def may_advise(self) -> bool:
-        """Whether this is the first call, in this process or any worker."""
-        with self._locked():
-            is_first = not self._page.fields["has_advised"]
-            self._page.fields["has_advised"] = True
-            return is_first
+    def has_begun(self, consumer: int) -> bool:
+        """Whether an iteration has begun, or one was chosen."""
+        with self._locked(consumer):
+            return not isinstance(self._latest(consumer), dict)
 
     def _following(self, consumer: int) -> tuple[int, int]:
         latest = self._latest(consumer)

@@ -4,9 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.queues
 import os
-import sys
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch.distributed
 from torch.utils.data import get_worker_info
@@ -14,18 +12,46 @@ from torch.utils.data import get_worker_info
 from saev_torch.config import is_integer
 from saev_torch.errors import ConfigError
 
+Rank: TypeAlias = int | Literal["slurm", "mpi"] | None
+"""A rank; or which launcher's variables tell it, with the number of ranks; or None, to look it up."""
+
+NAMES = "RANK", "WORLD_SIZE"
+"""Variables with which launchers tell rank and number of ranks."""
+
+NAMES_OF = {
+    "slurm": (("SLURM_PROCID", "SLURM_NTASKS"),),
+    "mpi": (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")),
+}
+"""The same, by what `rank` may name."""
+
+FROM_DISTRIBUTED, FROM_NAMES, FROM_NOTHING = "from torch.distributed", "from RANK and WORLD_SIZE", "no launcher found"
+"""What a world that nobody gave says as its source."""
+
 
 class World(NamedTuple):
-    """This rank, from 0, the number of ranks, and the process that found this out, for itself and its workers."""
+    """This rank, from 0, the number of ranks, and the process that found this out, for itself and its workers.
+
+    `source` says where that was learned.
+    """
 
     rank: int
     world_size: int
     pid: int
+    source: str = "as arguments say"
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.world_size} ({self.source})"
 
 
-def check_world(rank: int | None, world_size: int | None) -> None:
+def check_world(rank: Rank, world_size: int | None) -> None:
     """Refuse explicit arguments that make no sense, with a `ConfigError`."""
     if rank is None and world_size is None:
+        return
+    if isinstance(rank, str):
+        if rank not in NAMES_OF:
+            raise ConfigError(f"rank: expected an integer, {' or '.join(map(repr, NAMES_OF))}, got {rank!r}.")
+        if world_size is not None:
+            raise ConfigError(f"world_size: expected none with rank={rank!r}, which tells both, got {world_size!r}.")
         return
     if rank is None or world_size is None:
         raise ConfigError(f"rank, world_size: expected both or neither, got rank={rank!r}, world_size={world_size!r}.")
@@ -64,46 +90,51 @@ def count_own_cores() -> int:
     return max(1, count_cores() // max(1, n_processes))
 
 
-def find_world(rank: int | None, world_size: int | None, known: World | None = None) -> World:
-    """Find rank and world size: explicit arguments, else torch.distributed, else the launcher's variables, else 0 of 1.
+def find_world(rank: Rank, world_size: int | None, known: World | None = None) -> World:
+    """Find rank and world size: explicit arguments, else torch.distributed, else RANK and WORLD_SIZE, else 0 of 1.
 
-    `known` is what the parent process found when it started this worker: a spawned worker cannot find it itself.
-    Launcher's variables that make no sense are a `ConfigError`.
-    """
-    pid = consumer_pid()
-    if rank is not None and world_size is not None:
-        return World(rank, world_size, pid)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), pid)
-    if known is not None and get_worker_info() is not None and known.pid == pid:
-        return known
-    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
-    if not all(found.values()):
-        return World(0, 1, pid)
-    try:
-        rank, world_size = int(found["RANK"]), int(found["WORLD_SIZE"])
-    except ValueError as err:
-        raise ConfigError(f"environment: expected integers in RANK and WORLD_SIZE, got {found}; unset both.") from err
-    if not 0 <= rank < world_size:
-        raise ConfigError(f"environment: expected 0 <= RANK < WORLD_SIZE, got {found}; unset both.")
-    return World(rank, world_size, pid)
-
-
-def require_shared_once(world: World) -> None:
-    """Refuse to share batches among ranks where Accelerate does so again: each would see a part of its part.
-
-    Accelerate tells a data set nothing of that, but is among the callers: of `set_epoch`, which it calls before it
-    iterates, and of the iteration, also in a worker.
+    `known` is what the parent process found when it started this worker: a spawned worker cannot find it itself. What
+    SLURM and MPI say counts only where `rank` names them: their variables are set in a batch script, too, and in a
+    shell that they opened, where one process wants all of the data.
 
     Raises:
-        ConfigError: It is among them, and there is more than one rank.
+        ConfigError: The launcher's variables make no sense, or are not those that `rank` names.
     """
-    frame: FrameType | None = sys._getframe(1) if world.world_size > 1 else None
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "accelerate.data_loader":
-            raise ConfigError(
-                f"Accelerator.prepare: expected a loader whose batches are shared among {world.world_size} ranks once, "
-                "got one that Accelerate shares again, so samples would be missed; prepare ShuffledDataLoader(cfg) "
-                "or OrderedDataLoader(cfg), which it leaves as they are, or give the data set rank=0, world_size=1."
-            )
-        frame = frame.f_back
+    pid = consumer_pid()
+    if rank is not None and not isinstance(rank, str) and world_size is not None:
+        return World(rank, world_size, pid)
+    is_known = known is not None and get_worker_info() is not None and known.pid == pid
+    if known is not None and is_known and rank is not None:
+        return known
+    if isinstance(rank, str):
+        for names in NAMES_OF[rank]:
+            if any(name in os.environ for name in names):
+                return _parse(names, pid)
+        wanted = " or ".join(" and ".join(names) for names in NAMES_OF[rank])
+        raise ConfigError(
+            f"rank: expected {wanted} in the environment for rank={rank!r}, got neither; start the processes with "
+            f"{'srun' if rank == 'slurm' else 'mpirun'}, or give the rank itself, with world_size."
+        )
+    if is_initialized():
+        return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), pid, FROM_DISTRIBUTED)
+    if known is not None and is_known:
+        return known
+    return _parse(NAMES, pid) if all(map(os.environ.get, NAMES)) else World(0, 1, pid, FROM_NOTHING)
+
+
+def is_initialized() -> bool:
+    """Whether this process is in a process group of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _parse(names: tuple[str, str], pid: int) -> World:
+    """What two variables say, the first of them the rank."""
+    found = {name: os.environ.get(name, "") for name in names}
+    try:
+        rank, world_size = map(int, found.values())
+    except ValueError as err:
+        expected = f"integers in {' and '.join(names)}"
+        raise ConfigError(f"environment: expected {expected}, got {found}; unset both.") from err
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"environment: expected 0 <= {' < '.join(names)}, got {found}; unset both.")
+    return World(rank, world_size, pid, f"from {' and '.join(names)}")

@@ -19,8 +19,10 @@ from saev_torch.errors import ConfigError, SaevTorchError, StateError
 from saev_torch.format.plain import as_plain
 from saev_torch.order.steps import Share
 from saev_torch.processes.epochs import EpochCounter
+from saev_torch.processes.launchers import announce
+from saev_torch.processes.notices import Notices
 from saev_torch.processes.page import is_spawning
-from saev_torch.processes.world import World, check_world, consumer_pid, find_session, find_world
+from saev_torch.processes.world import Rank, World, check_world, consumer_pid, find_session, find_world
 from saev_torch.resume.state import MAX_COUNT, Position, StreamDigest
 
 
@@ -66,6 +68,11 @@ class Iteration:
         return self.next_number >= self.share.stop
 
     @property
+    def n_left(self) -> int:
+        """Batches of its share that were not handed out yet."""
+        return len(range(self.share.first, self.share.stop, self.share.stride)) - self.n_taken
+
+    @property
     def next_number(self) -> int:
         """Number of the batch whose turn it is."""
         return self.share.first + self._n_in_turn * self.share.stride
@@ -106,12 +113,13 @@ class Cursor:
     before padding; with `drop_last` ranks leave out what is left for some of them only, instead of repeating batches.
     """
 
-    def __init__(self, n_batches: int, drop_last: bool, rank: int | None = None, world_size: int | None = None) -> None:
+    def __init__(self, n_batches: int, drop_last: bool, rank: Rank = None, world_size: int | None = None) -> None:
         rank, world_size = as_plain(rank), as_plain(world_size)
         check_world(rank, world_size)
-        self._n_batches, self._drop_last = n_batches, drop_last
+        self.n_batches, self._drop_last = n_batches, drop_last
         self._rank, self._world_size = rank, world_size
         self._known_world: World | None = None
+        self._notices = Notices.of_process()
         self._epochs = EpochCounter()
         self._latest: Iteration | None = None
         self._loaded: Position | None = None
@@ -122,9 +130,12 @@ class Cursor:
         self._told: dict[int, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        told = self._find_told() if is_spawning() else None
+        told, world = self._find_told() if is_spawning() else None, self.world
+        if is_spawning():
+            # The logging of a worker that is spawned is not set up.
+            announce(world, self._notices)
         kept = {} if told is None else {0: told}
-        return {**self.__dict__, "_known_world": self.world, "_latest": None, "_told": kept}
+        return {**self.__dict__, "_known_world": world, "_latest": None, "_told": kept}
 
     def _find_told(self) -> Any:
         return self._told.get(threading.get_ident(), self._told.get(0))
@@ -149,6 +160,11 @@ class Cursor:
         return self._epochs.current(consumer_pid())[0]
 
     @property
+    def has_begun(self) -> bool:
+        """Whether an iteration has begun or was chosen, so that the next one is not the first by default only."""
+        return self._epochs.has_begun(consumer_pid())
+
+    @property
     def digest(self) -> StreamDigest:
         """Digest of the batches that were counted in this process, and before the state that was loaded."""
         if self._latest is not None:
@@ -160,28 +176,49 @@ class Cursor:
         """Whether the next iteration was chosen, by an epoch or a state, and has not begun; or none has yet."""
         return self._latest is None
 
-    def may_advise(self) -> bool:
-        """Whether this is the first call, here or in any worker."""
-        return self._epochs.may_advise()
+    def may_say(self, key: str) -> bool:
+        """Whether this is the first call with `key` in the process that consumes, its workers, and their data sets."""
+        return self._notices.may_say(key)
 
     def end(self, start: int = 0) -> int:
         """End of the sequence of batches that all ranks yield equally many of, from `start` on."""
-        world_size, left = self.world.world_size, max(0, self._n_batches - start)
+        world_size, left = self.world.world_size, max(0, self.n_batches - start)
         return start + (left // world_size if self._drop_last else -(-left // world_size)) * world_size
 
     def position(self) -> Position:
         """Where the next batch that the consumer takes stands; a `StateError` if only workers could tell."""
-        *place, in_workers = self._epochs.current(consumer_pid())
-        latest, in_worker = self._latest, get_worker_info() is not None
-        if in_workers and (latest is None or (latest.start.place != tuple(place) and not in_worker)):
+        if self._is_elsewhere():
             raise StateError(
                 "state_dict: expected n_batches, because workers make the batches and only the consumer knows how "
                 "many it took, got None; call state_dict(n_batches=...), or use ShuffledDataLoader or "
                 "OrderedDataLoader, which count."
             )
-        if latest is not None:
-            return latest.position
+        if self._latest is not None:
+            return self._latest.position
         return self._loaded or self._make(*self._epochs.next(consumer_pid()))
+
+    def _is_elsewhere(self) -> bool:
+        """Whether workers make the batches, of which this process does not know how many were taken."""
+        *place, in_workers = self._epochs.current(consumer_pid())
+        latest, in_worker = self._latest, get_worker_info() is not None
+        return in_workers and (latest is None or (latest.start.place != tuple(place) and not in_worker))
+
+    def n_left(self, latest: Iteration | None = None) -> int:
+        """Batches that this rank has still to take of the epoch that `latest`, else the latest iteration, is in.
+
+        After the last of them it is the number of the next epoch's. A `StateError` if only workers could tell.
+        """
+        if latest is None and self._is_elsewhere():
+            raise StateError(
+                "n_batches_left: expected a count of what was taken, but workers make the batches and only the "
+                "consumer knows; subtract what it took from len(), or use ShuffledDataLoader or OrderedDataLoader, "
+                "which count."
+            )
+        latest = latest or self._latest
+        if latest is not None and (latest.n_left or latest.is_part):
+            return latest.n_left
+        start = 0 if latest is not None else self.position().batch
+        return (self.end(start) - start) // self.world.world_size
 
     def position_after(self, n_batches: int, epoch: int | None = None) -> Position:
         """Where the batch after those that this rank has taken stands; their digest is not known.
@@ -258,6 +295,7 @@ class Cursor:
             self.load(latest.start)
 
     def _start(self, epoch: int, batch: int, worker: int = 0, n_workers: int = 1) -> Iteration:
+        announce(self.world, self._notices)
         start, loaded = self._make(epoch, batch), self._loaded
         first = batch + start.rank + start.world_size * worker
         share = Share(first, start.world_size * n_workers, self.end(batch))

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from saev_torch.errors import ConfigError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata, PixelAgg
+from saev_torch.processes.launchers import announce
+from saev_torch.processes.notices import Notices
 from saev_torch.processes.world import find_world
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.source import Batches, Source, Taps, Tokens
@@ -87,6 +89,7 @@ def record(
         WriteError: The shards are there already, are of other data, or could not be written.
     """
     world, loader = find_world(None, None), Batches(dataloader)
+    announce(world, Notices.of_process())
     mine = range(len(loader) * world.rank // world.world_size, len(loader) * (world.rank + 1) // world.world_size)
     taps = Taps(model, layers, blocks, batch_dim)
     first = int(cls_token) if first_content_token is None else first_content_token

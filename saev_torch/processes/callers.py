@@ -1,0 +1,88 @@
+"""Who iterates a data set: trainers that tell it nothing, but are among its callers, also in a forked worker."""
+
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from torch.utils.data import default_convert
+from torch.utils.data._utils.fetch import _IterableDatasetFetcher
+
+from saev_torch.errors import ConfigError
+from saev_torch.processes.world import World
+
+_ACCELERATE = "accelerate.data_loader"
+
+
+def _callers(module: str) -> Iterator[FrameType]:
+    """Calls of functions of a module that are under way, the latest first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == module:
+            yield frame
+        frame = frame.f_back
+
+
+def _is_skipping(frame: FrameType) -> bool:
+    return frame.f_code.co_qualname.startswith("SkipDataLoader.")
+
+
+def require_shared_once(world: World) -> None:
+    """Refuse to share batches among ranks where Accelerate does so again: each would see a part of its part.
+
+    It is among the callers of `set_epoch`, which it calls before it iterates, and of the iteration.
+
+    Raises:
+        ConfigError: It is among them, and there is more than one rank.
+    """
+    if world.world_size > 1 and not all(map(_is_skipping, _callers(_ACCELERATE))):
+        raise ConfigError(
+            f"Accelerator.prepare: expected a loader whose batches are shared among {world.world_size} ranks once, "
+            "got one that Accelerate shares again, so samples would be missed; prepare ShuffledDataLoader(cfg) "
+            "or OrderedDataLoader(cfg), which it leaves as they are (and which get_train_dataloader of a Trainer may "
+            "return), or give the data set rank=0, world_size=1."
+        )
+
+
+def require_known_epoch(is_known: bool) -> None:
+    """Refuse to let Accelerate skip batches of epoch 0 only because nobody has said which epoch it is.
+
+    Raises:
+        ConfigError: Its `skip_first_batches` is among the callers, and the epoch is not known.
+    """
+    if not is_known and any(map(_is_skipping, _callers(_ACCELERATE))):
+        raise ConfigError(
+            "skip_first_batches: expected the epoch whose first batches are skipped, got none; call set_epoch(epoch) "
+            "before (with a Trainer, in on_epoch_begin of a callback), or do not skip, but call load_state_dict(state)."
+        )
+
+
+def keep_whole() -> None:
+    """Let each batch come as it is, where a trainer's loader would gather some of them, or stack one: [1, batch, ...].
+
+    A collator of the user's own does what it likes.
+    """
+    fetchers = (frame.f_locals.get("self") for frame in _callers("torch.utils.data._utils.fetch"))
+    fetcher: Any = next(fetchers, None)
+    if not isinstance(fetcher, _IterableDatasetFetcher) or not fetcher.auto_collation:
+        return
+    outer: Any = fetcher.collate_fn
+    if outer is default_convert:
+        # A loader that Accelerate made of the attributes of a ready-made one, whose batch_size counts samples.
+        fetcher.auto_collation = False
+    # The default collator of Transformers, perhaps in one for this loader that leaves out what the model does not take.
+    inner = getattr(outer, "data_collator", outer)
+    if str(getattr(inner, "__module__", "")).startswith("transformers."):
+        if inner is outer:
+            fetcher.collate_fn = _take_one
+        else:
+            outer.data_collator = _take_one
+
+
+def _take_one(batches: list[Any]) -> Any:
+    if len(batches) != 1:
+        raise ConfigError(
+            f"TrainingArguments.per_device_train_batch_size (or _eval_): expected 1, got {len(batches)}: the data set "
+            "yields whole batches; set batch_size in its config instead."
+        )
+    return batches[0]
