@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
@@ -172,7 +173,8 @@ def compute_statistics(
 def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) -> float:
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
 
-    The store is closed when it is measured. Activations that cannot be scaled raise a `FormatError`.
+    The store is closed when it is measured. Activations that cannot be scaled raise a `FormatError`, and those that
+    would be too large for their type in memory a `ConfigError`.
     """
     n_sampled = cfg.scale_samples
     if n_sampled is None:
@@ -181,9 +183,14 @@ def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) 
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
     with contextlib.closing(store):
         # The epoch that follows finds in the page cache what was read for this.
-        return _compute(
-            store, selection.reading_with(Labels(store, selection).of_examples), n_sampled, is_only=False
-        ).scale
+        found = _compute(store, selection.reading_with(Labels(store, selection).of_examples), n_sampled, is_only=False)
+    largest, act_type = max(-found.total.min, found.total.max), selection.act_type
+    if largest * found.scale > torch.finfo(getattr(torch, act_type.name)).max:
+        raise ConfigError(
+            f"act_dtype: expected activations that {act_type.name} holds when they are scaled, got {largest:.6g} "
+            f"times {found.scale:.6g}; use act_dtype='float32'."
+        )
+    return found.scale
 
 
 def _compute(
