@@ -22,6 +22,8 @@ _preadv = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctype
     ("preadv", ctypes.CDLL(None))
 )
 
+_errno_location = ctypes.CFUNCTYPE(ctypes.c_int64)(("__errno_location", ctypes.CDLL(None)))
+
 # Values that are converted at a time, few enough for the cache that is next to the core.
 _N_CONVERTED = 2048
 _LINE_NBYTES = 64
@@ -62,15 +64,29 @@ def find_convert_kernels(stored: str, loaded: str, is_scaled: bool) -> ConvertKe
     to the nearest, else to the even one.
 
     `read_and_convert(fds, vectors, firsts, counts, offsets, got, trash, by, stage)` reads extents from the file
-    descriptors in `fds`, a part at a time to the `[n] uint8` stage, and converts from there to the places; `got` is set
-    to the size of each extent that is done. See `reading.Extents` for the others, all of them `[n] int64`.
+    descriptors in `fds`, a part at a time to the `[n] uint8` stage, and converts from there to the places. `got` is set
+    to the size of each extent that is done; to minus the number of the error where a read failed; and to 0 where it
+    came short. See `reading.Extents` for the others, all of them `[n] int64`.
     """
     numba = find_numba()
     if numba is None:
         return None
     words = _make_words(numba)
     convert = _make_convert(numba, words, DTYPES[stored], DTYPES[loaded], is_scaled)
-    fence, extra = words.fence, DTYPES[loaded].nbytes // DTYPES[stored].nbytes - 1
+    # What begins before the address of a place is so many times the size of the place.
+    extra = DTYPES[loaded].nbytes // DTYPES[stored].nbytes - 1
+    int64s = "int64[::1]"
+    arrays = f"{int64s}, int64[:, ::1], {int64s}, {int64s}, {int64s}, {int64s}"
+    return ConvertKernels(
+        numba.njit("void(int64[:, ::1], int64, float32)", nogil=True)(_make_convert_places(words, convert, extra)),
+        numba.njit(f"void({arrays}, int64, float32, uint8[::1])", nogil=True)(
+            _make_read_and_convert(numba, words, convert, extra)
+        ),
+    )
+
+
+def _make_convert_places(words: _Words, convert: Callable[..., None], extra: int) -> Callable[..., None]:
+    fence = words.fence
 
     def convert_places(vectors: _Int64s, trash: int, by: np.float32) -> None:
         some = np.empty(_N_CONVERTED, dtype=np.float32)
@@ -79,6 +95,12 @@ def find_convert_kernels(stored: str, loaded: str, is_scaled: bool) -> ConvertKe
             if place != trash:
                 convert(place, place - n * extra, n, some.ctypes.data, by)
         fence()
+
+    return convert_places
+
+
+def _make_read_and_convert(numba: Any, words: _Words, convert: Callable[..., None], extra: int) -> Callable[..., None]:
+    fence, wide = words.fence, words.words
 
     def read_and_convert(
         fds: _Int64s,
@@ -93,7 +115,7 @@ def find_convert_kernels(stored: str, loaded: str, is_scaled: bool) -> ConvertKe
     ) -> None:
         some, vector = np.empty(_N_CONVERTED, dtype=np.float32), np.empty(2, dtype=np.int64)
         for i in range(len(fds)):
-            j, done, last = firsts[i], 0, firsts[i] + counts[i]
+            j, done, last, n_read = firsts[i], 0, firsts[i] + counts[i], 0
             while j < last:
                 # Vectors that the stage has room for, or one that it has not, which is read to its place.
                 vector[0], vector[1] = stage.ctypes.data, vectors[j, 1]
@@ -114,16 +136,13 @@ def find_convert_kernels(stored: str, loaded: str, is_scaled: bool) -> ConvertKe
                         convert(source, place - n * extra, n, some.ctypes.data, by)
                     source += n
                 j = end
-            # What comes short is read once more, all of it.
-            got[i] = done if j == last else -1
+            if j == last:
+                got[i] = done
+            else:
+                got[i] = -np.int64(numba.carray(wide(_errno_location()), 1)[0]) if n_read < 0 else 0
         fence()
 
-    int64s = "int64[::1]"
-    arrays = f"{int64s}, int64[:, ::1], {int64s}, {int64s}, {int64s}, {int64s}"
-    return ConvertKernels(
-        numba.njit("void(int64[:, ::1], int64, float32)", nogil=True)(convert_places),
-        numba.njit(f"void({arrays}, int64, float32, uint8[::1])", nogil=True)(read_and_convert),
-    )
+    return read_and_convert
 
 
 def _make_convert(

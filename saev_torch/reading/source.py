@@ -64,7 +64,15 @@ class ConvertingReader(Reader):
                     extents.trash.ctypes.data, self._by, self._stage,
                 )  # fmt: skip
             for i in np.flatnonzero(got != extents.nbytes[part]).tolist():
-                self._read_then_convert(extents, first + i, first + i + 1)
+                self._read_again(extents, first + i, int(got[i]))
+
+    def _read_again(self, extents: Extents, i: int, got: int) -> None:
+        """Read an extent of which `got` was returned."""
+        if got < 0:
+            self._finish_one(extents, i, -1, -got)
+            self._convert_places(extents.vectors_of(i, i + 1), extents.trash.ctypes.data, self._by)
+        else:
+            self._read_then_convert(extents, i, i + 1)
 
 
 def _where(extents: Extents, first: int, got: NDArray[np.int64]) -> tuple[int, int]:
