@@ -41,7 +41,6 @@ Config = OrderedConfig | ShuffledConfig
 Batches = list[ActivationBatch]
 
 _DTYPES = {
-    "act": torch.float32,
     "example_idx": torch.int64,
     "token_idx": torch.int64,
     "token_labels": torch.int64,
@@ -103,6 +102,17 @@ def expected_for(spec: factory.Spec, cfg: Config) -> Samples:
     return expected(spec, cfg.tokens, cfg.layer, ignored)
 
 
+def act_dtype(spec: factory.Spec, cfg: Config) -> torch.dtype:
+    """What activations are in a batch."""
+    found: torch.dtype = getattr(torch, spec.dtype if cfg.act_dtype == "stored" else cfg.act_dtype)
+    return found
+
+
+def to_bytes(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor, of which numpy may not know the type."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
 def find_rows(batches: Batches, samples: Samples) -> np.ndarray:
     """Return which of `samples` each row of the batches is, -1 for none of them."""
     keys = [key for key in ("example_idx", "layer", "token_idx") if key in samples.columns]
@@ -124,7 +134,7 @@ def check_epoch(batches: Batches, spec: factory.Spec, cfg: Config) -> None:
         assert type(batch) is ActivationBatch
         assert set(batch) == set(samples.columns)
         for key, tensor in batch.items():
-            assert tensor.dtype == _DTYPES[key], key
+            assert tensor.dtype == (act_dtype(spec, cfg) if key == "act" else _DTYPES[key]), key
             assert tuple(tensor.shape) == (len(batch["act"]), *samples.columns[key].shape[1:]), key
     rows = find_rows(batches, samples)
     assert (rows >= 0).all(), "a sample that was not selected"
@@ -132,9 +142,11 @@ def check_epoch(batches: Batches, spec: factory.Spec, cfg: Config) -> None:
     if isinstance(cfg, OrderedConfig):
         assert rows.tolist() == list(range(len(rows)))
     for key, column in samples.columns.items():
-        got = np.concatenate([b[key].numpy() for b in batches]) if batches else column[:0]
+        got = b"".join(to_bytes(b[key]) for b in batches)
+        # The type of activations holds all of them.
+        wanted = torch.from_numpy(column[rows]).to(batches[0][key].dtype) if batches else torch.empty(0)
         # Bit for bit, so that a NaN or a negative zero could not hide.
-        assert got.tobytes() == np.ascontiguousarray(column[rows].astype(got.dtype)).tobytes(), key
+        assert got == to_bytes(wanted), key
 
 
 def check_attributes(loader: Any, spec: factory.Spec, cfg: Config) -> None:
@@ -159,7 +171,7 @@ def assert_same(got: Batches, wanted: Batches) -> None:
         for key in a:
             assert a[key].dtype == b[key].dtype, (i, key)
             assert a[key].shape == b[key].shape, (i, key)
-            assert a[key].numpy().tobytes() == b[key].numpy().tobytes(), f"batch {i}: {key} differs"
+            assert to_bytes(a[key]) == to_bytes(b[key]), f"batch {i}: {key} differs"
 
 
 def digest(batches: Iterable[ActivationBatch]) -> str:
@@ -168,7 +180,7 @@ def digest(batches: Iterable[ActivationBatch]) -> str:
     for batch in batches:
         for key, tensor in batch.items():
             whole.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            whole.update(tensor.numpy().tobytes())
+            whole.update(to_bytes(tensor))
     return whole.hexdigest()
 
 
@@ -226,6 +238,7 @@ def specs(draw: st.DrawFn) -> factory.Spec:
         labels=draw(st.booleans()),
         preallocate_last=draw(st.booleans()),
         trailing_empty=draw(st.sampled_from([None, True, False])),
+        dtype=draw(st.sampled_from(["float32", "float16", "bfloat16"])),
     )
 
 
@@ -264,6 +277,7 @@ def cases(draw: st.DrawFn) -> tuple[factory.Spec, type[Any], dict[str, Any]]:
     # Smaller than the data as well as larger.
     fields["buffer_size"] = draw(st.sampled_from([1, 2, 3, 8, 10, 16, 64]))
     fields["drop_last"] = draw(st.booleans())
+    fields["act_dtype"] = draw(st.sampled_from(["float32", "stored"]))
     return spec, kind, fields
 
 

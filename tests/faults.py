@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from saev_torch import OrderedConfig, ShuffledConfig
 from saev_torch.reading import labels
+from saev_torch.reading.kernels import find_convert_kernels
 
 AFTER = 3
 """Batches that are taken before the fault begins."""
@@ -522,6 +523,12 @@ FAULTS = (
           scene=copy_after_kill, **_TMPDIR),
 )  # fmt: skip
 
+# What happens to reads and to memory, on directories of 16 bits, too.
+ON_HALVES = (
+    "truncated-open", "truncated-worker", "replaced", "eio-once", "eio-once-worker", "stale", "eintr", "short",
+    "short-worker", "eio", "hang", "killed-resume", "no-proc", "shutdown",
+)  # fmt: skip
+
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 
@@ -574,6 +581,8 @@ def _lines() -> Iterator[dict[str, str]]:
 
 def main() -> None:
     """Answer one line for each request: the process that was forked; and one when it has ended: its exit code."""
+    # Compiled here, once for all processes.
+    find_convert_kernels("bfloat16", "float32", False)
     for request in _lines():
         pid = os.fork()
         if pid == 0:

@@ -31,9 +31,11 @@ from saev_torch import (
     ShuffledActivations,
     ShuffledConfig,
 )
+from saev_torch.config import ActDtype
 
 SPEC = factory.Spec(n_examples=5, content_tokens=3, cls=True, layers=(3, 7), d_model=4, examples_per_shard=2)
 OLD = dataclasses.replace(SPEC, protocol="1.1")
+HALF = dataclasses.replace(SPEC, dtype="bfloat16")
 MAX_S = 1.0
 MAX_WALL_S = 60.0
 MAX_NBYTES = 100 << 20
@@ -68,6 +70,7 @@ NUMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 STRINGS = (
     "", ".", "..", "/", "../acts000000.bin", "/etc/passwd", "/dev/zero", "a/b", "a\0b", "x" * 300, "\ud800", "é" * 200,
+    "float16", "bfloat16",
     "2.1", "1.1", "1.0.0", "float32", "float64", "majority", "acts000000.bin", "metadata.json", "labels.bin", "~",
 )  # fmt: skip
 RAW = (
@@ -214,13 +217,14 @@ _MUTATORS = [mutate for mutate, _ in MUTATIONS]
 _WEIGHTS = [weight for _, weight in MUTATIONS]
 
 
-def open_all(path: Path) -> bool:
+def open_all(path: Path, act_dtype: ActDtype = "float32") -> bool:
     """Open a directory through all data sets, and read from it where it opens; whether it was refused."""
     refused = False
+    few: dict[str, Any] = {"batch_size": 8, "buffer_size": 2, "act_dtype": act_dtype}
     openers: tuple[Callable[[], Any], ...] = (
-        lambda: IndexedDataset(IndexedConfig(path, tokens="all", layer="all")),
-        lambda: OrderedActivations(OrderedConfig(path, tokens="all", layer="all", batch_size=8, buffer_size=2)),
-        lambda: ShuffledActivations(ShuffledConfig(path, layer="all", batch_size=8, buffer_size=2, ignore_labels=[1])),
+        lambda: IndexedDataset(IndexedConfig(path, tokens="all", layer="all", act_dtype=act_dtype)),
+        lambda: OrderedActivations(OrderedConfig(path, tokens="all", layer="all", **few)),
+        lambda: ShuffledActivations(ShuffledConfig(path, layer="all", ignore_labels=[1], **few)),
     )
     for opener in openers:
         try:
@@ -246,7 +250,7 @@ class Directories:
         self.root = root
         for name in ("outside.bin", "other.bin"):
             (root / name).write_bytes(bytes(4096))
-        self.goods = [factory.make_shards(root / f"good{i}", spec) for i, spec in enumerate((SPEC, OLD))]
+        self.goods = [factory.make_shards(root / f"good{i}", spec) for i, spec in enumerate((SPEC, OLD, HALF))]
 
     def one(self, seed: int) -> bool:
         """Make, open and delete a directory; whether it was refused.
@@ -272,7 +276,7 @@ class Directories:
         _opened.clear()
         _watching[0] = True
         try:
-            refused = open_all(path)
+            refused = open_all(path, rng.choice(["float32", "stored"]))
         finally:
             _watching[0] = False
         outside = [name for name in _opened if not is_inside(name, path)]

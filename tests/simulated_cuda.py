@@ -87,9 +87,15 @@ class SimulatedCuda:
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         to, zeros = torch.Tensor.to, torch.zeros
 
-        def move(tensor, *args, **options):
-            is_cuda = args and not isinstance(args[0], torch.dtype) and torch.device(args[0]).type == "cuda"
-            return self.copy(tensor, **options) if is_cuda else to(tensor, *args, **options)
+        def move(tensor, device=None, dtype=None, non_blocking=False):
+            if isinstance(device, torch.dtype):
+                device, dtype = None, device
+            if device is not None and torch.device(device).type == "cuda":
+                # Torch would convert before it copies.
+                return self.copy(tensor if dtype is None else to(tensor, dtype), non_blocking)
+            if isinstance(tensor, OnDevice) and dtype not in (None, tensor.dtype):
+                return self.convert(tensor, dtype)
+            return to(tensor, device=device, dtype=dtype, non_blocking=non_blocking)
 
         def make_zeros(*args, device=None, **options):
             if device is not None and torch.device(device).type == "cuda":
@@ -154,6 +160,11 @@ class SimulatedCuda:
         pinned = tensor.clone()
         pinned.pinned = True
         return pinned
+
+    def convert(self, tensor, dtype):
+        converted = torch.empty(tensor.shape, dtype=dtype).as_subclass(OnDevice)
+        self.current.put(lambda: converted.copy_(tensor))
+        return converted
 
     def copy(self, tensor, non_blocking=False):
         copy, source, nbytes = torch.empty_like(tensor).as_subclass(OnDevice), tensor.data_ptr(), tensor.nbytes

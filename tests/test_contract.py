@@ -44,12 +44,14 @@ SMALL_BUFFER = (
     {"tokens": "all", "layer": "all", "batch_size": 17, "buffer_size": 8},
 )
 LARGE_BUFFER = (
-    Spec(n_examples=41, content_tokens=9, layers=(0, 4, 11), examples_per_shard=4, d_model=3, cls=False),
+    Spec(
+        n_examples=41, content_tokens=9, layers=(0, 4, 11), examples_per_shard=4, d_model=3, cls=False, dtype="bfloat16"
+    ),
     {"tokens": "content", "layer": (11, 0), "batch_size": 10, "buffer_size": 64},
 )
 ONE_BY_ONE = (
-    Spec(n_examples=9, content_tokens=5, layers=(-2,), labels=False, preallocate_last=False),
-    {"tokens": "content", "layer": -2, "batch_size": 1, "buffer_size": 3},
+    Spec(n_examples=9, content_tokens=5, layers=(-2,), labels=False, preallocate_last=False, dtype="float16"),
+    {"tokens": "content", "layer": -2, "batch_size": 1, "buffer_size": 3, "act_dtype": "stored"},
 )
 ONE_BATCH = (Spec(), {"tokens": "special", "layer": 7, "batch_size": 1000})
 UNIFORM = (SMALL_BUFFER[0], {**SMALL_BUFFER[1], "order": "uniform"})

@@ -17,10 +17,19 @@ from saev_torch import (
     ShuffledActivations,
     ShuffledConfig,
     ShuffledDataLoader,
+    device,
 )
 
 pytestmark = pytest.mark.usefixtures("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture
+def half_config(make_shards):
+    shards = make_shards(
+        n_examples=120, content_tokens=6, layers=(3, 7), d_model=64, examples_per_shard=50, dtype="bfloat16"
+    )
+    return ShuffledConfig(shards=shards, layer=7, batch_size=32, buffer_size=16, act_dtype="stored")
 
 
 @pytest.fixture
@@ -55,6 +64,50 @@ def test_length_and_state_are_those_of_the_loader(config):
 def test_a_bad_number_of_batches_ahead_is_refused(n_ahead):
     with pytest.raises(ConfigError, match="n_ahead"):
         DevicePrefetcher([], "cpu", n_ahead)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, "float32", 1, torch.complex64])
+def test_a_bad_dtype_is_refused(dtype):
+    with pytest.raises(ConfigError, match=r"DevicePrefetcher\.dtype: expected a floating point dtype .*, got "):
+        DevicePrefetcher([], "cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_cpu_converts_too(half_config, dtype):
+    batches = list(ShuffledActivations(half_config))
+    converted = list(DevicePrefetcher(batches, "cpu", dtype=dtype))
+    for a, b in zip(converted, batches, strict=True):
+        assert type(a) is ActivationBatch
+        assert a.number == b.number
+        assert torch.equal(a["act"], b["act"].to(dtype))
+        assert a["example_idx"].dtype == torch.int64
+    plain = next(iter(DevicePrefetcher([{"x": torch.ones(2), "i": torch.arange(2)}], "cpu", dtype=dtype)))
+    assert plain["x"].dtype == dtype
+    assert plain["i"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("n_workers", [0, 2])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_what_is_stored_is_converted_on_the_device(runtime, half_config, n_workers, dtype, monkeypatch):
+    """Half the bytes are copied, and what arrives is what torch makes of them on the host."""
+    copied, loader = [], make_loader(half_config, n_workers)
+    keep = device._locked_batch
+
+    def note(batch, locks):
+        copied.append(batch["act"].dtype)
+        return keep(batch, locks)
+
+    monkeypatch.setattr(device, "_locked_batch", note)
+    got = []
+    for batch in DevicePrefetcher(loader, "cuda", dtype=dtype):
+        runtime.step()
+        assert batch["act"].is_cuda
+        got.append(batch["act"])
+    runtime.finish()
+    assert set(copied) == {torch.bfloat16}
+    wanted = [batch["act"].clone() for batch in ShuffledActivations(half_config)]
+    assert len(got) == len(wanted) > 10
+    assert all(torch.equal(a.cpu(), b.to(dtype or b.dtype)) for a, b in zip(got, wanted, strict=True))
 
 
 class Runtime:

@@ -1,5 +1,6 @@
 """Faults by real causes: what the user sees, in what time, and that nothing is left, lost or repeated."""
 
+import dataclasses
 import json
 import os
 import re
@@ -51,7 +52,12 @@ def started(server):
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory):
     root = tmp_path_factory.mktemp("pristine")
-    return {name: factory.make_shards(root / name, spec) for name, spec in faults.SPECS.items()}
+    specs = {(name, dtype): spec_of(name, dtype) for name in faults.SPECS for dtype in ("float32", "bfloat16")}
+    return {key: factory.make_shards(root / " ".join(key), spec) for key, spec in specs.items()}
+
+
+def spec_of(name, dtype):
+    return dataclasses.replace(faults.SPECS[name], dtype=dtype)
 
 
 @pytest.fixture(scope="session")
@@ -59,12 +65,13 @@ def references(pristine):
     """The digests of all batches in order, by kind of loader and data; nothing fails here."""
     found = {}
 
-    def reference(fault):
-        key = fault.kind, fault.spec
+    def reference(fault, dtype):
+        key = fault.kind, fault.spec, dtype
         if key not in found:
-            cfg = faults.config_of(faults.Fault("", "", "", kind=fault.kind, spec=fault.spec), pristine[fault.spec])
+            shards = pristine[fault.spec, dtype]
+            cfg = faults.config_of(faults.Fault("", "", "", kind=fault.kind, spec=fault.spec), shards)
             batches = list(contracts.make_data_set(cfg))
-            contracts.check_epoch(batches, faults.SPECS[fault.spec], cfg)
+            contracts.check_epoch(batches, spec_of(fault.spec, dtype), cfg)
             found[key] = [contracts.digest([batch]) for batch in batches]
         return found[key]
 
@@ -101,10 +108,14 @@ def answer(server, seconds):
     return line
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
-def test_fault(fault, server, pristine, references, tmp_path):
-    shards = tmp_path / "shards" / pristine[fault.spec].name
-    shutil.copytree(pristine[fault.spec], shards)
+CASES = [pytest.param(fault, "float32", id=fault.name) for fault in faults.FAULTS]
+CASES += [pytest.param(faults.BY_NAME[name], "bfloat16", id=f"{name}-bfloat16") for name in faults.ON_HALVES]
+
+
+@pytest.mark.parametrize(("fault", "dtype"), CASES)
+def test_fault(fault, dtype, server, pristine, references, tmp_path):
+    shards = tmp_path / "shards" / pristine[fault.spec, dtype].name
+    shutil.copytree(pristine[fault.spec, dtype], shards)
     out = tmp_path / "out"
     out.mkdir()
     server.stdin.write(json.dumps({"case": fault.name, "shards": str(shards), "out": str(out)}).encode() + b"\n")
@@ -147,7 +158,7 @@ def test_fault(fault, server, pristine, references, tmp_path):
     for pattern in fault.logs:
         assert re.search(pattern, stderr), stderr
 
-    wanted = references(fault)
+    wanted = references(fault, dtype)
     if fault.error is None and not fault.stops_early:
         assert outcome["delivered"] == wanted
     else:

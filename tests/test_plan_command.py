@@ -30,6 +30,20 @@ def test_it_says_what_predict_says(directory, capsys) -> None:
     assert f"{found.memory_nbytes / 2**30:.2f} GiB" in out
 
 
+def test_memory_and_reads_follow_the_dtypes(directory, capsys) -> None:
+    def figures(*options: str) -> tuple[float, float]:
+        assert main(["plan", str(directory), "--batch-size", "16384", "--block-size", "16", *options]) == 0
+        out = capsys.readouterr().out
+        return tuple(float(out.partition(name)[2].split()[0].replace(",", "")) for name in ("memory:", "reads:"))
+
+    memory, reads = figures()
+    assert figures("--act-dtype", "stored") == (memory, reads)
+    # What is read to float32 has half the bytes on disk, and as many in memory.
+    assert figures("--dtype", "bfloat16") == (memory, reads / 2)
+    stored = figures("--dtype", "float16", "--act-dtype", "stored")
+    assert stored == (pytest.approx(memory / 2, rel=0.02), reads / 2)
+
+
 def test_it_finds_a_configuration(directory, capsys) -> None:
     assert main(["plan", str(directory), "--batch-size", "1024", "--quality", "0.9", "--min-read-kib", "24"]) == 0
     assert float(capsys.readouterr().out.partition("quality ")[2].split()[0]) >= 0.9

@@ -1,6 +1,7 @@
 """`scale_norm`: one number for the data set, the same for every process, and never another one after a resume."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -26,9 +27,9 @@ from saev_torch.order.selection import Selection
 from saev_torch.reading import direct as staging
 from saev_torch.reading import engine, source
 from saev_torch.reading import reader as reading
-from saev_torch.reading.compiled import find_convert_kernels
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import make_sample_extents
+from saev_torch.reading.kernels import find_convert_kernels
 from saev_torch.reading.ring import Ring
 from saev_torch.reading.source import ConvertingReader, Source
 from saev_torch.reading.store import ShardStore
@@ -133,14 +134,14 @@ def noting(function, note):
 
 
 def test_what_fails_is_read_again_and_multiplied_once(make_shards, monkeypatch) -> None:
-    """Of each call some reads fail, come short, or find the end of the file."""
+    """Of each call some reads fail, or come short."""
     init, calls = ConvertingReader.__init__, []
 
     def fail(read_and_convert, fds, *args):
         gone = np.full_like(fds, -1)
         kept = np.arange(len(fds)) % 3 != len(calls) % 3
         read_and_convert(np.where(kept, fds, gone), *args)
-        args[5][~kept] = (-1, 0, 8)[len(calls) % 3]
+        args[4][~kept] = (-errno.EINTR, 0)[len(calls) % 2]
         calls.append(int((~kept).sum()))
 
     def wrapped(self, *args):
@@ -181,10 +182,10 @@ def test_a_stall_is_named(make_shards) -> None:
     (extents,) = make_sample_extents(selection, selection.cells(samples), places)
     reader, told = Source(store, scale=0.5).open_reader(), []
 
-    def read(fds, vectors, firsts, counts, offsets, nbytes, got, trash, by):
+    def read(fds, vectors, firsts, counts, offsets, got, trash, by, stage):
         for i in range(len(got)):
             told.append(reader.spot.where())
-            got[i] = nbytes[i]
+            got[i] = extents.nbytes[2 + i]
 
     reader._read_and_convert = read
     reader.read(extents, 2, len(extents.nbytes))

@@ -55,8 +55,8 @@ class Vitals:
 
     @property
     def batch_nbytes(self) -> int:
-        """Bytes of a batch."""
-        return self.cfg.batch_size * self.metadata.row_nbytes
+        """Bytes of a batch in memory."""
+        return self.cfg.batch_size * self.metadata.loaded_row_nbytes(self.cfg.act_dtype)
 
     def predict(self, n_workers: int, buffer_size: int, block_size: int | None = None) -> Prediction:
         """How the shuffle mixes, reads and takes memory with these options."""

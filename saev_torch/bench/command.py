@@ -185,8 +185,9 @@ def _print_headline(machine: Machine, data: BenchData, about: dict[str, Any]) ->
     md, available = data.store.metadata, machine.available_nbytes
     print(f"machine: {machine.cores:g} cores, {available / 1e9:.1f} GB of memory available; {machine.system}")
     print(
-        f"data: {data.nbytes / 1e9:.2f} GB in {data.n_samples:,} samples of {md.d_model} float32, layer {data.layer} "
-        f"of {list(md.layers)}; {about['n_batches']} batches of {about['batch_size']}, buffer of {about['buffer_size']}"
+        f"data: {data.nbytes / 1e9:.2f} GB in {data.n_samples:,} samples of {md.d_model} {md.dtype}, layer "
+        f"{data.layer} of {list(md.layers)}; {about['n_batches']} batches of {about['batch_size']}, buffer of "
+        f"{about['buffer_size']}"
     )
     if about["ignored_share"]:
         print(f"labels: those that are ignored stand on {about['ignored_share']:.2f} of the tokens")

@@ -167,7 +167,7 @@ def _machine(findings: Findings) -> list[str]:
         "of the control group",
         shm,
         files,
-        f"data: {vitals.nbytes / 1e9:.2f} GB in content tokens of {vitals.metadata.d_model} float32; "
+        f"data: {vitals.nbytes / 1e9:.2f} GB in content tokens of {vitals.metadata.d_model} {vitals.metadata.dtype}; "
         f"{findings.cached_before:.0%} of the shards' pages were in the page cache",
     ]
 

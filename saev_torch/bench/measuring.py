@@ -280,5 +280,6 @@ def _measure(cfg: ShuffledConfig, n_workers: int) -> MemoryUse:
             probes.append((i / n_batches, pss_nbytes(family()) + outside))
     tenths = [[nbytes for at, nbytes in probes if int(at * 10) == tenth] for tenth in range(10)]
     deciles = tuple(round(statistics.median(tenth)) for tenth in tenths if tenth)
-    batch_nbytes, peak_nbytes = cfg.batch_size * dataset.metadata.row_nbytes, max(nbytes for _, nbytes in probes)
+    batch_nbytes = cfg.batch_size * dataset.metadata.loaded_row_nbytes(cfg.act_dtype)
+    peak_nbytes = max(nbytes for _, nbytes in probes)
     return MemoryUse(n_workers, cfg.buffer_size, batch_nbytes, n_batches, deciles, peak_nbytes)

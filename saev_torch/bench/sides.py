@@ -112,11 +112,14 @@ class _Memmaps(Dataset[dict[str, Any]]):
         return self._data.n_samples
 
     @functools.cached_property
-    def _shards(self) -> list[NDArray[np.float32]]:
-        """A `[rows, d_model] float32` array for each file."""
+    def _shards(self) -> list[NDArray[Any]]:
+        """A `[rows, d_model]` array for each file, of what numpy calls the type that is stored."""
         md, store = self._md, self._data.store
         shapes = [(shard.n_examples * md.n_layers * md.tokens_per_example, md.d_model) for shard in store.shards]
         return [np.memmap(store.path(i), md.value_type.storage, "r", shape=s) for i, s in enumerate(shapes) if s[0]]
+
+    def _float32(self, act: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(act).view(getattr(torch, self._md.dtype)).float()
 
     def _locate(self, samples: Any) -> tuple[Any, Any]:
         """Shard and row in it."""
@@ -136,12 +139,12 @@ class MemmapBatches(_Memmaps):
     def __getitem__(self, samples: _Int64s) -> dict[str, Any]:
         samples = samples[np.argsort(self._locate(samples)[0], kind="stable")]
         shard, row = self._locate(samples)
-        act = np.empty((len(samples), self._md.d_model), dtype=np.float32)
+        act = np.empty((len(samples), self._md.d_model), dtype=self._md.value_type.storage)
         bounds = np.searchsorted(shard, np.arange(len(self._shards) + 1)).tolist()
         for rows, start, stop in zip(self._shards, bounds[:-1], bounds[1:], strict=True):
             # With the default mode numpy would make an array of its own first.
             np.take(rows, row[start:stop], axis=0, out=act[start:stop], mode="clip")
-        return {"act": torch.from_numpy(act), "index": torch.from_numpy(samples)}
+        return {"act": self._float32(act), "index": torch.from_numpy(samples)}
 
 
 class MemmapSamples(_Memmaps):
@@ -149,7 +152,7 @@ class MemmapSamples(_Memmaps):
 
     def __getitem__(self, sample: int) -> dict[str, Any]:
         shard, row = self._locate(sample)
-        return {"act": torch.from_numpy(np.array(self._shards[shard][row])), "index": sample}
+        return {"act": self._float32(np.array(self._shards[shard][row])), "index": sample}
 
 
 class IndexBatches(Sampler[_Int64s]):

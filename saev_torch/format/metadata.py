@@ -13,7 +13,7 @@ from typing import ClassVar, NoReturn
 import orjson
 
 from saev_torch.errors import FormatError, ShardsNotFoundError, UntrustedError, WriteError
-from saev_torch.format.dtypes import DTYPES, FLOAT32, ValueType
+from saev_torch.format.dtypes import DTYPES, FLOAT32, ValueType, loaded_type
 from saev_torch.format.files import NOT_SAVED, folders_with, read_json, short, write_atomic, writing
 from saev_torch.format.plain import as_plain
 from saev_torch.format.protocols import PROTOCOL, check_protocol, name_of_directory, read_fields
@@ -252,6 +252,10 @@ class Metadata:
     def row_nbytes(self) -> int:
         """Bytes of one activation: an example's token in a layer."""
         return self.d_model * self.value_type.nbytes
+
+    def loaded_row_nbytes(self, act_dtype: str) -> int:
+        """Bytes of one activation in memory, where a config has this `act_dtype`."""
+        return self.d_model * loaded_type(self.value_type, act_dtype).nbytes
 
     @property
     def example_nbytes(self) -> int:

@@ -81,7 +81,7 @@ class Selection:
         self.has_parts = isinstance(layer, tuple)
         self.sample_nbytes = self.n_parts * md.row_nbytes
         self.act_type = loaded_type(md.value_type, act_dtype)
-        self.act_nbytes = self.n_parts * md.d_model * self.act_type.nbytes
+        self.act_nbytes = self.n_parts * md.loaded_row_nbytes(act_dtype)
         self.n_special = int(md.cls_token)
         if tokens == "special" and not md.cls_token:
             raise ConfigError(

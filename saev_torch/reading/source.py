@@ -8,16 +8,18 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.format.dtypes import ValueType
-from saev_torch.reading.compiled import ConvertKernels, find_convert_kernels
 from saev_torch.reading.converting import convert_batch
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import Extents
+from saev_torch.reading.kernels import ConvertKernels, find_convert_kernels
 from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
 
 # No number of bytes, and no error.
 _PENDING = np.iinfo(np.int64).min
+# What is read at a time: it stays in the cache of the core until it is where it goes.
+_STAGE_NBYTES = 128 << 10
 
 
 class ConvertingReader(Reader):
@@ -34,6 +36,7 @@ class ConvertingReader(Reader):
         self.has_ring = reader.has_ring
         self._by = np.float32(by)
         self._convert_places, self._read_and_convert = kernels
+        self._stage = np.empty(_STAGE_NBYTES, dtype=np.uint8)
 
     def announce(self, extents: Extents, start: int, stop: int) -> None:
         """Let the other reader announce."""
@@ -57,11 +60,19 @@ class ConvertingReader(Reader):
             with self.opened(extents, first, last) as fds:
                 self.spot.set(functools.partial(_where, extents, first, got))
                 self._read_and_convert(
-                    fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part],
-                    extents.nbytes[part], got, extents.trash.ctypes.data, self._by,
+                    fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part], got,
+                    extents.trash.ctypes.data, self._by, self._stage,
                 )  # fmt: skip
             for i in np.flatnonzero(got != extents.nbytes[part]).tolist():
-                self._read_then_convert(extents, first + i, first + i + 1)
+                self._read_again(extents, first + i, int(got[i]))
+
+    def _read_again(self, extents: Extents, i: int, got: int) -> None:
+        """Read an extent of which `got` was returned."""
+        if got < 0:
+            self._finish_one(extents, i, -1, -got)
+            self._convert_places(extents.vectors_of(i, i + 1), extents.trash.ctypes.data, self._by)
+        else:
+            self._read_then_convert(extents, i, i + 1)
 
 
 def _where(extents: Extents, first: int, got: NDArray[np.int64]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, require_config, tell_counted_layers
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
@@ -181,7 +182,8 @@ def compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
 
     Without `n_sampled`, large data are sampled, others are read whole. The store is closed when it is measured.
-    Activations that cannot be scaled raise a `FormatError`.
+    Activations that cannot be scaled raise a `FormatError`, and those that would be too large for their type in memory a
+    `ConfigError`.
     """
     if n_sampled is None:
         md = store.metadata
@@ -189,9 +191,14 @@ def compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None
         n_sampled = _N_SAMPLED if nbytes > _MAX_FULL_NBYTES else None
     with contextlib.closing(store):
         # The epoch that follows finds in the page cache what was read for this.
-        return _compute(
-            store, selection.reading_with(Labels(store, selection).of_examples), n_sampled, is_only=False
-        ).scale
+        found = _compute(store, selection.reading_with(Labels(store, selection).of_examples), n_sampled, is_only=False)
+    largest, act_type = max(-found.total.min, found.total.max), selection.act_type
+    if largest * found.scale > torch.finfo(getattr(torch, act_type.name)).max:
+        raise ConfigError(
+            f"act_dtype: expected activations that {act_type.name} holds when they are scaled, got {largest:.6g} "
+            f"times {found.scale:.6g}; use act_dtype='float32'."
+        )
+    return found.scale
 
 
 def _compute(
