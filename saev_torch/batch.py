@@ -11,6 +11,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
+from saev_torch.processes.leaving import come_by
 from saev_torch.reading.leases import Lease
 from saev_torch.reading.slots import OpenBatch, Slot, attach
 from saev_torch.resume.state import batch_digest
@@ -157,6 +158,7 @@ def make_batch(
 def _receive(
     name: tuple[int, int, int, int], fields: tuple[_Field, ...], digest: int | None, number: int | None
 ) -> ActivationBatch:
+    come_by()
     batch = _from_memory(attach(*name), fields)
     batch._digest, batch.number = digest, number
     return batch

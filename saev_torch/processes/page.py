@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from saev_torch.processes.locks import renewed
+
 
 def is_spawning() -> bool:
     """Whether what is being pickled goes to a process that is being started."""
@@ -23,7 +25,7 @@ class _Here:
 
     def __init__(self) -> None:
         # A signal handler may ask for what its own thread is about to write.
-        self.lock = threading.RLock()
+        self.lock = renewed(threading.RLock())
 
 
 _here = _Here()

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ReadError, WorkerLostError
+from saev_torch.processes.locks import renewed
 from saev_torch.reading.leases import Lease, settle
 
 _HEADER = mmap.PAGESIZE
@@ -164,7 +165,7 @@ class SlotPool:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._pid, self._lock = os.getpid(), renewed(threading.Lock())
         self._slots: list[Slot] = []
 
     def acquire(self, keep: int) -> Slot:
@@ -204,7 +205,7 @@ def can_share() -> bool:
 
 
 _mapped: dict[int, dict[int, NDArray[np.uint8]]] = {}
-_mapped_lock = threading.Lock()
+_mapped_lock = renewed(threading.Lock())
 os.register_at_fork(after_in_child=_mapped.clear)
 os.register_at_fork(after_in_child=_sent.clear)
 

@@ -51,7 +51,7 @@ class ScalingReader(Reader):
             part = slice(first, last)
             got = np.full(last - first, _PENDING)
             with self.opened(extents, first, last) as fds:
-                self.spot.set(functools.partial(_where, extents, first, got))
+                self.spot.set(functools.partial(_where, extents, first, got), functools.partial(_n_pending, got))
                 self._read_and_scale(
                     fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part],
                     extents.nbytes[part], got, extents.trash.ctypes.data, self._by,
@@ -62,6 +62,10 @@ class ScalingReader(Reader):
 
 def _where(extents: Extents, first: int, got: NDArray[np.int64]) -> tuple[int, int]:
     return extents.where(first + int(np.argmax(got == _PENDING)))
+
+
+def _n_pending(got: NDArray[np.int64]) -> int:
+    return int(np.count_nonzero(got == _PENDING))
 
 
 @dataclasses.dataclass
