@@ -462,7 +462,8 @@ def test_a_lock_that_the_forking_thread_has_stays_its_own():
 
 _NO_IMPORTS = """
 import sys
-from saev_torch import IndexedConfig, IndexedDataset, OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig
+from saev_torch import IndexedConfig, IndexedDataset
+from saev_torch import OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig
 before = set(sys.modules)
 fields = {"shards": sys.argv[1], "layer": 5}
 list(ShuffledActivations(ShuffledConfig(batch_size=32, buffer_size=8, **fields)))
