@@ -6,6 +6,7 @@ comes by here, and at exit that is as far as it gets.
 
 import atexit
 import os
+import signal
 import sys
 import threading
 import time
@@ -133,7 +134,11 @@ def _leave() -> None:
             gate.close()
     _wait_for_consumers()
     # Workers of a plain DataLoader, which multiprocessing is about to end in the same way, but without a limit of time.
-    end_processes([one for one in active_children() if one.daemon and _may_read(one.pid)], _ASK_S)
+    workers = [one for one in active_children() if one.daemon and _may_read(one.pid)]
+    if workers and threading.current_thread() is threading.main_thread():
+        # torch's handler would raise an error for each that has to be killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    end_processes(workers, _ASK_S)
 
 
 atexit.register(_leave)
