@@ -246,7 +246,7 @@ def test_slow_reads_are_no_stall(request, where, n_workers, capfd):
 def test_every_read_of_a_call_counts(make_shards, monkeypatch):
     """Whoever looks sees another value after each of them, and where the thread is."""
     store, memory = ShardStore(make_shards(SPEC)), np.zeros((20, 8192), np.uint8)
-    extents = make_extents(np.zeros(20, np.int64), 3 * np.arange(20), memory.ctypes.data + 8192 * np.arange(20), 8192)
+    extents = make_extents(np.zeros(20, np.int64), 4 * np.arange(20), memory.ctypes.data + 8192 * np.arange(20), 8192)
     n, spot, seen, real = len(extents.nbytes), Spot(), [], reading._preadv
     assert n == 20
     monkeypatch.setattr(reading, "_preadv", lambda *args: (seen.append((spot.look(), spot.where())), real(*args))[1])
@@ -263,7 +263,7 @@ def test_every_read_of_a_ring_counts(make_shards):
     if ring is None:
         pytest.skip("there is no io_uring here")
     store, memory = ShardStore(make_shards(SPEC)), np.zeros((20, 8192), np.uint8)
-    extents = make_extents(np.zeros(20, np.int64), 3 * np.arange(20), memory.ctypes.data + 8192 * np.arange(20), 8192)
+    extents = make_extents(np.zeros(20, np.int64), 4 * np.arange(20), memory.ctypes.data + 8192 * np.arange(20), 8192)
     reader = RingReader(ring, store)
     reader.watch(extents, 0, 20)
     before = reader.spot.look()
