@@ -18,6 +18,7 @@ from saev_torch.format.metadata import Described
 from saev_torch.order.selection import IndexMap, Selection
 from saev_torch.order.steps import slot_nbytes
 from saev_torch.processes.counters import log_to_stderr
+from saev_torch.processes.leaving import come_by
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
@@ -148,6 +149,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         return self._read(numbers.astype(np.int64))
 
     def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> _Samples:
+        come_by()
         n, selection = len(samples), self._selection
         wrong = (samples < 0) | (samples >= len(self))
         if wrong.any():

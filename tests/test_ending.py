@@ -245,15 +245,18 @@ def report():
     print(leaving._consumers == leaving._parked != set(), flush=True)
 atexit.register(report)
 import torch
-from saev_torch import ShuffledActivations, ShuffledConfig, ShuffledDataLoader
+from saev_torch import IndexedConfig, IndexedDataset, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
 from saev_torch.processes import leaving
 kind, n_workers = sys.argv[2], int(sys.argv[3])
 cfg = ShuffledConfig(shards=sys.argv[1], layer=3, batch_size=16, buffer_size=4)
 options = {"num_workers": n_workers, "multiprocessing_context": "fork" if n_workers else None}
 if kind == "ready":
     loader = ShuffledDataLoader(cfg, **options)
-else:
+elif kind == "plain":
     loader = torch.utils.data.DataLoader(ShuffledActivations(cfg), batch_size=None, **options)
+else:
+    data_set = IndexedDataset(IndexedConfig(shards=sys.argv[1], layer=3))
+    loader = torch.utils.data.DataLoader(data_set, batch_size=16, **options)
 started = threading.Event()
 def train():
     n_steps = 0
@@ -269,8 +272,9 @@ started.wait(60)
 """
 
 
-@pytest.mark.parametrize("kind", ["ready", "plain"])
-@pytest.mark.parametrize("n_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("kind", "n_workers"), [("ready", 0), ("ready", 1), ("plain", 0), ("plain", 1), ("indexed", 0)]
+)
 def test_a_users_daemon_thread_is_at_rest_when_the_interpreter_goes(
     cfg: ShuffledConfig, kind: str, n_workers: int
 ) -> None:

@@ -118,21 +118,28 @@ def _join(processes: Sequence[process.BaseProcess], seconds: float) -> None:
 
 
 def _may_read(pid: int | None) -> bool:
-    """Whether a child process has pages of ours; nothing can be told of one that only its hanging threads keep."""
+    """Whether a child process may be a worker that reads: by pages of ours, or by the name that torch gives workers."""
     try:
-        maps = Path(f"/proc/{pid}/maps").read_text()
+        name, maps = Path(f"/proc/{pid}/comm").read_text(), Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return False
-    return not maps or "memfd:saev_torch" in maps
+    # Of one that has ended, but for threads that hang, no more can be told.
+    return not maps or "memfd:saev_torch" in maps or name.startswith("pt_data_worker")
+
+
+def _close_gates() -> None:
+    for gate in members(_gates):
+        if gate.close is not None:
+            gate.close()
 
 
 def _leave() -> None:
     global _is_exiting
     _is_exiting = True
-    for gate in members(_gates):
-        if gate.close is not None:
-            gate.close()
+    _close_gates()
     _wait_for_consumers()
+    # What was only just being opened.
+    _close_gates()
     # Workers of a plain DataLoader, which multiprocessing is about to end in the same way, but without a limit of time.
     workers = [one for one in active_children() if one.daemon and _may_read(one.pid)]
     if workers and threading.current_thread() is threading.main_thread():

@@ -23,10 +23,12 @@ class _Leaving:
 
     def __init__(self, worker: BaseProcess, deadline: float) -> None:
         self._worker, self._deadline = worker, deadline
-        self.is_alive, self.terminate = worker.is_alive, worker.terminate
 
     def join(self, timeout: float) -> None:
         self._worker.join(min(timeout, max(0.0, self._deadline - time.monotonic())))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
 
 
 class WorkerBatches(_MultiProcessingDataLoaderIter):
