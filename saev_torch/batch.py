@@ -15,6 +15,7 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
+from saev_torch.processes.leaving import come_by
 from saev_torch.reading.leases import Lease
 from saev_torch.reading.received import attach
 from saev_torch.reading.regions import Name
@@ -160,6 +161,7 @@ def make_batch(opened: OpenBatch, selection: Selection, label_key: str = "token_
 
 
 def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number: int | None) -> ActivationBatch:
+    come_by()
     batch = _from_memory(attach(*name), fields)
     batch._digest, batch.number = digest, number
     return batch

@@ -251,10 +251,11 @@ class ShuffledConfig(_Config):
         n_threads: Reading threads per process.
         buffer_size: Batches held for shuffling by the whole job, however many workers and ranks it has.
         min_buffer_fill: Share of its buffer (0.0 to 1.0) that a process loads before its first batch.
-        batch_timeout_s: Seconds to wait for a batch before `StalledReadError`.
+        batch_timeout_s: Seconds without a batch, and without a read that finishes, before `StalledReadError`.
         seed: Seed of the order.
         debug: Log what is opened and read.
-        log_every_s: Seconds between two lines of progress in the log, with `debug`.
+        log_every_s: Seconds between two lines of progress in the log, with `debug`; and between two warnings while a
+            batch is waited for so long.
         use_tmpdir: Read from a copy under `$TMPDIR`, made once per machine; without `$TMPDIR` warn, and read in place.
         n_lanes: Independent parts of the shuffle. A reading process serves whole lanes, so the number of reading
             processes (ranks times workers) should divide it.

@@ -38,7 +38,7 @@ class ReadError(SaevTorchError, OSError):
 
 
 class StalledReadError(SaevTorchError, TimeoutError):
-    """No batch could be made within `batch_timeout_s`, because a read did not return."""
+    """No batch came and no read finished within `batch_timeout_s`: one does not return."""
 
 
 class WorkerLostError(SaevTorchError, RuntimeError):

@@ -22,6 +22,7 @@ from saev_torch.order.steps import slot_nbytes
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.order.weighted import WeightedDraw
 from saev_torch.processes.counters import log_to_stderr
+from saev_torch.processes.leaving import come_by
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
@@ -169,6 +170,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         return labels
 
     def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> Samples:
+        come_by()
         n, selection = len(samples), self._selection
         slot = self._acquire(n)
         try:

@@ -250,7 +250,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             try:
                 while True:
                     with gate:
-                        opened = engine.next_batch()
+                        opened = engine.next_batch(watch.wait)
                         if opened is None:
                             break
                         watch.count(opened.size, engine.batches.waits, engine.batches.fill)

@@ -14,7 +14,10 @@ from saev_torch.errors import EndedError, SaevTorchError
 from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
 from saev_torch.processes.counters import Reservoir
 from saev_torch.processes.epochs import PLACE
+from saev_torch.processes.leaving import come_by
+from saev_torch.processes.locks import members, renewed
 from saev_torch.processes.page import SharedPage
+from saev_torch.processes.workers import WorkerBatches, end_workers
 from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
@@ -131,10 +134,16 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         self._counted = iteration
         return iterator, iteration
 
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        return WorkerBatches(self, self.counters)
+
     def __iter__(self) -> Any:
         if self.persistent_workers:
             # There is one set of workers, which is about to begin anew.
-            for other in tuple(self._running):
+            for other in members(self._running):
                 other.give_way()
         batches = CountedBatches(*self._begin())
         self._running.add(batches)
@@ -166,7 +175,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         wait for a batch, the iteration ends when that has come.
         """
         iterator, self._iterator = self._iterator, None
-        running = tuple(self._running)
+        running = members(self._running)
         self._forget_iterations()
         for batches in running:
             if not batches.shut_down() and batches.iterator is iterator:
@@ -179,13 +188,8 @@ def _end(iterator: Any) -> None:
     """End an iterator of torch, with its workers or threads."""
     if not hasattr(iterator, "_shutdown_workers"):
         iterator._dataset_fetcher.dataset_iter.close()
-        return
-    iterator._shutdown_workers()
-    for worker in iterator._workers:
-        if worker.is_alive():
-            # One that was stopped does not see torch's SIGTERM, and would be waited for when this process exits.
-            worker.kill()
-            worker.join()
+    else:
+        iterator._shutdown_workers()
 
 
 def _end_unfinished(err: BaseException) -> None:
@@ -197,10 +201,8 @@ def _end_unfinished(err: BaseException) -> None:
         if hasattr(iterator, "_workers_done_event") and hasattr(iterator, "_workers"):
             iterator._shutdown = True
             # The latest may not have come to the others yet.
-            for worker in {*iterator._workers, found.get("w", None)} - {None}:
-                if worker.pid is not None:
-                    worker.kill()
-                    worker.join()
+            workers = {*iterator._workers, found.get("w", None)} - {None}
+            end_workers([worker for worker in workers if worker.pid is not None])
         traceback = traceback.tb_next
 
 
@@ -214,11 +216,12 @@ class CountedBatches(Iterator[ActivationBatch]):
         self.iterator, self.iteration = iterator, iteration
         self._failure: Exception | None = None
         # A signal handler gets it while its own thread has it, and then sees that it is busy.
-        self._lock = threading.RLock()
+        self._lock = renewed(threading.RLock())
         self._thread: int | None = None
         self._is_busy = self._ends = False
 
     def __next__(self) -> Any:
+        come_by()
         with self._lock:
             if self._failure is not None:
                 raise self._failure

@@ -1,6 +1,8 @@
 // A file system that shows the files of one directory, past the page cache, and answers every read short.
 // It speaks the kernel's protocol itself, so that nothing but a compiler is needed.
 // Arguments: the directory, and where it is mounted. It ends when it is unmounted.
+// With a third one, a file, answers are whole, and it says how they come, also later on: "hang NAME" for never where
+// the name of the file that is read has NAME in it, "slow MICROSECONDS" for so much later, one after the other.
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -17,7 +19,7 @@
 
 static char names[MAX_FILES][256];
 static int n_files, device;
-static const char *source;
+static const char *source, *control;
 
 static void answer(const struct fuse_in_header *in, int error, const void *data, size_t size) {
     static char out[1 << 20];
@@ -89,7 +91,15 @@ static void serve(struct fuse_in_header *in, char *body) {
     }
     case FUSE_READ: {
         struct fuse_read_in *asked = (void *)body;
-        size_t size = asked->size > MOST ? MOST : asked->size;
+        size_t most = control ? sizeof data : MOST, size = asked->size > most ? most : asked->size;
+        char how[16] = "", what[256] = "";
+        FILE *file = control ? fopen(control, "r") : NULL;
+        if (file) {
+            if (fscanf(file, "%15s %255s", how, what) < 2) how[0] = 0;
+            fclose(file);
+        }
+        if (!strcmp(how, "hang") && strstr(names[in->nodeid - 2], what)) break;
+        if (!strcmp(how, "slow")) usleep(atoi(what));
         ssize_t n = pread(asked->fh, data, size, asked->offset);
         answer(in, n < 0 ? -errno : 0, data, n < 0 ? 0 : n);
         break;
@@ -144,6 +154,7 @@ int main(int argc, char **argv) {
     static char request[1 << 20];
     char options[128];
     source = argv[1];
+    if (argc > 3) control = argv[3];
     DIR *dir = opendir(source);
     struct dirent *found;
     while (dir && (found = readdir(dir)) && n_files < MAX_FILES)

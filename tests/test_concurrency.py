@@ -1,12 +1,18 @@
 """Several loaders at once, in one process, in threads, in workers; data sets copied, and used after a shutdown."""
 
+import ast
+import contextlib
 import copy
 import dataclasses
 import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import contracts
 import factory
@@ -14,8 +20,11 @@ import pytest
 from conftest import PATIENCE_S
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+import saev_torch
 from saev_torch import IndexedConfig, IndexedDataset, OrderedConfig, ReadError, ShuffledActivations, ShuffledConfig
+from saev_torch.processes import locks
 from saev_torch.reading import engine as engine_module
+from saev_torch.reading import slots
 
 SPEC = factory.Spec(n_examples=60, content_tokens=8, cls=False, layers=(0, 5), d_model=8, examples_per_shard=13)
 FIELDS = {"layer": 5, "batch_size": 32, "buffer_size": 8}
@@ -344,3 +353,133 @@ def test_rows_go_to_slots_of_this_process_only(cfg, monkeypatch, shift):
     monkeypatch.setattr(engine_module, "place", place)
     with pytest.raises(ReadError, match="expected rows to go to batches of this process, got an address elsewhere"):
         list(contracts.make_data_set(cfg))
+
+
+# Locks that another thread has when a process is forked
+
+
+def in_time(target):
+    """Run in a forked child, which is killed where it hangs."""
+    return fork(lambda: (signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.alarm(30), target()))
+
+
+@contextlib.contextmanager
+def held(lock):
+    """Let another thread have a lock."""
+    has, go_on = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            has.set()
+            go_on.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has.wait(60)
+    yield
+    go_on.set()
+    thread.join(60)
+
+
+def test_every_lock_is_renewed_in_a_child():
+    """Of a kind that knows how, and by the one way: conditions share such a lock."""
+    makers, found = {"Lock", "RLock", "Semaphore", "BoundedSemaphore", "Barrier", "Condition"}, 0
+    for path in sorted(Path(saev_torch.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        renewed = {id(node.args[0]) for node in calls if ast.unparse(node.func).endswith("renewed") and node.args}
+        for node in calls:
+            name = ast.unparse(node.func).removeprefix("threading.")
+            if name in makers and not (name == "Condition" and node.args):
+                assert id(node) in renewed, f"{path.name}:{node.lineno}: {ast.unparse(node)} is not renewed"
+                found += 1
+    assert found >= 8
+
+
+def test_all_locks_are_free_in_a_child(cfg):
+    data_set, loader = contracts.make_data_set(cfg), contracts.make_ready(cfg)
+    batches = [iter(data_set), iter(loader)]
+    for one in batches:
+        next(one)
+    known = list(locks._locks)
+    assert len(known) > 5
+    with contextlib.ExitStack() as stack:
+        for lock in known:
+            # Threads of ours may have some for a moment, and go on in this process.
+            stack.enter_context(held(lock))
+        free = []
+        pid = in_time(lambda: (free.extend(lock.acquire(timeout=1) for lock in known), check(free, len(known))))
+    assert_ends_well(pid)
+    loader.shutdown()
+
+
+def check(free, n):
+    assert free == [True] * n
+
+
+@pytest.mark.parametrize("where", ["_lock", "_mapped_lock"])
+def test_random_access_in_a_child_that_was_forked_while_a_thread_read(shards, where, monkeypatch):
+    # So that batches come in shared memory.
+    monkeypatch.setattr("saev_torch.indexed._MIN_PARALLEL", 1)
+    data_set = IndexedDataset(IndexedConfig(shards=shards, layer=5))
+    wanted = data_set.__getitems__(range(40)).batch["act"]
+    lock = data_set._store._lock if where == "_lock" else slots._mapped_lock
+
+    def read():
+        assert data_set.__getitems__(range(40)).batch["act"].equal(wanted)
+        for batch in DataLoader(data_set, batch_size=100, num_workers=1, multiprocessing_context="fork"):
+            assert len(batch["act"])
+
+    with held(lock):
+        pid = in_time(read)
+    assert_ends_well(pid)
+
+
+def test_workers_fork_while_a_thread_reads_more_shards_than_are_held_open(make_shards, monkeypatch):
+    monkeypatch.setattr("saev_torch.reading.store._MAX_OPEN", 4)
+    data_set = IndexedDataset(
+        IndexedConfig(shards=make_shards(dataclasses.replace(SPEC, examples_per_shard=2)), layer=5)
+    )
+    over = threading.Event()
+
+    def read():
+        while not over.is_set():
+            data_set.__getitems__(range(0, len(data_set), 7))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        for _ in range(4):
+            loader = DataLoader(data_set, batch_size=100, num_workers=2, multiprocessing_context="fork", timeout=30)
+            assert sum(len(batch["act"]) for batch in loader) == len(data_set)
+    finally:
+        over.set()
+        thread.join(60)
+
+
+def test_a_lock_that_the_forking_thread_has_stays_its_own():
+    lock = locks.renewed(threading.RLock())
+    with lock:
+        pid = in_time(lambda: lock.release())
+    assert_ends_well(pid)
+
+
+_NO_IMPORTS = """
+import sys
+from saev_torch import IndexedConfig, IndexedDataset
+from saev_torch import OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig
+before = set(sys.modules)
+fields = {"shards": sys.argv[1], "layer": 5}
+list(ShuffledActivations(ShuffledConfig(batch_size=32, buffer_size=8, **fields)))
+list(OrderedActivations(OrderedConfig(batch_size=32, **fields)))
+IndexedDataset(IndexedConfig(**fields)).__getitems__(range(400))
+print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_reading_imports_nothing(shards):
+    """A module that a thread imports while another forks has a lock that nobody gives back in the child."""
+    done = subprocess.run(
+        [sys.executable, "-c", _NO_IMPORTS, str(shards)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")

@@ -20,6 +20,7 @@ from torch.utils.data import get_worker_info
 
 from saev_torch import EndedError, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
 from saev_torch.loaders import CountedBatches
+from saev_torch.processes import leaving
 
 COPIES = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy": copy.copy, "deepcopy": copy.deepcopy}
 WORKERS = [(0, False), (2, False), (2, True)]
@@ -247,3 +248,64 @@ def test_no_thread_of_ours_runs_when_the_interpreter_goes(cfg: ShuffledConfig) -
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+_WITH_A_DAEMON = """
+import atexit, os, sys, threading
+def report():
+    # The last that is called: the user's thread is where nothing wakes it any more.
+    print(leaving._consumers == leaving._parked != set(), flush=True)
+atexit.register(report)
+import torch
+from saev_torch import IndexedConfig, IndexedDataset, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
+from saev_torch.processes import leaving
+kind, n_workers = sys.argv[2], int(sys.argv[3])
+cfg = ShuffledConfig(shards=sys.argv[1], layer=3, batch_size=16, buffer_size=4)
+options = {"num_workers": n_workers, "multiprocessing_context": "fork" if n_workers else None}
+if kind == "ready":
+    loader = ShuffledDataLoader(cfg, **options)
+elif kind == "plain":
+    loader = torch.utils.data.DataLoader(ShuffledActivations(cfg), batch_size=None, **options)
+else:
+    data_set = IndexedDataset(IndexedConfig(shards=sys.argv[1], layer=3))
+    loader = torch.utils.data.DataLoader(data_set, batch_size=16, **options)
+started = threading.Event()
+def train():
+    n_steps = 0
+    while True:
+        for batch in loader:
+            # Long enough that it is in native code most of the time.
+            (torch.ones(400, 400) @ torch.ones(400, 400)).sum()
+            n_steps += 1
+            if n_steps == 5:
+                started.set()
+threading.Thread(target=train, daemon=True).start()
+started.wait(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_workers"), [("ready", 0), ("ready", 1), ("plain", 0), ("plain", 1), ("indexed", 0)]
+)
+def test_a_users_daemon_thread_is_at_rest_when_the_interpreter_goes(
+    cfg: ShuffledConfig, kind: str, n_workers: int
+) -> None:
+    """Else torch's native code, which it then comes out of, aborts the process: 10 of 120 times."""
+    command = [sys.executable, "-c", _WITH_A_DAEMON, str(cfg.shards), kind, str(n_workers)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_a_thread_that_waits_for_another_does_not_keep_the_interpreter() -> None:
+    """As one that puts batches into a queue which nobody empties."""
+    frames: list[Any] = []
+    go_on = threading.Event()
+    thread = threading.Thread(target=lambda: go_on.wait(60))
+    thread.start()
+    while not frames or frames[0].f_code.co_name != "wait":
+        frames[:] = [sys._current_frames()[thread.ident or 0]]
+    assert not leaving._is_busy(frames[0])
+    assert leaving._is_busy(sys._getframe())
+    go_on.set()
+    thread.join(20)
+    frames.clear()

@@ -89,7 +89,7 @@ def read(store, shards, rows, row_nbytes, task_nbytes=1 << 30):
     extents = make_extents(shards, rows, places, row_nbytes)
     notes, reader = [], make_reader(store)
     set_spot = reader.spot.set
-    reader.spot.set = lambda where: (notes.append(where()), set_spot(where))
+    reader.spot.set = lambda where, *args: (notes.append(where()), set_spot(where, *args))
     for start, stop in extents.cut(task_nbytes):
         reader.read(extents, start, stop)
     assert reader.spot.where is None

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ _N_ROWS = 256
 _WAITS = {"wait_disk": "disk_s", "wait_plan": "plan_s", "wait_consumer": "consumer_s"}
 # 1 more than the rank, 0 where a row is not in use; it is active for the process of that number, and began on the clock
 # that all processes of a machine share.
-_INTEGERS = ("rank", "is_active", "n_samples", "nbytes")
+# The beat goes on while a batch is waited for and reads finish.
+_INTEGERS = ("rank", "is_active", "n_samples", "nbytes", "beat")
 _FLOATS = ("began", "fill", *_WAITS.values())
 _ROW = np.dtype([*((name, np.int64) for name in _INTEGERS), *((name, np.float64) for name in _FLOATS)])
 _SUMS = ("n_samples", "nbytes", *_WAITS.values())
@@ -63,6 +65,11 @@ class Counters:
         found["fill"] = float(active["fill"].sum()) / max(1, len(active))
         found["began"] = float((active if len(active) else mine)["began"].min(initial=np.inf))
         return found
+
+    def beats(self, pids: list[int]) -> list[int]:
+        """The beats of the readers in some processes: others than before where reads have finished there meanwhile."""
+        beats: list[int] = self._rows["beat"][np.isin(self._rows["is_active"], pids)].tolist()
+        return beats
 
     def rates(self, rank: int) -> dict[str, float]:
         """Rates of the readers of a rank since the last call, or since the iteration began.
@@ -117,16 +124,19 @@ def log_to_stderr() -> None:
 
 @dataclasses.dataclass
 class Waits:
-    """What an engine waited for, in seconds since it began, and the bytes of activations that it handed out.
+    """What an engine waited for, in seconds since it began, and the bytes of activations that it handed out and read.
 
     The consumer waited while reads were under way (`disk_s`), or while it was being worked out what to read (`plan_s`);
-    or nothing was left to read until the consumer took a batch (`consumer_s`).
+    or nothing was left to read until the consumer took a batch (`consumer_s`). `n_events` counts what has been planned
+    and what has been read.
     """
 
     disk_s: float = 0.0
     plan_s: float = 0.0
     consumer_s: float = 0.0
     nbytes: int = 0
+    n_read: int = 0
+    n_events: int = 0
 
 
 class Watch:
@@ -137,6 +147,7 @@ class Watch:
         self._pid = os.getpid()
         self._waits = Waits()
         self._n_samples = 0
+        self._told_s = 0.0
         self._began = self._logged = time.monotonic()
 
     def count(self, n_samples: int, waits: Waits, fill: float) -> None:
@@ -160,6 +171,18 @@ class Watch:
             self._name, self._n_samples / spent, waits.nbytes / spent / 1e9,
             ", ".join(f"{name} {100 * seconds / spent:.0f}%" for name, seconds in shares.items()),
         )  # fmt: skip
+
+    def wait(self, goes_on: bool, waited_s: float, describe: Callable[[], str]) -> None:
+        """Note that a batch has been awaited for so long, and whether reads finish; the log tells what is waited for.
+
+        It does so at most every so many seconds, and never where batches come faster.
+        """
+        if goes_on:
+            self._row["beat"] += 1
+        self._told_s = min(self._told_s, waited_s)
+        if waited_s - self._told_s >= self._every_s:
+            self._told_s = waited_s
+            _log.warning("%s: no batch for %.0f s; %s", self._name, waited_s, describe())
 
     def stop(self) -> None:
         """Note that the iteration ended; in a forked child, that of the parent goes on."""

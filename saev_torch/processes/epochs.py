@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from saev_torch.processes.locks import members
 from saev_torch.processes.page import SharedPage, is_spawning
 
 _N_ROWS = 32
@@ -33,7 +34,7 @@ _counters: "weakref.WeakSet[EpochCounter]" = weakref.WeakSet()
 def _move_all() -> None:
     # What is forked now may be a worker, which shares the memory.
     if get_worker_info() is None:
-        for counter in tuple(_counters):
+        for counter in members(_counters):
             counter._move()
 
 

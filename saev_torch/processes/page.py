@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import memory_file
 
 _SHEET_NBYTES = 1 << 20
@@ -64,7 +65,7 @@ class _Here:
 
     def __init__(self) -> None:
         # A signal handler may ask for what its own thread is about to write.
-        self.lock = threading.RLock()
+        self.lock = renewed(threading.RLock())
         # It goes with its last page.
         self._sheet: weakref.ref[_Sheet] | None = None
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saev_torch.errors import StalledReadError
+from saev_torch.errors import EndedError, StalledReadError
 from saev_torch.order.steps import Step
 from saev_torch.processes.counters import Waits
+from saev_torch.processes.locks import renewed
+from saev_torch.reading.patience import Patience
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool
 
 _N_SPARE = 2
@@ -35,12 +37,12 @@ class Batches:
     one is handed out. `waits` tells what was waited for.
     """
 
-    def __init__(self, pool: SlotPool, max_open: int, timeout_s: float, n_fills: int) -> None:
+    def __init__(self, pool: SlotPool, max_open: int, n_fills: int) -> None:
         self.open: dict[int, OpenBatch] = {}
         self.waits = Waits()
-        self._pool, self._max_open, self._timeout_s = pool, max_open, timeout_s
+        self._pool, self._max_open = pool, max_open
         self._fills_wanted = n_fills
-        self._lock = threading.Lock()
+        self._lock = renewed(threading.Lock())
         self._has_room = threading.Condition(self._lock)
         self._has_batch = threading.Condition(self._lock)
         # Steps in order; the batches that are complete after each follow when its tasks are done.
@@ -90,6 +92,7 @@ class Batches:
         """A step begins; its batches have been opened."""
         with self._lock:
             self._running.append(running)
+            self.waits.n_events += 1
             self._has_batch.notify_all()
 
     def finish_scheduling(self) -> None:
@@ -100,10 +103,12 @@ class Batches:
 
     # The threads that read
 
-    def finish_task(self, running: Running) -> None:
-        """A task of a step is done."""
+    def finish_task(self, running: Running, nbytes: int = 0) -> None:
+        """A task of a step is done, which has read so many bytes of activations."""
         with self._lock:
             running.n_tasks -= 1
+            self.waits.n_events += 1
+            self.waits.n_read += nbytes
             if not running.n_tasks:
                 self._n_loaded += running.n_samples
                 self._has_batch.notify_all()
@@ -116,43 +121,57 @@ class Batches:
 
     # The consumer
 
-    def take(self, sample_nbytes: int, describe_stall: Callable[[], str]) -> OpenBatch | None:
-        """Wait for the next batch; None after the last. `describe_stall` says what is read where none comes in time."""
-        began = time.monotonic()
-        with self._lock:
-            while True:
-                if self._error is not None:
-                    raise self._error
-                while self._running and not self._running[0].n_tasks:
-                    done = self._running.popleft().step
-                    self._fills_wanted -= done.fills
-                    self._ready.extend(done.batches)
-                finished = self._all_scheduled and not self._running
-                filled = self._fills_wanted <= 0 or finished or (self._is_full and not self._running)
-                if self._ready and filled:
-                    self._fills_wanted = 0
-                    opened = self.open.pop(self._ready.popleft())
-                    self._taken.append(opened.slot)
-                    self._n_loaded -= opened.size
-                    self.waits.nbytes += opened.size * sample_nbytes
-                    self._has_room.notify()
+    def take(self, sample_nbytes: int, make_patience: Callable[[], Patience]) -> OpenBatch | None:
+        """Wait for the next batch; None after the last.
+
+        Raises `StalledReadError` when patience is over, `EndedError` where `stop` was called, and else what ended a
+        thread.
+        """
+        patience: Patience | None = None
+        while True:
+            with self._lock:
+                is_there, opened = self._find(sample_nbytes)
+                if is_there:
                     return opened
-                if finished:
-                    return None
-                left = began + self._timeout_s - time.monotonic()
-                if left <= 0:
-                    self._error = StalledReadError(
-                        f"batch_timeout_s: expected a batch within {self._timeout_s} s, got none: "
-                        f"{describe_stall()}. Check the file system, or raise batch_timeout_s."
-                    )
+                if patience is None:
+                    patience = make_patience()
+                if patience.is_over:
+                    self._error = patience.error()
                     raise self._error
-                waited = time.monotonic()
-                self._has_batch.wait(min(left, threading.TIMEOUT_MAX))
-                waited = time.monotonic() - waited
-                if self._running:
-                    self.waits.disk_s += waited
-                else:
-                    self.waits.plan_s += waited
+                waited_s = self._wait(patience.step_s)
+            patience.note(waited_s)
+
+    def _find(self, sample_nbytes: int) -> tuple[bool, OpenBatch | None]:
+        """Whether there is something to be taken, and what; None where nothing follows."""
+        if self._error is not None:
+            raise self._error
+        if self._stopped:
+            raise EndedError("next: expected an iteration that goes on, got one that was ended; iterate anew.")
+        while self._running and not self._running[0].n_tasks:
+            done = self._running.popleft().step
+            self._fills_wanted -= done.fills
+            self._ready.extend(done.batches)
+        finished = self._all_scheduled and not self._running
+        filled = self._fills_wanted <= 0 or finished or (self._is_full and not self._running)
+        if not self._ready or not filled:
+            return finished, None
+        self._fills_wanted = 0
+        opened = self.open.pop(self._ready.popleft())
+        self._taken.append(opened.slot)
+        self._n_loaded -= opened.size
+        self.waits.nbytes += opened.size * sample_nbytes
+        self._has_room.notify()
+        return True, opened
+
+    def _wait(self, step_s: float) -> float:
+        began = time.monotonic()
+        self._has_batch.wait(step_s)
+        waited_s = time.monotonic() - began
+        if self._running:
+            self.waits.disk_s += waited_s
+        else:
+            self.waits.plan_s += waited_s
+        return waited_s
 
     @property
     def fill(self) -> float:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 from saev_torch.errors import ReadError
+from saev_torch.processes.locks import renewed
 from saev_torch.reading.reader import Pace, Reader, Spot
 
 # Reads are announced so many tasks ahead.
@@ -76,7 +77,7 @@ class Crew:
         more: Iterator[Task] | None = None,
     ) -> None:
         self._pace, self._open_reader, self._on_error, self._more = pace, open_reader, on_error, more
-        self._has_task = threading.Condition()
+        self._has_task = threading.Condition(renewed(threading.RLock()))
         self._tasks: collections.deque[Task] = collections.deque()
         self.spots: list[Spot] = []
         self._stopped = False

@@ -21,6 +21,7 @@ from saev_torch.reading.crew import Crew, Task, guarded, start_threads
 from saev_torch.reading.direct import reads_past_cache
 from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
 from saev_torch.reading.labels import Labels
+from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.slots import OpenBatch, make_pool
 from saev_torch.reading.source import Source
@@ -28,6 +29,8 @@ from saev_torch.reading.source import Source
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
 _TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
 _TASKS_PER_THREAD = 2
+# How long all threads together have to leave what they are at; one that waits for a disk may never do so.
+_LEAVE_S, _STALLED_S = 5.0, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +73,11 @@ class Engine:
         self._scheduler_spot = Spot()
         pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), selection.act_nbytes))
         max_open = count_open_slots(plan, share, options.buffer_size)
-        self.batches = Batches(pool, max_open, options.timeout_s, options.n_fills)
+        self.batches = Batches(pool, max_open, options.n_fills)
         pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
         self._crew = Crew("saev_torch reader", options.n_threads, pace, self._source.open_reader, fail)
+        self._crew.spots.append(self._scheduler_spot)
+        self._reads = Reads(self._store, self._crew.spots, self.batches.waits)
         guard = functools.partial(guarded, self._schedule, fail)
         scheduler = threading.Thread(target=guard, name="saev_torch scheduler", daemon=True)
         self._threads = [scheduler, *self._crew.threads]
@@ -87,7 +92,7 @@ class Engine:
     def _schedule(self) -> None:
         spot, is_only = self._scheduler_spot, self._options.is_only
         self._source.past_cache = reads_past_cache(self._store, self._selection, is_only, spot)
-        spot.where = None
+        spot.clear()
         for step in self._steps:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -136,7 +141,7 @@ class Engine:
         self, extents: Extents, start: int, stop: int, placed: Placed, running: Running, reader: Reader
     ) -> None:
         reader.read(extents, start, stop)
-        self.batches.finish_task(running)
+        self.batches.finish_task(running, int(extents.nbytes[start:stop].sum()))
 
     def _read_labels(self, placed: Placed, running: Running, reader: Reader) -> None:
         placed.deal_labels(self._labels.of_cells(self._selection, placed.cells, reader.spot))
@@ -144,26 +149,19 @@ class Engine:
 
     # The consumer
 
-    def next_batch(self) -> OpenBatch | None:
+    def next_batch(self, on_wait: OnWait | None = None) -> OpenBatch | None:
         """Take the next batch, and hold its slot; None after the last.
 
-        Raises `StalledReadError` where no batch comes in time, `ReadError` in a process that was forked from the one
-        that made the engine, and else what ended a thread.
+        Raises `StalledReadError` where no batch comes and no read finishes in time, `ReadError` in a process that was
+        forked from the one that made the engine, and else what ended a thread.
         """
         if self._pid != os.getpid():
             raise ReadError(
                 f"{self._store.shards_dir}: expected an iteration of this process, {os.getpid()}, got one of process "
                 f"{self._pid}, which forked this one: the threads that read are not here; iterate anew."
             )
-        return self.batches.take(self._selection.sample_nbytes, self._describe_stall)
-
-    def _describe_stall(self) -> str:
-        now, reads = time.monotonic(), []
-        for spot in [self._scheduler_spot, *self._crew.spots]:
-            if (where := spot.where) is not None:
-                shard, offset = where()
-                reads.append(f"{self._store.path(shard)} at offset {offset} for {now - spot.since:.1f} s")
-        return "reading " + "; ".join(reads) if reads else "no read is under way, so the machine is overloaded"
+        make_patience = functools.partial(Patience, self._options.timeout_s, self._reads, on_wait)
+        return self.batches.take(self._selection.sample_nbytes, make_patience)
 
     def close(self) -> None:
         """Stop the threads, and give unused memory and descriptors back. May be called twice."""
@@ -177,7 +175,8 @@ class Engine:
             return
         self.batches.stop()
         self._crew.stop()
+        deadline = time.monotonic() + (_STALLED_S if self.batches.is_stalled else _LEAVE_S)
         for thread in self._threads:
-            thread.join(0.1 if self.batches.is_stalled else 5.0)
+            thread.join(max(0.0, deadline - time.monotonic()))
         self.batches.release(not any(thread.is_alive() for thread in self._threads))
         self._store.close()

@@ -10,6 +10,7 @@ from saev_torch.errors import LabelsNotFoundError
 from saev_torch.format.shards import LABELS_NAME, identify
 from saev_torch.order.runs import expand_runs, find_runs
 from saev_torch.order.selection import Selection, labels_changed
+from saev_torch.processes.locks import renewed
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Spot
 from saev_torch.reading.store import LABELS_IDX, ShardStore
@@ -32,7 +33,7 @@ class Labels:
         self.store = store
         self._width = store.metadata.content_tokens_per_example
         self._nbytes = store.metadata.n_examples * self._width
-        self._lock = threading.Lock()
+        self._lock = renewed(threading.Lock())
         self._kept: _Labels | None = None
         self._selection: Selection | None = None
         self._identity = None if store.identities is None else tuple(store.identities[LABELS_IDX].tolist())

@@ -17,6 +17,7 @@ from saev_torch.format.files import open_regular, short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import identify
 from saev_torch.order.runs import find_runs
+from saev_torch.processes.locks import renewed
 
 _Int64s = NDArray[np.int64]
 
@@ -49,13 +50,13 @@ class Mask:
             raise FormatError(f"{self.path}: expected {expected} bytes, got {stat.st_size}; make the mask again.")
         self._nbytes = expected - self._start
         self._kept: NDArray[np.bool_] | None = None
-        self._lock = threading.Lock()
+        self._lock = renewed(threading.Lock())
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_lock": None, "_kept": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=renewed(threading.Lock()))
 
     def _check_header(self, raw: bytes, shape: tuple[int, int]) -> int:
         """Check the header; where the values begin."""

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import operator
 import os
 import threading
 import time
@@ -32,6 +33,8 @@ _SLOW_NBYTES_PER_S = 1.5e9
 _CALL_S = 20e-6
 # Threads beyond the number of cores begin to read when one of the others takes this long.
 _HELP_AFTER_S = 0.02
+# What was announced is read before what is asked for later: no more than takes so long, or is this little.
+_ANNOUNCED_S, _MIN_ANNOUNCED_NBYTES = 0.25, 1 << 20
 
 _preadv = ctypes.CDLL(None, use_errno=True).preadv
 _preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
@@ -43,15 +46,26 @@ class Spot:
     """Where a thread is reading, for the message about a read that does not return.
 
     `where` tells, also another thread, the shard and the byte offset; it is None while nothing is read. `since` is when
-    it was set, on the clock of `time.monotonic`.
+    it was set, on the clock of `time.monotonic`. Where it stands for many reads, `count` is another number whenever one
+    of them has finished.
     """
 
     where: Callable[[], tuple[int, int]] | None = None
     since: float = 0.0
+    count: Callable[[], int] | None = None
 
-    def set(self, where: Callable[[], tuple[int, int]]) -> None:
-        """A read begins."""
-        self.where, self.since = where, time.monotonic()
+    def set(self, where: Callable[[], tuple[int, int]], count: Callable[[], int] | None = None) -> None:
+        """A read begins, or many."""
+        self.where, self.count, self.since = where, count, time.monotonic()
+
+    def clear(self) -> None:
+        """Nothing is read any more."""
+        self.where = self.count = None
+
+    def look(self) -> tuple[float, bool, int]:
+        """Return what is another value whenever a read has finished."""
+        count = self.count
+        return self.since, self.where is None, 0 if count is None else count()
 
 
 class Pace:
@@ -63,6 +77,8 @@ class Pace:
 
     def __init__(self, n_regular: int) -> None:
         self.is_slow = False
+        # How many bytes each of them may ask the kernel to read ahead.
+        self.to_announce = _MIN_ANNOUNCED_NBYTES
         self._n_regular = n_regular
         self._done_at = time.monotonic()
 
@@ -70,6 +86,7 @@ class Pace:
         """Note how long a read took."""
         self._done_at = time.monotonic()
         self.is_slow = seconds > nbytes / _SLOW_NBYTES_PER_S + n_calls * _CALL_S
+        self.to_announce = max(_MIN_ANNOUNCED_NBYTES, int(nbytes / max(seconds, 1e-9) * _ANNOUNCED_S))
 
     def wait_s(self, number: int) -> float | None:
         """How long thread `number`, from 0, is to wait before it takes a task; None for not at all."""
@@ -94,7 +111,7 @@ class Reader(abc.ABC):
         """
         began = time.monotonic()
         self._read(extents, start, stop)
-        self.spot.where = None
+        self.spot.clear()
         if self.pace is not None:
             self.pace.note(int(extents.nbytes[start:stop].sum()), stop - start, time.monotonic() - began)
 
@@ -119,7 +136,7 @@ class Reader(abc.ABC):
                         code = ctypes.get_errno()
                         extents = Extents.in_a_row(memory, *(np.array([x]) for x in (shard, offset, nbytes)))
                         self._finish_one(extents, 0, n, code)
-                    self.spot.where = None
+                    self.spot.clear()
                     if self.pace is not None:
                         self.pace.note(nbytes, 1, time.monotonic() - began)
                     yield nbytes
@@ -140,12 +157,23 @@ class Reader(abc.ABC):
             yield fds
 
     def announce(self, extents: Extents, start: int, stop: int) -> None:
-        """Ask the kernel to begin reading a range of extents, so that a disk has many reads to work on at a time."""
+        """Ask the kernel to begin reading a range of extents, so that a disk has many reads to work on at a time.
+
+        Of a range that would take long, only the first.
+        """
+        if self.pace is not None:
+            ends = np.cumsum(extents.nbytes[start:stop])
+            stop = start + min(stop - start, int(np.searchsorted(ends, self.pace.to_announce)) + 1)
         for first, last in extents.by_shard(start, stop):
             part = slice(first, last)
             with self.store.opened(int(extents.shards[first])) as fd:
-                for offset, nbytes in zip(extents.offsets[part].tolist(), extents.nbytes[part].tolist(), strict=True):
+                # A disk that has too much to do already lets it wait.
+                for i, offset, nbytes in zip(
+                    range(first, last), extents.offsets[part].tolist(), extents.nbytes[part].tolist(), strict=True
+                ):
+                    self.spot.set(functools.partial(extents.where, i))
                     advise(fd, "WILLNEED", offset, nbytes)
+        self.spot.clear()
 
     def _finish(self, extents: Extents, first: int, got: NDArray[np.int64] | NDArray[np.int32], code: int) -> None:
         """Finish the extents from `first` on that are not complete; `code` is the error where a result has none."""
@@ -192,16 +220,21 @@ def _pair(shard: int, offset: int) -> tuple[int, int]:
     return shard, offset
 
 
+def _where(extents: Extents, first: int, last: int, left: Iterator[int]) -> tuple[int, int]:
+    return extents.where(max(first, last - 1 - operator.length_hint(left)))
+
+
 class CallReader(Reader):
     """One system call for each extent."""
 
     def _read(self, extents: Extents, start: int, stop: int) -> None:
         for first, last in extents.by_shard(start, stop):
             part = slice(first, last)
-            self.spot.set(functools.partial(extents.where, first))
+            # How many are left it tells at any time, also another thread.
+            offsets = iter(extents.offsets[part].tolist())
+            self.spot.set(functools.partial(_where, extents, first, last, offsets), offsets.__length_hint__)
             with self.store.opened(int(extents.shards[first])) as fd:
                 addresses = (extents.vectors.ctypes.data + 16 * extents.firsts[part]).tolist()
-                offsets = extents.offsets[part].tolist()
                 got = list(map(_preadv, itertools.repeat(fd), addresses, extents.counts[part].tolist(), offsets))
                 # The last error of this thread: the one of the reads that failed, or of one of them.
                 code = ctypes.get_errno()

@@ -9,6 +9,7 @@ from typing import Any
 
 from saev_torch.errors import ReadError, WorkerLostError
 from saev_torch.processes import handover
+from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import is_alive
 from saev_torch.reading.leases import Lease, settle
 from saev_torch.reading.regions import ReceivedRegion, file_nbytes
@@ -20,16 +21,8 @@ _LOST = (
 
 _regions: dict[int, dict[int, ReceivedRegion]] = {}
 """By process and number."""
-_lock = threading.Lock()
-
-
-def _begin_anew() -> None:
-    global _lock
-    _lock = threading.Lock()
-    _regions.clear()
-
-
-os.register_at_fork(after_in_child=_begin_anew)
+_lock = renewed(threading.Lock())
+os.register_at_fork(after_in_child=_regions.clear)
 
 
 def attach(

@@ -171,6 +171,10 @@ class Ring:
         found: NDArray[Any] = self._results[(self._words[self._taken] + np.arange(self._n_done)) % len(self._results)]
         return found
 
+    def count_done(self) -> int:
+        """How many reads have been done, as the ring counts; also another thread may ask."""
+        return self._words[self._done]
+
     def first_pending(self, n: int) -> int:
         """Of `n` reads that another thread has asked for, the number of the first that is not done."""
         # That thread may have gone on to more reads meanwhile.
@@ -208,4 +212,5 @@ class RingReader(CallReader):
 
     def watch(self, extents: Extents, first: int, last: int) -> None:
         """Let the spot be the first of these extents that the ring has not read yet."""
-        self.spot.set(lambda: extents.where(first + self.ring.first_pending(last - first)))
+        ring = self.ring
+        self.spot.set(lambda: extents.where(first + ring.first_pending(last - first)), ring.count_done)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ReadError
+from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import has_memory_files
 from saev_torch.reading.leases import Lease, settle
 from saev_torch.reading.regions import HUGE_PAGE, Name, OwnRegion, advise
@@ -125,7 +126,7 @@ class SlotPool:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._pid, self._lock = os.getpid(), renewed(threading.Lock())
         self._slots: list[Slot] = []
         self._regions: list[OwnRegion] = []
         # The most slots in use at a time, of late and before.

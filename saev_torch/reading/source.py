@@ -58,7 +58,7 @@ class ConvertingReader(Reader):
             part = slice(first, last)
             got = np.full(last - first, _PENDING)
             with self.opened(extents, first, last) as fds:
-                self.spot.set(functools.partial(_where, extents, first, got))
+                self.spot.set(functools.partial(_where, extents, first, got), functools.partial(_n_pending, got))
                 self._read_and_convert(
                     fds, extents.vectors, extents.firsts[part], extents.counts[part], extents.offsets[part], got,
                     extents.trash.ctypes.data, self._by, self._stage,
@@ -77,6 +77,10 @@ class ConvertingReader(Reader):
 
 def _where(extents: Extents, first: int, got: NDArray[np.int64]) -> tuple[int, int]:
     return extents.where(first + int(np.argmax(got == _PENDING)))
+
+
+def _n_pending(got: NDArray[np.int64]) -> int:
+    return int(np.count_nonzero(got == _PENDING))
 
 
 @dataclasses.dataclass

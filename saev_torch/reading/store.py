@@ -26,6 +26,7 @@ from saev_torch.format.files import open_regular
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes, identify
+from saev_torch.processes.locks import renewed
 
 LABELS_IDX = -1
 """Stands for labels.bin where the number of a shard is expected, as the last of all files."""
@@ -128,7 +129,7 @@ class ShardStore:
         self._forget()
 
     def _forget(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = renewed(threading.Lock())
         self._n_retries = 0
         self.answers_short = False
         self._devices: set[int] = set()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from saev_torch.format.dtypes import FLOAT32
 from saev_torch.order.selection import Selection
+from saev_torch.processes.locks import renewed
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.reading.crew import Task, run_tasks
@@ -82,7 +83,7 @@ class Pass:
         self._source = Source(store, reads_past_cache(store, selection, is_only, Spot()), loaded=FLOAT32)
         # What a thread reads to and measures with.
         self._threads = threading.local()
-        self._lock = threading.Lock()
+        self._lock = renewed(threading.Lock())
         self._next_merged = 0
         self._done: dict[int, tuple[list[tuple[int, Piece, NDArray[np.float64]]], NonFinite | None]] = {}
         self._pieces = defaultdict[int, Piece](functools.partial(Piece.empty, selection.md.d_model))

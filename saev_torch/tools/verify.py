@@ -19,6 +19,7 @@ from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorith
 from saev_torch.format.files import counted, read_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, stat_regular
+from saev_torch.processes.locks import renewed
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.reader import CallReader, Pace, Reader
@@ -124,7 +125,7 @@ class _Verification:
         self.checksums: Checksums | None = None
         self.info = ShardInfo()
         self.n_blocks = 0
-        self._lock = threading.Lock()
+        self._lock = renewed(threading.Lock())
 
     def run(self, progress: bool | None, n_threads: int) -> VerifyReport:
         files = list(self._find_files()) if self._load_tables() else []

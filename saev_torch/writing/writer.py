@@ -17,6 +17,7 @@ from saev_torch.format.checksums import ALGORITHM, block_checksums
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
+from saev_torch.processes.locks import renewed
 from saev_torch.writing.checkpoints import Checkpoints
 from saev_torch.writing.incoming import (
     check_activations,
@@ -101,7 +102,7 @@ class ShardWriter:
         self._given, self._done = Ranges(), Ranges()
         self._has_labels: bool | None = None
         self._is_open, self._pid = False, 0
-        self._was_opened, self._opening = False, threading.Lock()
+        self._was_opened, self._opening = False, renewed(threading.Lock())
 
     @property
     def published(self) -> bool:
@@ -122,7 +123,7 @@ class ShardWriter:
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="ShardWriter")
         self._checkpoints = Checkpoints(self._unfinished, self._threads)
         # Held while files and what is known of them change. A signal handler may ask for a checkpoint meanwhile.
-        self._lock = threading.RLock()
+        self._lock = renewed(threading.RLock())
         self._is_open, self._pid, self._was_opened = True, os.getpid(), True
         return self
 
