@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -234,11 +235,14 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         if advice is not None and self.cursor.may_advise():
             _log.warning(advice)
         with iteration.naming():
-            with gate:
-                engine = self._open_engine(plan, iteration)
-                gate.close = engine.close
-                watch = self._watch(iteration)
+            engine = self._open_engine(plan, iteration)
+            # Whatever interrupts, be it the end: its threads do not outlive this frame.
+            weakref.finalize(gate, engine.close).atexit = False
+            watch = self._watch(iteration)
             try:
+                with gate:
+                    gate.close = engine.close
+                    engine.start()
                 while True:
                     with gate:
                         opened = engine.next_batch()

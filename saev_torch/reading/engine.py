@@ -50,8 +50,8 @@ class EngineOptions:
 class Engine:
     """Reads the batches of one reader ahead, from the store of `labels`, which is closed with the engine.
 
-    `next_batch` returns batches in order, then None. `close` must be called. `is_scaled` says whether batches are
-    multiplied when they come.
+    `start` starts its threads; `next_batch` then returns batches in order, then None. `close` must be called, whatever
+    interrupts `start`. `is_scaled` says whether batches are multiplied when they come.
     """
 
     def __init__(
@@ -77,11 +77,10 @@ class Engine:
         guard = functools.partial(guarded, self._schedule, fail)
         scheduler = threading.Thread(target=guard, name="saev_torch scheduler", daemon=True)
         self._threads = [scheduler, *self._crew.threads]
-        try:
-            start_threads(self._threads)
-        except BaseException:
-            self.close()
-            raise
+
+    def start(self) -> None:
+        """Start the threads; a `ReadError` where the system gives none."""
+        start_threads(self._threads)
 
     # The scheduler thread
 
@@ -177,7 +176,9 @@ class Engine:
             return
         self.batches.stop()
         self._crew.stop()
-        for thread in self._threads:
+        # One that an interrupt kept from being started has no number yet.
+        started = [thread for thread in self._threads if thread.ident is not None]
+        for thread in started:
             thread.join(0.1 if self.batches.is_stalled else 5.0)
-        self.batches.release(not any(thread.is_alive() for thread in self._threads))
+        self.batches.release(len(started) == len(self._threads) and not any(thread.is_alive() for thread in started))
         self._store.close()
