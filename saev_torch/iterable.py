@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import operator
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -243,11 +244,14 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         plan, selection, gate = self._plan(start.epoch), self._own_selection(), Gate()
         self._advise(plan, iteration)
         with iteration.naming():
-            with gate:
-                engine = self._open_engine(plan, iteration)
-                gate.close = engine.close
-                watch = self._watch(iteration)
+            engine = self._open_engine(plan, iteration)
+            # Whatever interrupts, be it the end: its threads do not outlive this frame.
+            weakref.finalize(gate, engine.close).atexit = False
+            watch = self._watch(iteration)
             try:
+                with gate:
+                    gate.close = engine.close
+                    engine.start()
                 while True:
                     with gate:
                         opened = engine.next_batch(watch.wait)

@@ -1,6 +1,7 @@
 """Ready-made loaders under the published names."""
 
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -10,10 +11,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.errors import EndedError, SaevTorchError
+from saev_torch.errors import EndedError, ReadError, SaevTorchError
 from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
 from saev_torch.processes.counters import Reservoir
 from saev_torch.processes.epochs import PLACE
+from saev_torch.processes.inherited import register
 from saev_torch.processes.leaving import come_by
 from saev_torch.processes.locks import members, renewed
 from saev_torch.processes.page import SharedPage
@@ -27,6 +29,8 @@ _START_S = 60.0
 _MAX_TIMEOUT_S = 1e6
 # How long another thread may wait for the batch that it is about to take.
 _LET_GO_S = 5.0
+_FORKED = "expected an iteration of its own, got one whose workers are of the process that forked it; iterate anew."
+_INTERRUPTED = "{}: expected to take a batch, got interrupted; load_state_dict(state_dict()), and iterate again."
 
 
 class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: ignore[misc, override]
@@ -64,6 +68,12 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         self._batches: weakref.ref[CountedBatches] | None = None
         # Where workers begin, which persistent ones look up.
         self._place: SharedPage | None = None
+        register(self)
+
+    def leave_to_parent(self) -> Any:
+        """In a forked child: let go of persistent workers."""
+        iterator, self._iterator, self._place = self._iterator, None, None
+        return iterator
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has nothing to do with iterations of this loader, nor with their workers.
@@ -219,6 +229,7 @@ class CountedBatches(Iterator[ActivationBatch]):
         self._lock = renewed(threading.RLock())
         self._thread: int | None = None
         self._is_busy = self._ends = False
+        register(self)
 
     def __next__(self) -> Any:
         come_by()
@@ -229,19 +240,26 @@ class CountedBatches(Iterator[ActivationBatch]):
                 raise StopIteration
             self._thread, self._is_busy = threading.get_ident(), True
             try:
-                batch = self._take()
+                return self._count(self._take())
+            except BaseException as err:
+                if not isinstance(err, Exception) and not self._ends:
+                    # The batch that was on its way may be lost: none may seem to follow.
+                    self._failure, self._ends = EndedError(_INTERRUPTED.format(type(err).__name__)), True
+                raise
             finally:
                 self._is_busy = False
                 if self._ends:
                     self._end()
-            if self._ends:
-                raise self._failure or StopIteration
-            # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
-            if isinstance(batch, ActivationBatch):
-                self.iteration.count(batch.digest, batch.number)
-            else:
-                self.iteration.count(None)
-            return batch
+
+    def _count(self, batch: Any) -> Any:
+        if self._ends:
+            raise self._failure or StopIteration
+        # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
+        if isinstance(batch, ActivationBatch):
+            self.iteration.count(batch.digest, batch.number)
+        else:
+            self.iteration.count(None)
+        return batch
 
     def _take(self) -> Any:
         try:
@@ -273,6 +291,14 @@ class CountedBatches(Iterator[ActivationBatch]):
                     "use persistent_workers=False, or a loader for each."
                 )
             self.iterator = None
+
+    def leave_to_parent(self) -> Any:
+        """In a forked child: let go of workers."""
+        self._lock, self._is_busy, iterator = threading.RLock(), False, self.iterator
+        if not hasattr(iterator, "_shutdown_workers"):
+            return None
+        self._failure, self.iterator = ReadError(f"process {os.getpid()}: {_FORKED}"), None
+        return iterator
 
     def shut_down(self) -> bool:
         """End the iteration; whether it is over now, not only when its consumer has the batch that it waits for."""

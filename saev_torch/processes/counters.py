@@ -40,10 +40,13 @@ class Counters:
 
     def begin(self, rank: int) -> Any:
         """Take a row for an iteration, to be written to; what it counts goes on from who had it before."""
-        with self._page.locked():
+
+        def take() -> Any:
             row = self._rows[self._find_free(rank)]
             row["rank"], row["is_active"], row["fill"], row["began"] = rank + 1, os.getpid(), 0.0, time.monotonic()
-        return row
+            return row
+
+        return self._page.while_locked(take)
 
     def _find_free(self, rank: int) -> int:
         ranks, is_free = self._rows["rank"], self._rows["is_active"] == 0

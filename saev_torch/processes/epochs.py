@@ -6,11 +6,10 @@ is not asked. So the count lives in memory shared by a data set and its copies i
 no worker makes memory of its own, and counts there for itself and its workers.
 """
 
-import contextlib
 import os
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import get_worker_info
@@ -18,6 +17,7 @@ from torch.utils.data import get_worker_info
 from saev_torch.processes.locks import members
 from saev_torch.processes.page import SharedPage, is_spawning
 
+_T = TypeVar("_T")
 _N_ROWS = 32
 _WORDS = 16
 # The order is ascending, 0 where a row is not in use; of what is taken there is one bit for each worker.
@@ -32,10 +32,11 @@ _counters: "weakref.WeakSet[EpochCounter]" = weakref.WeakSet()
 
 
 def _move_all() -> None:
-    # What is forked now may be a worker, which shares the memory.
+    # What is forked now may be a worker, which shares the memory, or a consumer, which is to know how it is now.
     if get_worker_info() is None:
         for counter in members(_counters):
             counter._move()
+            counter._inherited = counter._page.fields.copy()
 
 
 os.register_at_fork(before=_move_all)
@@ -47,8 +48,10 @@ class EpochCounter:
     Pickled to a worker it stays the same counter; pickled or copied otherwise it becomes one of its own.
     """
 
-    def __init__(self, page: SharedPage | None = None, is_copy: bool = False) -> None:
+    def __init__(self, page: SharedPage | None = None, is_copy: bool = False, inherited: Any = None) -> None:
         self._page = page or SharedPage(_PAGE)
+        # What a child finds that consumes by itself: its parent may have chosen something else since.
+        self._inherited = inherited
         if is_copy:
             # Nobody makes batches for it yet.
             np.minimum(self._rows["session"], 0, out=self._rows["session"])
@@ -62,7 +65,7 @@ class EpochCounter:
         """Count in memory of this process's own from now on, if it is not: there, only what was chosen is known."""
         if self._page.is_own:
             return
-        there, page = self._page.fields, SharedPage(_PAGE)
+        there, page = self._page.fields if self._inherited is None else self._inherited, SharedPage(_PAGE)
         chosen = there["rows"][(there["rows"]["order"] > 0) & (there["rows"]["session"] == _NO_SESSION)]
         page.fields["rows"][: min(1, len(chosen))] = chosen[np.argsort(chosen["order"])][-1:]
         page.fields["scale"] = there["scale"]
@@ -73,7 +76,7 @@ class EpochCounter:
             return EpochCounter, (self._page, True)
         if get_worker_info() is None:
             self._move()
-        return EpochCounter, (self._page,)
+        return EpochCounter, (self._page, False, self._page.fields.copy())
 
     @property
     def scale(self) -> float | None:
@@ -86,12 +89,10 @@ class EpochCounter:
             self._move()
         self._page.fields["scale"] = value or 0.0
 
-    @contextlib.contextmanager
-    def _locked(self, consumer: int = 0) -> Iterator[None]:
+    def _while_locked(self, work: Callable[[], _T], consumer: int = 0) -> _T:
         if consumer == os.getpid():
             self._move()
-        with self._page.locked():
-            yield
+        return self._page.while_locked(work)
 
     def begin(
         self, consumer: int, session: int | None, worker: int, at: tuple[int, int] | None = None
@@ -103,7 +104,8 @@ class EpochCounter:
         """
         word, bit = divmod(worker % (64 * _WORDS), 64)
         mask = np.uint64(1 << bit)
-        with self._locked(consumer):
+
+        def join() -> tuple[int, int]:
             rows = self._rows
             # The oldest that this worker has not taken part in: a slow worker must not skip one.
             joined = (rows["order"] > 0) & (rows["consumer"] == consumer) & (rows["session"] == session)
@@ -119,26 +121,28 @@ class EpochCounter:
             row["taken"][word] |= mask
             return at or found
 
+        return self._while_locked(join, consumer)
+
     def set(self, consumer: int, epoch: int, start: int) -> None:
         """Choose the next iteration: its epoch, and the batch to start at."""
-        with self._locked(consumer):
-            self._add(consumer, _NO_SESSION, epoch, start)
+        self._while_locked(lambda: self._add(consumer, _NO_SESSION, epoch, start), consumer)
 
     def next(self, consumer: int) -> tuple[int, int]:
         """The epoch of the next iteration, and the batch that it starts at."""
-        with self._locked(consumer):
-            return self._following(consumer)
+        return self._while_locked(lambda: self._following(consumer), consumer)
 
     def current(self, consumer: int) -> tuple[int, int, bool]:
         """The latest iteration that has begun, else the next: epoch, first batch, and whether workers make batches."""
-        with self._locked(consumer):
+
+        def look() -> tuple[int, int, bool]:
             latest = self._latest(consumer)
             return int(latest["epoch"]), int(latest["start"]), int(latest["session"]) > 0
 
+        return self._while_locked(look, consumer)
+
     def has_begun(self, consumer: int) -> bool:
         """Whether an iteration has begun, or one was chosen."""
-        with self._locked(consumer):
-            return not isinstance(self._latest(consumer), dict)
+        return self._while_locked(lambda: not isinstance(self._latest(consumer), dict), consumer)
 
     def _following(self, consumer: int) -> tuple[int, int]:
         latest = self._latest(consumer)

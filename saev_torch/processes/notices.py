@@ -45,12 +45,15 @@ class Notices:
         """Whether `key` is asked about for the first time, here or in any worker; never when very much was said."""
         self.leave_parent()
         checksum = zlib.crc32(key.encode()) + 1
-        with self._page.locked():
+
+        def look() -> bool:
             said = self._page.fields["said"]
             if checksum in said or said.all():
                 return False
             said[np.argmin(said != 0)] = checksum
             return True
+
+        return self._page.while_locked(look)
 
     def forget(self) -> None:
         """Let everything be said again."""

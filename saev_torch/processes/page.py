@@ -1,14 +1,13 @@
 """A page of memory that a process shares with the workers that it starts."""
 
-import contextlib
 import fcntl
 import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
 from multiprocessing import context, reduction
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from saev_torch.processes.machine import memory_file
 
 _SHEET_NBYTES = 1 << 20
 _ALIGN = 64
+_T = TypeVar("_T")
 
 
 def is_spawning() -> bool:
@@ -111,14 +111,14 @@ class SharedPage:
         """Whether this process made the memory, and did not come by it from its parent."""
         return self._maker is _here
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other threads and processes out."""
+    def while_locked(self, work: Callable[[], _T]) -> _T:
+        """Do some work, and keep other threads and processes out meanwhile."""
+        # No context manager: an interrupt between its own calls would leave the lock held, and others wait for ever.
         # A lock of the file system goes away with a killed worker; it does not tell threads apart.
         with _here.lock:
-            fcntl.lockf(self._sheet.fd, fcntl.LOCK_EX, self.fields.nbytes, self._start)
             try:
-                yield
+                fcntl.lockf(self._sheet.fd, fcntl.LOCK_EX, self.fields.nbytes, self._start)
+                return work()
             finally:
                 fcntl.lockf(self._sheet.fd, fcntl.LOCK_UN, self.fields.nbytes, self._start)
 

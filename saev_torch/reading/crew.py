@@ -51,9 +51,11 @@ def start_threads(threads: list[threading.Thread]) -> None:
     threads.clear()
     try:
         for thread in waiting:
-            thread.start()
+            # First, because an interrupt may come when it has started.
             threads.append(thread)
+            thread.start()
     except (RuntimeError, MemoryError) as err:
+        threads.pop()
         raise ReadError(
             f"n_threads: expected {n_wanted} more threads, got {len(threads)}: {err}; lower n_threads or the number of "
             "workers, or raise the limits of processes and memory."
@@ -162,7 +164,9 @@ def run_tasks(
     finally:
         crew.stop()
         for thread in crew.threads:
-            thread.join()
+            # One that an interrupt kept from being started has no number yet.
+            if thread.ident is not None:
+                thread.join()
     if errors:
         try:
             raise errors[0]

@@ -52,8 +52,8 @@ class EngineOptions:
 class Engine:
     """Reads the batches of one reader ahead, from the store of `labels`, which is closed with the engine.
 
-    `next_batch` returns batches in order, then None, and `finish` converts what the readers did not. `close` must be
-    called.
+    `start` starts its threads; `next_batch` then returns batches in order, then None, and `finish` converts what the
+    readers did not. `close` must be called, whatever interrupts `start`.
     """
 
     def __init__(
@@ -81,11 +81,10 @@ class Engine:
         guard = functools.partial(guarded, self._schedule, fail)
         scheduler = threading.Thread(target=guard, name="saev_torch scheduler", daemon=True)
         self._threads = [scheduler, *self._crew.threads]
-        try:
-            start_threads(self._threads)
-        except BaseException:
-            self.close()
-            raise
+
+    def start(self) -> None:
+        """Start the threads; a `ReadError` where the system gives none."""
+        start_threads(self._threads)
 
     # The scheduler thread
 
@@ -175,8 +174,10 @@ class Engine:
             return
         self.batches.stop()
         self._crew.stop()
+        # One that an interrupt kept from being started has no number yet.
+        started = [thread for thread in self._threads if thread.ident is not None]
         deadline = time.monotonic() + (_STALLED_S if self.batches.is_stalled else _LEAVE_S)
-        for thread in self._threads:
+        for thread in started:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self.batches.release(not any(thread.is_alive() for thread in self._threads))
+        self.batches.release(len(started) == len(self._threads) and not any(thread.is_alive() for thread in started))
         self._store.close()
