@@ -5,7 +5,6 @@ Field names, defaults and meanings are those of the published `saev.data` API; f
 
 import dataclasses
 import difflib
-import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,6 @@ LayerSpec: TypeAlias = int | Literal["all"] | tuple[int, ...]
 
 OrderKind: TypeAlias = Literal["blocks", "uniform"]
 """How an epoch is shuffled: blocks of samples that a buffer mixes, or one permutation of all samples."""
-_log = logging.getLogger("saev_torch")
 
 
 def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
@@ -344,19 +342,3 @@ def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> Order
     names = {field.name for field in dataclasses.fields(OrderedConfig)}
     shared = {f.name: getattr(shuffled_cfg, f.name) for f in dataclasses.fields(shuffled_cfg) if f.name in names}
     return OrderedConfig(**{**shared, **overrides})
-
-
-def tell_counted_layers(cfg: IndexedConfig | BatchConfig, recorded: tuple[int, ...]) -> None:
-    """Say in the log which recorded layers are read for those that count from the end; warn where that is a default."""
-    asked = cfg.layer if isinstance(cfg.layer, tuple) else (cfg.layer,)
-    counted = [one for one in asked if isinstance(one, int) and one < 0 and one not in recorded]
-    if not counted:
-        return
-    name, of_these = f"{type(cfg).__name__}.layer", f"of the recorded layers {list(recorded)}"
-    chosen = ", ".join(f"{one} is layer {recorded[one]}" for one in counted)
-    if cfg.layer == getattr(type(cfg), "layer", None):
-        _log.warning(
-            "%s: %s, counted from the end %s; that is the default, so say which you mean", name, chosen, of_these
-        )
-    else:
-        _log.info("%s: %s, counted from the end %s", name, chosen, of_these)

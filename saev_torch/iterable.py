@@ -12,10 +12,11 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, require_config, tell_counted_layers
+from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, require_config
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Described
-from saev_torch.order.selection import Selection, labels_changed
+from saev_torch.order.kept import labels_changed
+from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Plan, Share, advise_lanes
 from saev_torch.order.uniform import UniformPlan
@@ -26,7 +27,7 @@ from saev_torch.processes.world import Rank
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.room import advise_order, advise_room, count_ranks_here
-from saev_torch.reading.selecting import select
+from saev_torch.reading.selecting import select, tell_counted_layers
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration

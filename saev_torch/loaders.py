@@ -19,7 +19,7 @@ from saev_torch.processes.inherited import register
 from saev_torch.processes.leaving import come_by
 from saev_torch.processes.locks import members, renewed
 from saev_torch.processes.page import SharedPage
-from saev_torch.processes.workers import WorkerBatches, end_workers
+from saev_torch.processes.workers import WorkerBatches, end_iterator, end_unfinished
 from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
@@ -137,7 +137,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
                 iterator = super().__iter__()
             except BaseException as err:
                 self._iterator = None
-                _end_unfinished(err)
+                end_unfinished(err)
                 raise
         # What is counted is what is taken, also where this process makes the batches.
         self.cursor.follow(iteration)
@@ -191,29 +191,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             if not batches.shut_down() and batches.iterator is iterator:
                 iterator = None
         if iterator is not None:
-            _end(iterator)
-
-
-def _end(iterator: Any) -> None:
-    """End an iterator of torch, with its workers or threads."""
-    if not hasattr(iterator, "_shutdown_workers"):
-        iterator._dataset_fetcher.dataset_iter.close()
-    else:
-        iterator._shutdown_workers()
-
-
-def _end_unfinished(err: BaseException) -> None:
-    """End the workers of an iterator of torch that was interrupted while it was made: then it cannot do so itself."""
-    traceback = err.__traceback__
-    while traceback is not None:
-        found = traceback.tb_frame.f_locals
-        iterator: Any = found.get("self")
-        if hasattr(iterator, "_workers_done_event") and hasattr(iterator, "_workers"):
-            iterator._shutdown = True
-            # The latest may not have come to the others yet.
-            workers = {*iterator._workers, found.get("w", None)} - {None}
-            end_workers([worker for worker in workers if worker.pid is not None])
-        traceback = traceback.tb_next
+            end_iterator(iterator)
 
 
 class CountedBatches(Iterator[ActivationBatch]):
@@ -280,7 +258,7 @@ class CountedBatches(Iterator[ActivationBatch]):
     def _end(self) -> None:
         iterator, self.iterator = self.iterator, None
         if iterator is not None:
-            _end(iterator)
+            end_iterator(iterator)
 
     def give_way(self) -> None:
         """Let another iteration have the workers."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.errors import FormatError
+
 _Int64s = NDArray[np.int64]
 _Rows = NDArray[np.bool_]
 
@@ -69,3 +71,11 @@ class Filter:
     def reading_with(self, read_labels: LabelRows) -> "Filter":
         """The same, which reads labels with another function."""
         return dataclasses.replace(self, read_labels=read_labels)
+
+
+def labels_changed(path: object = "labels.bin") -> FormatError:
+    """The error where labels select other samples than those that were counted."""
+    return FormatError(
+        f"{path}: expected the labels that ignore_labels selected by, got others: it was written while it was in use; "
+        "start again, so that samples are counted anew."
+    )

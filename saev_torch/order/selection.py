@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.config import ActDtype, LayerSpec, TokenKind
-from saev_torch.errors import ConfigError, FormatError, LabelsNotFoundError
+from saev_torch.errors import ConfigError, LabelsNotFoundError
 from saev_torch.format.dtypes import loaded_type
 from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.examples import make_subset
-from saev_torch.order.kept import Filter, LabelRows, MaskRows
+from saev_torch.order.kept import Filter, LabelRows, MaskRows, labels_changed
 from saev_torch.order.runs import expand_runs
 
 _Int64s = NDArray[np.int64]
@@ -278,14 +278,6 @@ class Selection:
         if not self.layer_is_all:
             layers = layers + self.layer_idxs[0]
         return shards, (in_shard * len(self.md.layers) + layers) * self.md.tokens_per_example + tokens
-
-
-def labels_changed(path: object = "labels.bin") -> FormatError:
-    """The error where labels select other samples than those that were counted."""
-    return FormatError(
-        f"{path}: expected the labels that ignore_labels selected by, got others: it was written while it was in use; "
-        "start again, so that samples are counted anew."
-    )
 
 
 @dataclasses.dataclass(frozen=True)

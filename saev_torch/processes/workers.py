@@ -80,3 +80,25 @@ def end_workers(workers: list[BaseProcess]) -> None:
             "that does not return: they are left behind, and end when it does.",
             left,
         )
+
+
+def end_iterator(iterator: Any) -> None:
+    """End an iterator of torch, with its workers or threads."""
+    if not hasattr(iterator, "_shutdown_workers"):
+        iterator._dataset_fetcher.dataset_iter.close()
+    else:
+        iterator._shutdown_workers()
+
+
+def end_unfinished(err: BaseException) -> None:
+    """End the workers of an iterator of torch that was interrupted while it was made: then it cannot do so itself."""
+    traceback = err.__traceback__
+    while traceback is not None:
+        found = traceback.tb_frame.f_locals
+        iterator: Any = found.get("self")
+        if hasattr(iterator, "_workers_done_event") and hasattr(iterator, "_workers"):
+            iterator._shutdown = True
+            # The latest may not have come to the others yet.
+            workers = {*iterator._workers, found.get("w", None)} - {None}
+            end_workers([worker for worker in workers if worker.pid is not None])
+        traceback = traceback.tb_next

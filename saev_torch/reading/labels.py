@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from saev_torch.errors import LabelsNotFoundError
 from saev_torch.format.shards import LABELS_NAME, identify
+from saev_torch.order.kept import labels_changed
 from saev_torch.order.runs import expand_runs, find_runs
-from saev_torch.order.selection import Selection, labels_changed
+from saev_torch.order.selection import Selection
 from saev_torch.processes.locks import renewed
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Spot

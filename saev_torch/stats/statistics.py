@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, require_config, tell_counted_layers
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, require_config
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, lock, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.selecting import select
+from saev_torch.reading.selecting import select, tell_counted_layers
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.moments import Moments
 from saev_torch.stats.streaming import NonFinite, Pass, Progress
