@@ -201,6 +201,19 @@ def compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None
     return found.scale
 
 
+def _digest_of(store: ShardStore, selection: Selection, sample: list[int]) -> str:
+    """Digest what is measured: the files, what is selected of them, and how many samples are drawn with which seed."""
+    ignored = sorted(set(selection.ignore_labels))
+    what: list[Any] = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, ignored]
+    if selection.examples is not None:
+        what.append(selection.examples.to_dict())
+    if selection.mask_digest is not None:
+        what.append(f"mask {selection.mask_digest}")
+    what += sample
+    names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
+    return fingerprint(store.shards_dir, names, f"{store.metadata.hash}\0{what!r}".encode())[:32]
+
+
 def _compute(
     store: ShardStore,
     selection: Selection,
@@ -212,18 +225,9 @@ def _compute(
     is_only: bool = True,
 ) -> Statistics:
     """Find kept statistics, or make and keep them; of several processes that ask at once, one makes them."""
-    ignored = sorted(set(selection.ignore_labels))
-    what: list[Any] = [_VERSION, selection.tokens, selection.layer_idxs, selection.layer_is_all, ignored]
-    if selection.examples is not None:
-        what.append(selection.examples.to_dict())
-    if selection.mask_digest is not None:
-        what.append(f"mask {selection.mask_digest}")
-    if n_sampled is not None and n_sampled < selection.n_samples:
-        what += [n_sampled, seed]
-    else:
+    if n_sampled is not None and n_sampled >= selection.n_samples:
         n_sampled = None
-    names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
-    made_from = fingerprint(store.shards_dir, names, f"{store.metadata.hash}\0{what!r}".encode())[:32]
+    made_from = _digest_of(store, selection, [] if n_sampled is None else [n_sampled, seed])
 
     def make() -> Statistics:
         samples = None

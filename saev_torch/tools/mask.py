@@ -7,7 +7,7 @@ import io
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -121,24 +121,34 @@ def make_mask(
         rules = _position_rules(positions, width) | _norm_rules(by_norm, median) | _label_rules(labels, store)
         if not rules:
             raise ConfigError("make_mask: expected a rule (positions, norm_above, norm_below, labels), got none.")
-        counts, n_dropped = dict.fromkeys(rules, 0), 0
-        with (
-            _replacing(path, (md.n_examples, width)) as file,
-            Progress(md.n_examples, f"mask of {store.shards_dir.name}", "examples", progress) as shown,
-        ):
-            for rows in _read(store, cfg, needs_norms, bool(labels)):
-                dropped = np.zeros(rows.shape, dtype=np.bool_)
-                for what, rule in rules.items():
-                    hits = np.broadcast_to(rule(rows), rows.shape)
-                    counts[what] += int(hits.sum())
-                    dropped |= hits
-                n_dropped += int(dropped.sum())
-                with writing(path):
-                    file.write((~dropped).tobytes())
-                shown.update(len(dropped))
-            if n_dropped == md.n_examples * width:
-                raise ConfigError(f"make_mask: expected that tokens are left, got none by {list(rules)}; drop fewer.")
+        counts, n_dropped = _write(path, store, _read(store, cfg, needs_norms, bool(labels)), rules, progress)
     return MaskReport(path, md.n_examples * width, n_dropped, counts, median)
+
+
+def _write(
+    path: Path, store: ShardStore, found: Iterable[_Rows], rules: _Rules, progress: bool | None
+) -> tuple[dict[str, int], int]:
+    """Write the mask; how much each rule drops, and all together."""
+    counts, n_dropped, n_kept = dict.fromkeys(rules, 0), 0, 0
+    n_examples, width = store.metadata.n_examples, store.metadata.content_tokens_per_example
+    with (
+        _replacing(path, (n_examples, width)) as file,
+        Progress(n_examples, f"mask of {store.shards_dir.name}", "examples", progress) as shown,
+    ):
+        for rows in found:
+            dropped = np.zeros(rows.shape, dtype=np.bool_)
+            for what, rule in rules.items():
+                hits = np.broadcast_to(rule(rows), rows.shape)
+                counts[what] += int(hits.sum())
+                dropped |= hits
+            n_dropped += int(dropped.sum())
+            n_kept += int((~dropped).sum())
+            with writing(path):
+                file.write((~dropped).tobytes())
+            shown.update(len(dropped))
+        if not n_kept:
+            raise ConfigError(f"make_mask: expected that tokens are left, got none by {list(rules)}; drop fewer.")
+    return counts, n_dropped
 
 
 def _position_rules(positions: Sequence[int], width: int) -> _Rules:
