@@ -15,6 +15,7 @@ from typing import Any
 import factory
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from saev_torch.processes.notices import Notices
 from saev_torch.reading import leases
@@ -37,12 +38,16 @@ FOREIGN_WARNINGS = (
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C be heard, here and in children: a shell that runs a job in the background ignores it for all of them.
+    """Let Ctrl-C be heard, and leave time to a loaded machine.
 
-    A child that is started has the default, as handlers are not inherited, but what is ignored is.
+    A shell that runs a job in the background ignores Ctrl-C, for all children, too. A child that is started from here
+    has the default: handlers are not inherited, but what is ignored is.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Hypothesis waits by a clock of its own: 200 ms for an example.
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

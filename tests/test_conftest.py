@@ -12,6 +12,8 @@ import warnings
 import conftest
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def leaks_of(action):
@@ -99,3 +101,10 @@ def test_does_not_see_the_pools_of_multiprocessing():
     assert before.leaks_now(0.05)
     del value
     assert before.leaks_now(conftest.PATIENCE_S) == []
+
+
+@settings(max_examples=2)
+@given(st.booleans())
+def test_examples_may_be_slow(flag):
+    """Hypothesis fails one that takes 200 ms, if it is not told otherwise, as on a loaded machine they may."""
+    time.sleep(0.25)

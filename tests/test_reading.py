@@ -39,7 +39,8 @@ SPECS = {"narrow": NARROW, "wide": WIDE}
 
 RING: Ring | None = None
 
-many = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+many = settings(deadline=None, max_examples=60, suppress_health_check=SLOW)
 
 
 @pytest.fixture(params=[False, True], ids=["calls", "ring"], autouse=True)
