@@ -612,9 +612,7 @@ def indexed_loader(shards, prefetch_factor):
 )
 def test_50_epochs_take_no_more_than_a_few(make_shards, make_loader, prefetch_factor):
     """Even where 60 batches are held in each for a while."""
-    spec = Spec(
-        n_examples=250, content_tokens=131, cls=False, layers=(0,), d_model=32, labels=False, examples_per_shard=99
-    )
+    spec = Spec(n_examples=250, content_tokens=131, cls=False, layers=(0,), d_model=32, labels=False, examples_per_shard=99)
     loader = make_loader(make_shards(spec), prefetch_factor)
     uses = []
     for epoch in range(50):
