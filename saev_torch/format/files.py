@@ -129,8 +129,8 @@ def open_own(directory: Path, name: str, allow_links: bool = False) -> int:
     except (FileNotFoundError, NotADirectoryError) as err:
         if path.is_symlink():
             raise ShardsNotFoundError(
-                f"{NOT_SAVED} {path}: expected a file, got a symbolic link to {os.readlink(path)}, which does not "
-                "exist; is the download complete?"
+                f"{NOT_SAVED} {path}: expected a file, got a symbolic link to {short(os.readlink(path))}, which "
+                "does not exist; is the download complete?"
             ) from err
         if not directory.is_dir():
             what = "is not a directory" if directory.exists() else "does not exist"
