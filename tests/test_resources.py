@@ -123,7 +123,7 @@ KEEP_ALL = """
 import os, sys
 from torch.utils.data import DataLoader
 from saev_torch import ShuffledActivations, ShuffledConfig
-cfg = ShuffledConfig(shards=sys.argv[1], layer=0, batch_size=4, buffer_size=1200)
+cfg = ShuffledConfig(shards=sys.argv[1], layer=0, batch_size=8, buffer_size=600)
 loader = DataLoader(ShuffledActivations(cfg), num_workers=1, persistent_workers=True)
 kept = []
 for epoch in range(2):
@@ -137,11 +137,11 @@ print(max(fds) < 100)
 
 
 def test_all_batches_are_kept_with_few_descriptors(make_shards):
-    """3,000 of them, of which 1,200 are open at a time in the worker; 256 descriptors would do for none of the two."""
+    """1,500 of them, of which 600 are open at a time in the worker; 256 descriptors would do for none of the two."""
     shards = make_shards(n_examples=250, content_tokens=24, cls=False, layers=(0,), d_model=8, examples_per_shard=99)
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-c", KEEP_ALL, str(shards)],
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
     )  # fmt: skip
-    assert (done.stdout, done.stderr) == ("1500 True\n1500 True\nTrue\n", "")
+    assert (done.stdout, done.stderr) == ("750 True\n750 True\nTrue\n", "")
