@@ -487,7 +487,7 @@ FAULTS = (
           shim={"CALL": "pthread_create", "KIND": _number(errno.EAGAIN)}),
     Fault("descriptors", "all descriptors are in use", "all batches, with fewer files open at a time",
           act=limit_descriptors, logs=()),
-    Fault("no-proc", "/proc/<pid>/fd may not be opened", "all batches, copied by torch", workers=2, early=True,
+    Fault("no-proc", "/proc/<pid>/fd may not be opened", "all batches, through a socket", workers=2, early=True,
           shim={"CALL": "open", "PATH": "/fd/", "KIND": _number(errno.EACCES)}),
     Fault("killed", "the process is killed (kill -9)", "nothing; its workers end within seconds", act=kill_self,
           workers=2, dies_of=signal.SIGKILL, within_s=15.0),

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import contracts
@@ -21,6 +22,7 @@ from saev_torch import IndexedConfig, IndexedDataset, ReadError, ShuffledActivat
 from saev_torch.reading import leases, received
 from saev_torch.reading import slots as memory
 from saev_torch.reading.received import attach
+from saev_torch.reading.regions import OwnRegion
 from saev_torch.reading.slots import Slot, SlotPool
 
 ROOT = Path(__file__).parent.parent
@@ -375,6 +377,125 @@ def test_shared_memory_is_in_huge_pages():
     assert mapped_kb(memory, "ShmemPmdMapped") == 14 << 10
     # 15 MB in all, of which the last one is in small pages.
     assert os.fstat(slots[0].fd).st_blocks * 512 <= (14 << 20) + 8 * mmap.PAGESIZE
+
+
+def file_mb(fd):
+    """Memory that a file takes."""
+    return os.fstat(fd).st_blocks * 512 / (1 << 20)
+
+
+def test_a_batch_of_2_mib_takes_no_more():
+    pool = SlotPool((2 << 20) + 5000, shared=True)
+    slots = [pool.acquire(8) for _ in range(8)]
+    for slot in slots:
+        fill(slot, 1)
+    assert {slot.fd for slot in slots} == {slots[0].fd}
+    assert file_mb(slots[0].fd) < 16.2
+
+
+@pytest.mark.parametrize("nbytes", [70_000, (2 << 20) + 5000])
+def test_what_is_given_back_is_gone_from_the_receiver(nbytes):
+    pool = SlotPool(nbytes, shared=True)
+    slots = [pool.acquire(keep=2) for _ in range(30)]
+    for i, slot in enumerate(slots):
+        fill(slot, i)
+    received = [attach(*slot.send()) for slot in slots]
+    files = {slot.fd for slot in slots}
+    assert sum(map(file_mb, files)) > 30 * nbytes / (1 << 20)
+    kept, place = received[7], slots[7].address
+    del received, slot
+    slots.clear()
+    for _ in range(2 * memory._WINDOW + 1):
+        pool.acquire(keep=2).release()
+    # The two that are kept, and the one that is held, with pages of many slots' words.
+    assert sum(map(file_mb, files)) < 3 * nbytes / (1 << 20) + 0.1 + 2 * (nbytes > 1 << 20)
+    assert (kept.array() == 7).all()
+    # What was given back can be had again, and does not touch what is held.
+    again = [pool.acquire(keep=2) for _ in range(30)]
+    assert place not in {slot.address for slot in again}
+    for slot in again:
+        fill(slot, 99)
+    assert (kept.array() == 7).all()
+
+
+def test_memory_that_was_given_back_is_other_memory():
+    """Whoever page-locked it has locked pages that are there no more."""
+    own = OwnRegion(NBYTES, 1)
+    region = received.ReceivedRegion(own.fd, NBYTES, 1)
+
+    def use():
+        *_, index, age, _ = own.send(0)
+        number, array = region.begin_use(index, age)
+        region.end_use(number)
+        return weakref.ref(array)
+
+    assert own.take() == 0
+    then = use()
+    assert then() is not None
+    assert use()() is then()
+    own.give_back(0)
+    assert own.take() == 0
+    assert use()() is not None
+    assert then() is None
+
+
+KILLED_AND_KEPT = """
+import gc, os, signal, sys
+from torch.utils.data import DataLoader
+from saev_torch import ShuffledActivations, ShuffledConfig
+def shared_kb():
+    gc.collect()
+    text = open("/proc/self/smaps_rollup").read()
+    return int(text.split("Pss_Shmem:")[1].split()[0])
+cfg = ShuffledConfig(shards=sys.argv[1], layer=0, batch_size=512, buffer_size=16)
+loader = iter(DataLoader(ShuffledActivations(cfg), num_workers=1))
+kept = [next(loader) for _ in range(20)]
+for batch in kept:
+    assert (batch["act"][:, 0] == 1000 * batch["example_idx"] + batch["token_idx"]).all()
+before = shared_kb()
+del batch
+try:
+    os.kill(loader._workers[0].pid, signal.SIGKILL)
+    for batch in loader:
+        pass
+except RuntimeError as err:
+    del err
+del loader
+for batch in kept:
+    assert (batch["act"][:, 0] == 1000 * batch["example_idx"] + batch["token_idx"]).all()
+all_kb = shared_kb()
+kept, batch = kept[11], None
+one_kb = shared_kb()
+assert (kept["act"][:, 0] == 1000 * kept["example_idx"] + kept["token_idx"]).all()
+print(all_kb, one_kb)
+"""
+
+
+def test_a_killed_worker_leaves_no_more_than_is_kept(make_shards):
+    spec = Spec(
+        n_examples=250, content_tokens=131, cls=False, layers=(0,), d_model=32, labels=False, examples_per_shard=99
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AND_KEPT, str(make_shards(spec))], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # A batch takes 76 KB; with the buffer, and what was on its way, the worker had twice as many.
+    all_kb, one_kb = map(int, done.stdout.split())
+    assert 20 * 72 <= all_kb < 24 * 80
+    assert 72 <= one_kb < 3 * 80
+
+
+def test_a_region_that_is_done_with_is_unmapped(make_shards):
+    """Larger batches need larger slots, in other files."""
+    indexed = IndexedDataset(IndexedConfig(shards=config(make_shards).shards, layer=3))
+    sizes = [range(n) for n in range(600, 3000, 100)]
+    n_mapped = []
+    for batch in DataLoader(indexed, batch_sampler=sizes, num_workers=1):
+        del batch
+        n_mapped.append(len(next(iter(received._regions.values()))))
+    assert len(n_mapped) == 24
+    assert max(n_mapped) <= 5
 
 
 # Memory that a forked child inherits

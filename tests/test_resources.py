@@ -112,9 +112,36 @@ assert [int(data_set[7]["example_idx"]) for data_set in kept[::3]] == [1] * 200
 def test_600_data_sets_in_one_process(shards):
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
-        ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-W", "error", "-c", MANY_DATA_SETS,
-         str(shards)],
+        ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-c", MANY_DATA_SETS, str(shards)],
         capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) < 128
+
+
+KEEP_ALL = """
+import os, sys
+from torch.utils.data import DataLoader
+from saev_torch import ShuffledActivations, ShuffledConfig
+cfg = ShuffledConfig(shards=sys.argv[1], layer=0, batch_size=8, buffer_size=600)
+loader = DataLoader(ShuffledActivations(cfg), num_workers=1, persistent_workers=True)
+kept = []
+for epoch in range(2):
+    kept.append(list(loader))
+for batches in kept:
+    found = sorted(int(x) for batch in batches for x in batch["act"][:, 0])
+    print(len(batches), found == sorted(1000 * example + token for example in range(250) for token in range(24)))
+fds = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), loader._iterator._workers[0].pid)]
+print(max(fds) < 100)
+"""
+
+
+def test_all_batches_are_kept_with_few_descriptors(make_shards):
+    """1,500 of them, of which 600 are open at a time in the worker; 256 descriptors would do for none of the two."""
+    shards = make_shards(n_examples=250, content_tokens=24, cls=False, layers=(0,), d_model=8, examples_per_shard=99)
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-c", KEEP_ALL, str(shards)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("750 True\n750 True\nTrue\n", "")

@@ -121,9 +121,9 @@ class OwnRegion(Region):
         """Where a slot begins in the file."""
         return index * self._stride
 
-    def is_back(self, index: int) -> bool:
-        """Whether a slot is here as often as it was sent."""
-        return bool(self._counts[index, _SENT] == self._counts[index, _RETURNED])
+    def counts(self, index: int) -> NDArray[np.int64]:
+        """How often a slot was sent, and how often it came back: `[2] int64`, as they are at any time."""
+        return self._counts[index, : _RETURNED + 1]
 
     def send(self, index: int) -> Name | None:
         """Note that a slot goes to the parent process: the name by which it finds it; None where it cannot have it."""

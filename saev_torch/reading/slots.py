@@ -30,6 +30,7 @@ from saev_torch.reading.regions import HUGE_PAGE, Name, OwnRegion, advise
 _MADV_HUGEPAGE = 14
 # The memory that was needed within so many batches is kept.
 _WINDOW = 64
+_NONE_SENT = np.zeros(2, dtype=np.int64)
 
 
 class Slot:
@@ -41,7 +42,7 @@ class Slot:
     def __init__(self, nbytes: int, shared: bool, region: OwnRegion | None = None) -> None:
         self.nbytes = nbytes
         self.pid = os.getpid()
-        self._held = False
+        self._held, self._counts = False, _NONE_SENT
         self.fd, self.file_offset, self._region, self._index = -1, 0, region, 0
         try:
             if shared and region is None:
@@ -65,13 +66,14 @@ class Slot:
     def _take_from(self, region: OwnRegion) -> NDArray[np.uint8]:
         self._index = region.take()
         self.fd, self.file_offset = region.fd, region.offset(self._index)
+        self._counts = region.counts(self._index)
         weakref.finalize(self, region.give_back, self._index).atexit = False
         return region.memory(self._index)
 
     @property
     def is_free(self) -> bool:
         """Whether nobody can see the memory: neither this process nor one that it was sent to."""
-        return not self._held and (self._region is None or self._region.is_back(self._index))
+        return not self._held and bool(self._counts[0] == self._counts[1])
 
     @property
     def is_own(self) -> bool:
