@@ -571,23 +571,23 @@ def test_doctor_prefers_no_worker_only_where_it_is_much_faster() -> None:
     assert "interpreter" in found.reasons["num_workers"]
 
 
-def _measured(seconds: float, start_s: float, n_first: int = 100) -> Measured:
+def _checked(seconds: float, start_s: float, n_first: int = 100) -> Measured:
     return Measured(1000, 10**9, seconds, start_s=start_s, n_first=n_first)
 
 
 def test_what_the_doctor_says_of_its_own_check() -> None:
-    assert note_start(_measured(1.2, 0.2), 1.0) is None
-    found = note_start(_measured(2.0, 1.0), 1.0)
+    assert note_start(_checked(1.2, 0.2), 1.0) is None
+    found = note_start(_checked(2.0, 1.0), 1.0)
     assert found is not None
     assert "1 of 2 s went by until the first batch came, as workers start" in found
     assert found.endswith("which the prediction leaves out; from then on it was 0.90 of it")
-    found = note_start(_measured(2.0, 1.9), 1.0)
+    found = note_start(_checked(2.0, 1.9), 1.0)
     assert found is not None
     assert found.endswith("the buffer fills, which the prediction leaves out")
-    found = note_start(_measured(4.0, 1.0), 1.0)
+    found = note_start(_checked(4.0, 1.0), 1.0)
     assert found is not None
     assert "from then on, too, it was 0.30 of what was predicted: the epoch is too short" in found
-    found = note_start(_measured(4.0, 4.0, 1000), 1.0)
+    found = note_start(_checked(4.0, 4.0, 1000), 1.0)
     assert found is not None
     assert found.endswith("there was no other batch")
 
