@@ -12,7 +12,6 @@ from torch.utils.data import IterableDataset
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.format.localcopy import LocalCopy, local_copy
 from saev_torch.format.metadata import Described
 from saev_torch.order.selection import Selection, labels_changed
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
@@ -89,18 +88,9 @@ class Batched(Described):
 class Activations(Batched, IterableDataset[ActivationBatch]):
     """What the ordered and the shuffled data set share: everything but the plan. Its cursor says where it stands."""
 
-    def __init__(
-        self,
-        cfg: BatchConfig,
-        store: ShardStore,
-        rank: int | None,
-        world_size: int | None,
-        copy: LocalCopy | None = None,
-    ) -> None:
+    def __init__(self, cfg: BatchConfig, store: ShardStore, rank: int | None, world_size: int | None) -> None:
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
-        # Files under `$TMPDIR` stay there as long as this is held.
-        self._copy = copy
         # A worker that counts again must find the same.
         self._kept_digest: str | None = None
         self.recording = Recording.of(store, self._own_selection())
@@ -109,8 +99,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The selection may hold a number for each example; a worker works it out again. Its parent holds the copy.
-        return {**self.__dict__, "_selection": None, "_copy": None}
+        # The selection may hold a number for each example; a worker works it out again.
+        return {**self.__dict__, "_selection": None}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
@@ -299,21 +289,21 @@ class ShuffledActivations(Activations):
     cfg: ShuffledConfig
 
     def __init__(self, cfg: ShuffledConfig, *, rank: int | None = None, world_size: int | None = None) -> None:
-        store, copy = ShardStore(cfg.shards), None
+        store = ShardStore(cfg.shards, is_local=cfg.use_tmpdir)
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:
             raise ConfigError(
                 f"ShuffledConfig.layer: expected one of the recorded layers {list(recorded)}, got -1, the default, "
                 "which must be changed; choose a layer."
             )
-        if cfg.use_tmpdir:
-            copy = local_copy(cfg.shards, store.shards)
-            store = ShardStore(copy.path)
-        super().__init__(cfg, store, rank, world_size, copy)
+        super().__init__(cfg, store, rank, world_size)
         if cfg.scale_norm:
             # Here, because all workers and epochs must have the same number.
-            self.cursor.scale = compute_scale(cfg, self._store.clone(), self._own_selection())
+            self.cursor.scale = self._find_scale()
         self._compile()
+
+    def _find_scale(self) -> float:
+        return compute_scale(self._store.clone(), self._own_selection(), self.cfg.scale_samples)
 
     def _plan(self, epoch: int | None) -> ShufflePlan:
         cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else epoch

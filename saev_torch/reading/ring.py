@@ -28,7 +28,7 @@ from saev_torch.reading.store import ShardStore
 
 _Int64s = NDArray[np.int64]
 
-_N_ENTRIES = 512
+_N_ENTRIES = 1024
 _WORD_NBYTES = np.dtype("u4").itemsize
 # Fewer reads than this are not worth the arguments of a ring.
 _MIN_ON_RING = 8
@@ -113,17 +113,23 @@ class Ring:
         # An interrupted call may have left what was not begun, and results that nobody took.
         first = words[self._asked] = words[self._begun]
         words[self._taken] = words[self._done]
-        places = (first + np.arange(n)) % self.n_entries
         # A single vector needs no detour through a list of one.
         is_one = counts == 1
-        new = np.zeros(n, dtype=_ENTRY)
-        new["opcode"] = np.where(is_one, _READ, _READV)
-        new["fd"] = fds
-        new["offset"] = offsets
-        new["address"] = np.where(is_one, vectors[firsts, 0], vectors.ctypes.data + 16 * firsts)
-        new["length"] = np.where(is_one, vectors[firsts, 1], counts)
-        new["number"] = np.arange(n)
-        self._entries[places] = new
+        columns = {
+            "opcode": np.where(is_one, _READ, _READV),
+            "fd": fds,
+            "offset": offsets,
+            "address": np.where(is_one, vectors[firsts, 0], vectors.ctypes.data + 16 * firsts),
+            "length": np.where(is_one, vectors[firsts, 1], counts),
+            "number": np.arange(n),
+        }
+        # From where the ring stands to its end, and on from its beginning. What is not named stays zero.
+        at = first % self.n_entries
+        n_to_end = min(n, self.n_entries - at)
+        for name, values in columns.items():
+            column = self._entries[name]
+            column[at : at + n_to_end] = values[:n_to_end]
+            column[: n - n_to_end] = values[n_to_end:]
         try:
             words[self._asked] = (first + n) & _MODULUS
             self._finish(n)

@@ -23,6 +23,7 @@ from typing import Any
 
 from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
+from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes, identify
 
@@ -66,14 +67,22 @@ class ShardStore:
     It is checked: `ShardsNotFoundError` where a file is missing, `FormatError` where one does not follow the format or
     has the wrong size. With tables that were loaded before, no file is looked at until it is opened.
 
+    With `is_local` it reads a copy under `$TMPDIR`, which stays there as long as this object lives; see `local_copy`.
+
     `answers_short` says whether one that was opened is on a file system that may return fewer bytes than there are. A
     ring must not read there: the kernel may read the rest from the wrong offset, and report that all went well.
     """
 
-    def __init__(self, shards_dir: Path, tables: tuple[Metadata, ShardInfo] | None = None) -> None:
+    def __init__(
+        self, shards_dir: Path, tables: tuple[Metadata, ShardInfo] | None = None, is_local: bool = False
+    ) -> None:
         self.shards_dir = Path(shards_dir)
         self.metadata, self.shards = tables or (Metadata.load(self.shards_dir), ShardInfo.load(self.shards_dir))
         self.identities = None if tables else self.shards.check_files(self.shards_dir, self.metadata)
+        self._copy = local_copy(self.shards_dir, self.shards) if is_local else None
+        if self._copy is not None:
+            self.shards_dir = self._copy.path
+            self.identities = self.shards.check_files(self.shards_dir, self.metadata)
         # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
         self.advice = os.POSIX_FADV_RANDOM
         # What comes after the check is left to the next one who checks.

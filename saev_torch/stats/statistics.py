@@ -170,13 +170,13 @@ def compute_statistics(
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
 
 
-def compute_scale(cfg: ShuffledConfig, store: ShardStore, selection: Selection) -> float:
+def compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None) -> float:
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
 
-    The store is closed when it is measured. Activations that cannot be scaled raise a `FormatError`, and those that
-    would be too large for their type in memory a `ConfigError`.
+    Without `n_sampled`, large data are sampled, others are read whole. The store is closed when it is measured.
+    Activations that cannot be scaled raise a `FormatError`, and those that would be too large for their type in memory
+    a `ConfigError`.
     """
-    n_sampled = cfg.scale_samples
     if n_sampled is None:
         md = store.metadata
         nbytes = md.n_examples * md.tokens_per_example * md.row_nbytes * len(selection.layer_idxs)
