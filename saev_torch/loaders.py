@@ -272,7 +272,7 @@ class CountedBatches(Iterator[ActivationBatch]):
 
     def leave_to_parent(self) -> Any:
         """In a forked child: let go of workers."""
-        self._lock, self._is_busy, iterator = threading.RLock(), False, self.iterator
+        self._lock, self._is_busy, iterator = renewed(threading.RLock()), False, self.iterator
         if not hasattr(iterator, "_shutdown_workers"):
             return None
         self._failure, self.iterator = ReadError(f"process {os.getpid()}: {_FORKED}"), None

@@ -382,6 +382,30 @@ def test_the_scaled_sides_scale(make_shards: Make) -> None:
         assert (scale is not None) == side.name.startswith("scaled")
 
 
+@pytest.mark.parametrize("act_dtype", ["float32", "stored"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_all_sides_read_16_bits(make_shards: Make, dtype: str, act_dtype: Any) -> None:
+    """Memmaps as float32, as nothing else trains with them."""
+    data = BenchData.open(make_shards(dtype=dtype), 7)
+    wanted = factory.oracle(data.store.metadata)[:, 1, 1:].reshape(-1, 8)
+    wanted = wanted[np.lexsort(wanted.T)]
+    for side in make_sides(data, None, data.config(8, 4, act_dtype), [0], []):
+        acts = torch.cat([batch["act"] for batch in side.make()])
+        is_stored = act_dtype == "stored" and not side.name.startswith(("memmap", "samples"))
+        assert acts.dtype == (getattr(torch, dtype) if is_stored else torch.float32), side.name
+        if not side.name.startswith("scaled"):
+            got = acts.float().numpy()
+            np.testing.assert_array_equal(got[np.lexsort(got.T)], wanted)
+
+
+def test_the_memory_of_a_batch_follows_the_dtypes(make_shards: Make) -> None:
+    for dtype, act_dtype, nbytes in (("float32", "stored", 4), ("bfloat16", "float32", 4), ("bfloat16", "stored", 2)):
+        data = BenchData.open(make_shards(dtype=dtype), 7)
+        vitals = Vitals(2, 1 << 30, data.store.metadata, data.config(8, 4, act_dtype), {})
+        assert vitals.batch_nbytes == 8 * 8 * nbytes
+        assert vitals.nbytes == 11 * 6 * data.store.metadata.row_nbytes
+
+
 @pytest.mark.parametrize("has_ring", [True, False])
 def test_the_doctor_reads_a_cold_disk_as_the_loader_does(make_shards: Make, monkeypatch, has_ring: bool) -> None:
     data, rates = (

@@ -444,6 +444,7 @@ def test_what_was_read_of_the_buffer_is_counted_to_the_end(make_shards):
     for ds in kinds:
         engine = ds._open_engine(ds._plan(0), ds.cursor.begin())
         try:
+            engine.start()
             fills = []
             while (opened := engine.next_batch()) is not None:
                 fills.append(engine.batches.fill)

@@ -24,7 +24,7 @@ import saev_torch
 from saev_torch import IndexedConfig, IndexedDataset, OrderedConfig, ReadError, ShuffledActivations, ShuffledConfig
 from saev_torch.processes import locks
 from saev_torch.reading import engine as engine_module
-from saev_torch.reading import slots
+from saev_torch.reading import received
 
 SPEC = factory.Spec(n_examples=60, content_tokens=8, cls=False, layers=(0, 5), d_model=8, examples_per_shard=13)
 FIELDS = {"layer": 5, "batch_size": 32, "buffer_size": 8}
@@ -417,13 +417,13 @@ def check(free, n):
     assert free == [True] * n
 
 
-@pytest.mark.parametrize("where", ["_lock", "_mapped_lock"])
+@pytest.mark.parametrize("where", ["store", "received"])
 def test_random_access_in_a_child_that_was_forked_while_a_thread_read(shards, where, monkeypatch):
     # So that batches come in shared memory.
     monkeypatch.setattr("saev_torch.indexed._MIN_PARALLEL", 1)
     data_set = IndexedDataset(IndexedConfig(shards=shards, layer=5))
     wanted = data_set.__getitems__(range(40)).batch["act"]
-    lock = data_set._store._lock if where == "_lock" else slots._mapped_lock
+    lock = data_set._store._lock if where == "store" else received._lock
 
     def read():
         assert data_set.__getitems__(range(40)).batch["act"].equal(wanted)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from factory import Spec, write_acts
+from torch.utils.data import DataLoader
 
 from saev_torch import (
     ConfigError,
@@ -23,6 +24,7 @@ from saev_torch import (
     StateError,
     compute_statistics,
 )
+from saev_torch.__main__ import main
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.predict import predict
 from saev_torch.reading import converting, engine, source
@@ -195,6 +197,44 @@ def test_batches_of_any_width(dtype: str, d_model: int, n_threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     np.testing.assert_array_equal(bits_of(act), bits_of(widened(values, dtype)))
+
+
+@pytest.mark.parametrize("act_dtype", ["float32", "stored"])
+def test_another_default_device_changes_nothing(make_shards, monkeypatch, act_dtype: str) -> None:
+    """A user's `torch.set_default_device("cuda")` is not for what is done on the host."""
+    monkeypatch.setattr(source, "find_convert_kernels", lambda *names: None)
+    spec = Spec(n_examples=30, dtype="float16")
+    cfg = config(make_shards(spec), act_dtype=act_dtype)
+    with torch.device("meta"):
+        batches = list(ShuffledActivations(cfg))
+        scaled_batches = list(ShuffledActivations(dataclasses.replace(cfg, scale_norm=True)))
+    contracts.check_epoch(batches, spec, cfg)
+    assert all(batch["act"].device.type == "cpu" for batch in scaled_batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_samples_of_16_bits_are_collated(make_shards, dtype: str, num_workers: int) -> None:
+    spec = Spec(n_examples=30, dtype=dtype)
+    data = IndexedDataset(IndexedConfig(make_shards(spec), layer=7, act_dtype="stored"))
+    loader = DataLoader(data, batch_size=32, num_workers=num_workers)
+    got = torch.cat([batch["act"] for batch in loader])
+    wanted = factory.oracle_bits(spec)[:, 1, 1:].reshape(-1, spec.d_model)
+    assert got.dtype == getattr(torch, dtype)
+    np.testing.assert_array_equal(bits_of(got).view("<u2"), wanted)
+    # By hand, too.
+    both = torch.utils.data.default_collate([data[3], data[5]])["act"]
+    np.testing.assert_array_equal(bits_of(both).view("<u2"), wanted[[3, 5]])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_inspect_says_what_is_stored(make_shards, capsys, dtype: str) -> None:
+    spec = Spec(dtype=dtype)
+    assert main(["inspect", str(make_shards(spec))]) == 0
+    out = capsys.readouterr().out
+    assert f"d_model 8, {dtype}\n" in out
+    norms = np.linalg.norm(factory.oracle(spec)[:, 1, 1:].astype(np.float64), axis=-1)
+    assert f"layer 7      norm {norms.mean():.4g} (from {norms.min():.4g} to {norms.max():.4g})" in out
 
 
 # Wherever rows come from, each is converted, and multiplied, once

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layer", type=int, help="recorded layer of SHARDS (default: the one in the middle)")
     add("--batch-size", type=at_least(1), default=16384, help="samples in a batch (default: %(default)s)")
     add("--buffer-size", type=at_least(1), default=64, help="batches of buffer (default: %(default)s)")
+    add("--act-dtype", default="float32", choices=["float32", "stored"], help="of activations (default: %(default)s)")
     add("--workers", type=integers(0), default=(0, 1, 2), metavar="N,...", help="numbers of workers (default: 0,1,2)")
     add("--rounds", type=at_least(1), default=5, help="rounds (default: %(default)s)")
     add("--seconds", type=above_zero, default=2.0, help="time of a warm side in a round (default: %(default)s)")
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--folder: expected a folder that exists, got {args.folder}; make it first.")
     with _data(args) as (data, layers_data):
         if args.doctor:
-            findings = examine(data, data.config(args.batch_size, args.buffer_size), args.quick)
+            findings = examine(data, data.config(args.batch_size, args.buffer_size, args.act_dtype), args.quick)
             print(describe(findings))
             if args.make_gb is not None:
                 print("  (these data are removed now: give it shards of your own)")
@@ -137,7 +138,7 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
     _print_headline(machine, data, about)
     about_machine = {**dataclasses.asdict(machine), "cores": machine.cores}
     report = {"machine": about_machine, "data": about, "settings": dataclasses.asdict(settings)}
-    cfg = data.config(args.batch_size, args.buffer_size)
+    cfg = data.config(args.batch_size, args.buffer_size, args.act_dtype)
     sides = make_sides(data, layers_data, cfg, sorted(set(args.workers)), ignored)
     sides = [side for side in sides if _is_wanted(side.name, args.only)]
     if not args.no_warm:

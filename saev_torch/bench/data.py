@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saev_torch.config import ShuffledConfig
+from saev_torch.config import ActDtype, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.format.metadata import Metadata
@@ -44,10 +44,15 @@ class BenchData:
             raise ConfigError(f"--layer: expected one of the recorded layers {list(layers)}, got {layer}; choose one.")
         return cls(store, layers[len(layers) // 2] if layer is None else layer)
 
-    def config(self, batch_size: int, buffer_size: int) -> ShuffledConfig:
+    def config(self, batch_size: int, buffer_size: int, act_dtype: ActDtype = "float32") -> ShuffledConfig:
         """How it is read shuffled."""
-        shards = self.store.shards_dir
-        return ShuffledConfig(shards=shards, layer=self.layer, batch_size=batch_size, buffer_size=buffer_size)
+        return ShuffledConfig(
+            shards=self.store.shards_dir,
+            layer=self.layer,
+            batch_size=batch_size,
+            buffer_size=buffer_size,
+            act_dtype=act_dtype,
+        )
 
     @property
     def n_samples(self) -> int:

@@ -178,7 +178,7 @@ def make_sides(
     Without `layers_data`, of which one of several recorded layers is read, or without `ignored` labels, the sides that
     need them are left out. `cfg` is of `data`, with the sizes of batch and buffer.
     """
-    shards, layer, batch_size = cfg.shards, cfg.layer, cfg.batch_size
+    shards, layer, batch_size, act_dtype = cfg.shards, cfg.layer, cfg.batch_size, cfg.act_dtype
     n_batches, most = -(-data.n_samples // batch_size), [max(workers)]
 
     def ours(kind: str, numbers: Sequence[int], cfg: ShuffledConfig, data: BenchData = data) -> list[Side]:
@@ -191,8 +191,8 @@ def make_sides(
             for w in numbers
         ]
 
-    ordered = OrderedConfig(shards=shards, layer=layer, batch_size=batch_size)
-    indexed = IndexedConfig(shards=shards, layer=layer)
+    ordered = OrderedConfig(shards=shards, layer=layer, batch_size=batch_size, act_dtype=act_dtype)
+    indexed = IndexedConfig(shards=shards, layer=layer, act_dtype=act_dtype)
     by_sample = {"batch_size": batch_size, "shuffle": True}
     sides = ours("shuffled", workers, cfg)
     sides += plain("ordered", workers, lambda w: make_loader(OrderedActivations(ordered), w))

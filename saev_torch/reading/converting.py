@@ -43,7 +43,7 @@ def _widen(rows: torch.Tensor, dtype: torch.dtype, scale: float | None) -> None:
     together = _N_TOGETHER // math.gcd(_N_TOGETHER, d_model)
     n_rows = max(1, _n_at_once() // d_model // together * together)
     # Copied first, because what is written begins before it, and ends behind.
-    room = torch.zeros(-(-n_rows * d_model // _N_TOGETHER) * _N_TOGETHER, dtype=dtype)
+    room = torch.zeros(-(-n_rows * d_model // _N_TOGETHER) * _N_TOGETHER, dtype=dtype, device="cpu")
     some = room[: n_rows * d_model].view(n_rows, d_model)
     halves = rows.view(dtype)[:, d_model:]
     for half, part in zip(torch.split(halves, n_rows), torch.split(rows, n_rows), strict=True):

@@ -182,8 +182,8 @@ def compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
 
     Without `n_sampled`, large data are sampled, others are read whole. The store is closed when it is measured.
-    Activations that cannot be scaled raise a `FormatError`, those that would be too large for their type in memory a
-    `ConfigError`.
+    Activations that cannot be scaled raise a `FormatError`, and those that would be too large for their type in memory
+    a `ConfigError`.
     """
     if n_sampled is None:
         md = store.metadata
