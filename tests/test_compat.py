@@ -451,7 +451,8 @@ def test_what_was_read_of_the_buffer_is_counted_to_the_end(make_shards):
                 del opened
             assert engine.batches._n_loaded == 0
             assert len(fills) > 4
-            assert max(fills) > 0
+            # In file order a consumer may be as fast as the readers.
+            assert max(fills) > 0 or isinstance(ds, OrderedActivations)
         finally:
             engine.close()
 
