@@ -17,6 +17,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import errno
 import faulthandler
 import fcntl
 import gc
@@ -1003,6 +1004,15 @@ class World:
         return text.decode().strip()
 
 
+def _try_lock(fd: int) -> None:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        # A child does not keep all that it inherits.
+        if err.errno != errno.EBADF:
+            raise
+
+
 def _require_no_lock() -> None:
     """Check that this process holds no lock of the file system that another one would wait for."""
     fds = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
@@ -1011,9 +1021,10 @@ def _require_no_lock() -> None:
     if not pid:
         try:
             for fd in mine:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os._exit(1)
+                with contextlib.suppress(BlockingIOError):
+                    _try_lock(fd)
+                    continue
+                os._exit(1)
         finally:
             os._exit(0)
     require(not os.waitpid(pid, 0)[1], "behind an interrupt a lock is held")
