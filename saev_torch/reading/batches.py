@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saev_torch.errors import EndedError, StalledReadError
+from saev_torch.errors import EndedError
 from saev_torch.order.steps import Step
 from saev_torch.processes.counters import Waits
 from saev_torch.processes.locks import renewed
@@ -53,6 +53,8 @@ class Batches:
         self._n_loaded = self._batch_size = 0
         self._all_scheduled = self._stopped = self._is_full = False
         self._error: BaseException | None = None
+        self.is_stalled = False
+        """Whether a batch did not come in time."""
 
     # The thread that opens them
 
@@ -136,15 +138,20 @@ class Batches:
                 if patience is None:
                     patience = make_patience()
                 if patience.is_over:
-                    self._error = patience.error()
-                    raise self._error
+                    self.is_stalled = self._stopped = True
+                    raise patience.error()
                 waited_s = self._wait(patience.step_s)
             patience.note(waited_s)
 
     def _find(self, sample_nbytes: int) -> tuple[bool, OpenBatch | None]:
         """Whether there is something to be taken, and what; None where nothing follows."""
         if self._error is not None:
-            raise self._error
+            err, self._error, self._stopped = self._error, None, True
+            try:
+                raise err
+            finally:
+                # What is raised names its frames. Kept here, too, it would keep us, and we it, for ever.
+                del err
         if self._stopped:
             raise EndedError("next: expected an iteration that goes on, got one that was ended; iterate anew.")
         while self._running and not self._running[0].n_tasks:
@@ -177,11 +184,6 @@ class Batches:
     def fill(self) -> float:
         """Share of the buffer, the batches that may be open, that has been read and not handed out."""
         return min(1.0, max(0, self._n_loaded) / max(1, self._max_open * self._batch_size))
-
-    @property
-    def is_stalled(self) -> bool:
-        """Whether a batch did not come in time."""
-        return isinstance(self._error, StalledReadError)
 
     def stop(self) -> None:
         """Let all who wait here go on."""
