@@ -305,25 +305,6 @@ BatchConfig: TypeAlias = OrderedConfig | ShuffledConfig
 """The config of a data set of batches."""
 
 
-def require_config(taker: str, cfg: Any, *kinds: type[_Config]) -> None:
-    """Refuse what is no config of these kinds, as a path, or the config of another data set.
-
-    Raises:
-        ConfigError: It is of another kind; the message says how to make one.
-    """
-    if isinstance(cfg, kinds):
-        return
-    wanted = " or ".join(kind.__name__ for kind in kinds)
-    if isinstance(cfg, str | os.PathLike):
-        got, remedy = repr(os.fspath(cfg)), f"{kinds[0].__name__}(shards={os.fspath(cfg)!r}, layer=...)"
-    else:
-        name = type(cfg).__name__
-        got, remedy = f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}", f"{kinds[0].__name__}(shards=..., layer=...)"
-        if isinstance(cfg, ShuffledConfig) and OrderedConfig in kinds:
-            remedy = "make_ordered_config(cfg)"
-    raise ConfigError(f"{taker}: expected a config of type {wanted}, got {got}; give it {remedy}.")
-
-
 def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> OrderedConfig:
     """Make the config that reads the same samples in file order.
 
@@ -338,7 +319,9 @@ def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> Order
         ConfigError: A field has a bad value.
         TypeError: `overrides` names a field that `OrderedConfig` does not have.
     """
-    require_config("make_ordered_config", shuffled_cfg, ShuffledConfig)
+    if not isinstance(shuffled_cfg, ShuffledConfig):
+        got = type(shuffled_cfg).__name__
+        raise ConfigError(f"make_ordered_config: expected a ShuffledConfig, got a value of type {got}; give it one.")
     names = {field.name for field in dataclasses.fields(OrderedConfig)}
     shared = {f.name: getattr(shuffled_cfg, f.name) for f in dataclasses.fields(shuffled_cfg) if f.name in names}
     return OrderedConfig(**{**shared, **overrides})

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from saev_torch.batch import Sample, Samples, make_batch
-from saev_torch.config import IndexedConfig, is_integer, require_config
+from saev_torch.config import IndexedConfig, is_integer
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
@@ -27,10 +27,9 @@ from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.reader import CallReader, Pace, Reader
-from saev_torch.reading.selecting import select, tell_counted_layers
+from saev_torch.reading.selecting import open_store, select, tell_counted_layers
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
-from saev_torch.reading.store import ShardStore
 from saev_torch.resume.cursor import Cursor
 from saev_torch.resume.state import MAX_COUNT, Position
 
@@ -69,9 +68,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     Example = Sample
 
     def __init__(self, cfg: IndexedConfig) -> None:
-        require_config("IndexedDataset", cfg, IndexedConfig)
         self.cfg = cfg
-        self._store = ShardStore(cfg.shards, allow_links=cfg.allow_links)
+        self._store = open_store("IndexedDataset", cfg, IndexedConfig)
         self.metadata = self._store.metadata
         self._selection = select(self._store, cfg)
         self.index_map = IndexMap(self.metadata, cfg.tokens, cfg.layer)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig, require_config
+from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Described
 from saev_torch.order.kept import labels_changed
@@ -27,7 +27,7 @@ from saev_torch.processes.world import Rank
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.room import advise_order, advise_room, count_ranks_here
-from saev_torch.reading.selecting import select, tell_counted_layers
+from saev_torch.reading.selecting import open_store, select, tell_counted_layers
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
@@ -295,8 +295,7 @@ class OrderedActivations(Activations):
     cfg: OrderedConfig
 
     def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
-        require_config("OrderedActivations", cfg, OrderedConfig)
-        super().__init__(cfg, ShardStore(cfg.shards, allow_links=cfg.allow_links), rank, world_size)
+        super().__init__(cfg, open_store("OrderedActivations", cfg, OrderedConfig), rank, world_size)
         self._compile()
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
@@ -312,8 +311,7 @@ class ShuffledActivations(Activations):
     cfg: ShuffledConfig
 
     def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
-        require_config("ShuffledActivations", cfg, ShuffledConfig)
-        store = ShardStore(cfg.shards, is_local=cfg.use_tmpdir, allow_links=cfg.allow_links)
+        store = open_store("ShuffledActivations", cfg, ShuffledConfig)
         recorded = store.metadata.layers
         if cfg.layer == -1 and -1 not in recorded:
             raise ConfigError(

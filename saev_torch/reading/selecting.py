@@ -1,8 +1,11 @@
 """The one place where a config and a directory become a selection."""
 
 import logging
+import os
+from typing import Any, TypeAlias
 
-from saev_torch.config import BatchConfig, IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.errors import ConfigError
 from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.mask import Mask
@@ -10,8 +13,36 @@ from saev_torch.reading.store import ShardStore
 
 _log = logging.getLogger("saev_torch")
 
+AnyConfig: TypeAlias = IndexedConfig | OrderedConfig | ShuffledConfig
 
-def select(store: ShardStore, cfg: IndexedConfig | OrderedConfig | ShuffledConfig) -> Selection:
+
+def open_store(taker: str, cfg: Any, *kinds: type[Any], may_copy: bool = True) -> ShardStore:
+    """Open the directory of a config, after a look at whether it is one; `use_tmpdir` holds if it `may_copy`.
+
+    Raises:
+        ConfigError: It is a path, or the config of another data set; the message says how to make one.
+        ShardsNotFoundError, FormatError, ReadError: As `ShardStore` does.
+    """
+    _require_config(taker, cfg, *kinds)
+    is_local = may_copy and isinstance(cfg, ShuffledConfig) and cfg.use_tmpdir
+    return ShardStore(cfg.shards, is_local=is_local, allow_links=cfg.allow_links)
+
+
+def _require_config(taker: str, cfg: Any, *kinds: type[Any]) -> None:
+    if isinstance(cfg, kinds):
+        return
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if isinstance(cfg, str | os.PathLike):
+        got, remedy = repr(os.fspath(cfg)), f"{kinds[0].__name__}(shards={os.fspath(cfg)!r}, layer=...)"
+    else:
+        name = type(cfg).__name__
+        got, remedy = f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}", f"{kinds[0].__name__}(shards=..., layer=...)"
+        if isinstance(cfg, ShuffledConfig) and OrderedConfig in kinds:
+            remedy = "make_ordered_config(cfg)"
+    raise ConfigError(f"{taker}: expected a config of type {wanted}, got {got}; give it {remedy}.")
+
+
+def select(store: ShardStore, cfg: AnyConfig) -> Selection:
     """Work out which samples of a directory a config selects; this may read all labels, and a mask, once.
 
     Raises:
@@ -32,7 +63,7 @@ def select(store: ShardStore, cfg: IndexedConfig | OrderedConfig | ShuffledConfi
     return selection
 
 
-def tell_counted_layers(cfg: IndexedConfig | BatchConfig, recorded: tuple[int, ...]) -> None:
+def tell_counted_layers(cfg: AnyConfig, recorded: tuple[int, ...]) -> None:
     """Say in the log which recorded layers are read for those that count from the end; warn where that is a default."""
     asked = cfg.layer if isinstance(cfg.layer, tuple) else (cfg.layer,)
     counted = [one for one in asked if isinstance(one, int) and one < 0 and one not in recorded]

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, require_config
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, lock, write_atomic, writing
 from saev_torch.format.shards import LABELS_NAME
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.selecting import select, tell_counted_layers
+from saev_torch.reading.selecting import open_store, select, tell_counted_layers
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.moments import Moments
 from saev_torch.stats.streaming import NonFinite, Pass, Progress
@@ -168,11 +168,11 @@ def compute_statistics(
         ConfigError: A bad value, or a cache folder inside the shard directory.
         ShardsNotFoundError, FormatError, ReadError: The shards cannot be read.
     """
-    require_config("compute_statistics", cfg, OrderedConfig, ShuffledConfig, IndexedConfig)
     for name, value, least in (("n_sampled", 1 if n_sampled is None else n_sampled, 1), ("n_threads", n_threads, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {value!r}.")
-    with contextlib.closing(ShardStore(cfg.shards, allow_links=cfg.allow_links)) as store:
+    kinds = OrderedConfig, ShuffledConfig, IndexedConfig
+    with contextlib.closing(open_store("compute_statistics", cfg, *kinds, may_copy=False)) as store:
         selection = select(store, cfg)
         tell_counted_layers(cfg, store.metadata.layers)
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
