@@ -320,8 +320,8 @@ def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> Order
         TypeError: `overrides` names a field that `OrderedConfig` does not have.
     """
     if not isinstance(shuffled_cfg, ShuffledConfig):
-        got = type(shuffled_cfg).__name__
-        raise ConfigError(f"make_ordered_config: expected a ShuffledConfig, got a value of type {got}; give it one.")
+        got = f"an object of type {type(shuffled_cfg).__name__}"
+        raise ConfigError(f"make_ordered_config: expected a config of type ShuffledConfig, got {got}; give it one.")
     names = {field.name for field in dataclasses.fields(OrderedConfig)}
     shared = {f.name: getattr(shuffled_cfg, f.name) for f in dataclasses.fields(shuffled_cfg) if f.name in names}
     return OrderedConfig(**{**shared, **overrides})
