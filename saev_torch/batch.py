@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from saev_torch.errors import ConfigError
+from saev_torch.errors import ConfigError, ReadError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
@@ -167,8 +167,11 @@ def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number:
     return batch
 
 
-def _receive_copy(columns: dict[str, NDArray[Any]], digest: int | None, number: int | None) -> ActivationBatch:
-    batch = ActivationBatch({key: torch.from_numpy(column) for key, column in columns.items()})
+def _receive_copy(
+    columns: dict[str, tuple[str, NDArray[np.uint8]]], digest: int | None, number: int | None
+) -> ActivationBatch:
+    tensors = {key: torch.from_numpy(held).view(getattr(torch, dtype)) for key, (dtype, held) in columns.items()}
+    batch = ActivationBatch(tensors)
     batch._digest, batch.number = digest, number
     return batch
 
@@ -186,15 +189,30 @@ def _is_untouched(batch: ActivationBatch, slot: Slot) -> bool:
     )
 
 
+def _tell(message: str) -> None:
+    raise ReadError(message)
+
+
 def _send(batch: ActivationBatch) -> tuple[Any, ...]:
-    """Reduce a batch for another process: as the name of its memory, if the tensors are still those of its slot."""
+    """Reduce a batch for another process. What goes wrong in a worker is raised there, which else waits for ever."""
+    try:
+        return _reduce(batch)
+    except Exception as err:
+        if get_worker_info() is None:
+            raise
+        return _tell, (f"batch {batch.number}: expected to send it from worker process {os.getpid()}, got: {err!r}",)
+
+
+def _reduce(batch: ActivationBatch) -> tuple[Any, ...]:
+    """As the name of its memory, if the tensors are still those of its slot, else as what they hold."""
     slot = batch._slot
     if slot is None or get_worker_info() is None or not _is_untouched(batch, slot):
         return batch.__reduce__()
     name = slot.send() if slot.is_own else None
     if name is None:
         # Through the pipe: torch would copy to /dev/shm, which may be too small, and take a descriptor for each tensor.
-        columns = {key: tensor.numpy() for key, tensor in batch.items()}
+        # As bytes, because numpy has no bfloat16.
+        columns = {key: (dtype, batch[key].view(torch.uint8).numpy()) for key, dtype, _, _ in batch._fields}
         return _receive_copy, (columns, batch._digest, batch.number)
     return _receive, (name, batch._fields, batch._digest, batch.number)
 

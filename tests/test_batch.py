@@ -10,7 +10,14 @@ import torch
 from factory import Spec
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from saev_torch import ActivationBatch, OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig
+from saev_torch import (
+    ActivationBatch,
+    OrderedActivations,
+    OrderedConfig,
+    ReadError,
+    ShuffledActivations,
+    ShuffledConfig,
+)
 from saev_torch.reading.slots import Slot
 
 
@@ -328,3 +335,15 @@ def test_slots_of_processes_have_names_of_their_own():
         process.close()
     found.close()
     assert numbers[0] != numbers[1]
+
+
+def test_what_keeps_a_worker_from_sending_is_raised_in_the_parent(make_shards, monkeypatch):
+    """A queue of multiprocessing drops what cannot be pickled, and its reader would wait for ever."""
+    cfg = ShuffledConfig(make_shards(), layer=3, batch_size=8)
+
+    def fail(self):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(Slot, "send", fail)
+    loader = DataLoader(ShuffledActivations(cfg), num_workers=1, multiprocessing_context="fork", timeout=60)
+    contracts.check_fails(loader, ReadError, r"batch 0: expected to send it from worker process \d+, got: OSError")

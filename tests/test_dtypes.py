@@ -301,7 +301,7 @@ def test_values_are_converted_once_wherever_they_come_from(
 ) -> None:
     monkeypatch.setattr(reading, "_SLOW_NBYTES_PER_S", float("inf"))
     monkeypatch.setattr(reading, "_CALL_S", 0.0 if where == "a slow disk" else 1e9)
-    monkeypatch.setattr(staging, "_fits_page_cache", lambda nbytes: where != "past the page cache")
+    monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: where != "past the page cache")
     # Several tasks, because only the first tells that the disk is slow.
     monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1000)

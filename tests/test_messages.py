@@ -60,10 +60,6 @@ ORDERED, SHUFFLED = OrderedConfig(shards="x", layer=3), ShuffledConfig(shards="x
         (IndexedDataset, None, "got a NoneType"),
         (compute_statistics, "a/b", "OrderedConfig or ShuffledConfig or IndexedConfig, got 'a/b'"),
         (make_ordered_config, ORDERED, "expected .* ShuffledConfig, got an object of type OrderedConfig"),
-            make_ordered_config,
-            ORDERED,
-            "make_ordered_config: expected .* ShuffledConfig, got an object of type OrderedConfig",
-        ),
     ],
 )
 def test_a_config_of_another_kind(taker, given, message):
