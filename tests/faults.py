@@ -30,6 +30,7 @@ from conftest import PATIENCE_S, Resources
 from torch.utils.data import DataLoader
 
 from saev_torch import OrderedConfig, ShuffledConfig
+from saev_torch.processes.notices import Notices
 from saev_torch.reading import labels
 from saev_torch.reading.kernels import find_convert_kernels
 
@@ -555,6 +556,9 @@ def _run(case: str, shards: str, out: str) -> None:
     with open(run.out / "stderr", "wb") as file:
         os.dup2(file.fileno(), 2)
     logging.basicConfig()
+    # Each process remembers for good what it has said.
+    Notices.of_process()
+    Notices.leave_parent()
     before = Resources.now()
     outcome: dict[str, Any] = {"error": None, "message": "", "bases": []}
     try:
