@@ -128,9 +128,13 @@ def release_copied() -> None:
 def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     if _copies:
         release_copied()
-    memory = lease.array()
-    batch = ActivationBatch()
+    batch = _make_tensors(lease.array(), fields)
     batch.memory = lease.owner
+    return batch
+
+
+def _make_tensors(memory: NDArray[np.uint8], fields: tuple[_Field, ...]) -> ActivationBatch:
+    batch = ActivationBatch()
     for key, dtype, offset, shape in fields:
         storage = DTYPES[dtype].storage if dtype in DTYPES else dtype
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(storage).itemsize
@@ -167,8 +171,10 @@ def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number:
     return batch
 
 
-def _receive_copy(columns: dict[str, NDArray[Any]], digest: int | None, number: int | None) -> ActivationBatch:
-    batch = ActivationBatch({key: torch.from_numpy(column) for key, column in columns.items()})
+def _receive_copy(
+    memory: NDArray[np.uint8], fields: tuple[_Field, ...], digest: int | None, number: int | None
+) -> ActivationBatch:
+    batch = _make_tensors(memory, fields)
     batch._digest, batch.number = digest, number
     return batch
 
@@ -194,8 +200,9 @@ def _send(batch: ActivationBatch) -> tuple[Any, ...]:
     name = slot.send() if slot.is_own else None
     if name is None:
         # Through the pipe: torch would copy to /dev/shm, which may be too small, and take a descriptor for each tensor.
-        columns = {key: tensor.numpy() for key, tensor in batch.items()}
-        return _receive_copy, (columns, batch._digest, batch.number)
+        key, _, offset, _ = batch._fields[-1]
+        memory = slot.first(offset + batch[key].nbytes)
+        return _receive_copy, (memory, batch._fields, batch._digest, batch.number)
     return _receive, (name, batch._fields, batch._digest, batch.number)
 
 

@@ -83,6 +83,10 @@ class Slot:
         self._held = True
         return Lease(self._memory, self._owner, self.release, self._region is not None)
 
+    def first(self, nbytes: int) -> NDArray[np.uint8]:
+        """The first bytes of the memory, for who has a lease of it."""
+        return self._memory[:nbytes]
+
     def release(self) -> None:
         """Take the slot back: nothing in this process uses it any more."""
         self._held = False
