@@ -97,7 +97,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         return self._selection.n_samples
 
     def transform(self, act: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
-        """Make the `act` of a sample of what was read, `[d_model] float32`: here a copy.
+        """Make the `act` of a sample of what was read, `[d_model] float32` whatever is stored: here a copy.
 
         A subclass may make something else of it. Then it is called for each sample, which takes much longer than a
         batch at once; where it is not overridden, it is not called at all.
@@ -153,7 +153,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     def _transformed(self, samples: Samples) -> Sequence[dict[str, Any]]:
         if type(self).transform is IndexedDataset.transform:
             return samples
-        return [Sample(sample, act=self.transform(sample["act"].numpy())) for sample in samples]
+        # numpy has no bfloat16.
+        return [Sample(sample, act=self.transform(sample["act"].float().numpy())) for sample in samples]
 
     @property
     def has_labels(self) -> bool:
@@ -213,7 +214,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         nbytes = slot_nbytes(n, self._selection.act_nbytes)
         if n < _MIN_PARALLEL:
             return Slot(nbytes, shared=False)
-        if self._pool is None or self._pool.nbytes < nbytes:
+        # A worker that was forked inherits one whose memory its parent cannot see.
+        if self._pool is None or self._pool.nbytes < nbytes or not self._pool.is_own:
             self._pool = SlotPool(nbytes, shared=can_share())
         return self._pool.acquire(_N_SLOTS)
 

@@ -137,13 +137,18 @@ class SlotPool:
         self._peaks = [0, 0]
         self._n_acquired = 0
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it was made, or has begun anew, in this process."""
+        return self._pid == os.getpid()
+
     def acquire(self, keep: int) -> Slot:
         """Take a free slot, or make one; it is held until its lease is gone.
 
         As many as `keep`, or as were in use of late, are worth keeping; free ones beyond that are given back to the
         system.
         """
-        if self._pid != os.getpid():
+        if not self.is_own:
             # In a child, the slots are its parent's.
             self._begin()
         settle()
