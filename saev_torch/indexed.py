@@ -17,6 +17,7 @@ from saev_torch.config import IndexedConfig, is_integer, require_config
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
+from saev_torch.format.plain import as_plain
 from saev_torch.order.selection import IndexMap
 from saev_torch.order.steps import slot_nbytes
 from saev_torch.order.uniform import UniformPlan
@@ -249,7 +250,8 @@ class UniformBatches(Sampler[NDArray[np.int64]]):
         drop_last: bool = False,
         label_weights: Mapping[int, float] | None = None,
     ) -> None:
-        size = len(n) if isinstance(n, IndexedDataset) else n
+        size = len(n) if isinstance(n, IndexedDataset) else as_plain(n)
+        batch_size, seed = as_plain(batch_size), as_plain(seed)
         bounds = (
             ("n", size, 1, 1 << 62),
             ("batch_size", batch_size, 1, 2**31 - 1),
