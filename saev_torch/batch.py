@@ -128,9 +128,13 @@ def release_copied() -> None:
 def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     if _copies:
         release_copied()
-    memory = lease.array()
-    batch = ActivationBatch()
+    batch = _make_tensors(lease.array(), fields)
     batch.memory = lease.owner
+    return batch
+
+
+def _make_tensors(memory: NDArray[np.uint8], fields: tuple[_Field, ...]) -> ActivationBatch:
+    batch = ActivationBatch()
     for key, dtype, offset, shape in fields:
         storage = DTYPES[dtype].storage if dtype in DTYPES else dtype
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(storage).itemsize
@@ -168,10 +172,9 @@ def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number:
 
 
 def _receive_copy(
-    columns: dict[str, tuple[str, NDArray[np.uint8]]], digest: int | None, number: int | None
+    memory: NDArray[np.uint8], fields: tuple[_Field, ...], digest: int | None, number: int | None
 ) -> ActivationBatch:
-    tensors = {key: torch.from_numpy(held).view(getattr(torch, dtype)) for key, (dtype, held) in columns.items()}
-    batch = ActivationBatch(tensors)
+    batch = _make_tensors(memory, fields)
     batch._digest, batch.number = digest, number
     return batch
 
@@ -211,9 +214,9 @@ def _reduce(batch: ActivationBatch) -> tuple[Any, ...]:
     name = slot.send() if slot.is_own else None
     if name is None:
         # Through the pipe: torch would copy to /dev/shm, which may be too small, and take a descriptor for each tensor.
-        # As bytes, because numpy has no bfloat16.
-        columns = {key: (dtype, batch[key].view(torch.uint8).numpy()) for key, dtype, _, _ in batch._fields}
-        return _receive_copy, (columns, batch._digest, batch.number)
+        key, _, offset, _ = batch._fields[-1]
+        memory = slot.first(offset + batch[key].nbytes)
+        return _receive_copy, (memory, batch._fields, batch._digest, batch.number)
     return _receive, (name, batch._fields, batch._digest, batch.number)
 
 

@@ -17,6 +17,7 @@ from saev_torch.config import IndexedConfig, is_integer
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
+from saev_torch.format.plain import as_plain
 from saev_torch.order.selection import IndexMap
 from saev_torch.order.steps import slot_nbytes
 from saev_torch.order.uniform import UniformPlan
@@ -95,7 +96,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         return self._selection.n_samples
 
     def transform(self, act: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
-        """Make the `act` of a sample of what was read, `[d_model] float32`: here a copy.
+        """Make the `act` of a sample of what was read, `[d_model] float32` whatever is stored: here a copy.
 
         A subclass may make something else of it. Then it is called for each sample, which takes much longer than a
         batch at once; where it is not overridden, it is not called at all.
@@ -151,7 +152,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     def _transformed(self, samples: Samples) -> Sequence[dict[str, Any]]:
         if type(self).transform is IndexedDataset.transform:
             return samples
-        return [Sample(sample, act=self.transform(sample["act"].numpy())) for sample in samples]
+        # numpy has no bfloat16.
+        return [Sample(sample, act=self.transform(sample["act"].float().numpy())) for sample in samples]
 
     @property
     def has_labels(self) -> bool:
@@ -211,7 +213,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         nbytes = slot_nbytes(n, self._selection.act_nbytes)
         if n < _MIN_PARALLEL:
             return Slot(nbytes, shared=False)
-        if self._pool is None or self._pool.nbytes < nbytes:
+        # A worker that was forked inherits one whose memory its parent cannot see.
+        if self._pool is None or self._pool.nbytes < nbytes or not self._pool.is_own:
             self._pool = SlotPool(nbytes, shared=can_share())
         return self._pool.acquire(_N_SLOTS)
 
@@ -245,7 +248,8 @@ class UniformBatches(Sampler[NDArray[np.int64]]):
         drop_last: bool = False,
         label_weights: Mapping[int, float] | None = None,
     ) -> None:
-        size = len(n) if isinstance(n, IndexedDataset) else n
+        size = len(n) if isinstance(n, IndexedDataset) else as_plain(n)
+        batch_size, seed = as_plain(batch_size), as_plain(seed)
         bounds = (
             ("n", size, 1, 1 << 62),
             ("batch_size", batch_size, 1, 2**31 - 1),

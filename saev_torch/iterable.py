@@ -15,7 +15,7 @@ from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.metadata import Described
-from saev_torch.order.kept import labels_changed
+from saev_torch.order.kept import labels_changed, mask_changed
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Plan, Share, advise_lanes
@@ -109,8 +109,9 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             with contextlib.closing(self._store.clone()) as store:
                 selection = select(store, self.cfg)
             # A worker that counts again must find the same.
-            if self._kept not in (None, selection.digests):
-                raise labels_changed(store.path(LABELS_IDX))
+            if self._kept is not None and self._kept != selection.digests:
+                is_mask = self._kept[1] != selection.mask_digest
+                raise mask_changed(self.cfg.mask) if is_mask else labels_changed(store.path(LABELS_IDX))
             self._selection, self._kept = selection, selection.digests
         return self._selection
 

@@ -484,6 +484,14 @@ def test_transform(make_shards):
     assert torch.equal(both["act"], torch.stack([expected[3], 2 * expected[3]]))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_transform_gets_float32_of_what_is_stored_in_16_bits(make_shards, dtype):
+    cfg = IndexedConfig(make_shards(dtype=dtype), layer=7, act_dtype="stored")
+    found = Doubled(cfg)[5]["act"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, 2 * IndexedDataset(cfg)[5]["act"].float())
+
+
 def test_transform_is_not_called_where_it_is_not_overridden(make_shards):
     ds = IndexedDataset(IndexedConfig(make_shards(), layer=7))
     batch = next(iter(DataLoader(ds, batch_size=4)))

@@ -18,6 +18,7 @@ from saev_torch import (
     IndexedDataset,
     OrderedActivations,
     OrderedConfig,
+    OrderedDataLoader,
     ShuffledActivations,
     ShuffledConfig,
     ShuffledDataLoader,
@@ -27,7 +28,7 @@ from saev_torch import (
 from saev_torch.__main__ import main
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.predict import predict
-from saev_torch.reading import converting, engine, source
+from saev_torch.reading import converting, engine, slots, source
 from saev_torch.reading import direct as staging
 from saev_torch.reading import reader as reading
 from saev_torch.reading.converting import convert_batch
@@ -123,6 +124,26 @@ def test_every_value_as_it_is_stored(make_shards, dtype: str, kind: str) -> None
     got = read_all(kind, shards, act_dtype="stored")
     assert got.dtype == getattr(torch, dtype)
     np.testing.assert_array_equal(bits_of(got).view("<u2"), values.reshape(got.shape))
+
+
+@pytest.mark.parametrize("way", ["few samples", "no memory files"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_batches_that_go_through_a_pipe(make_shards, monkeypatch, dtype: str, way: str) -> None:
+    """What no shared memory holds is sent as a copy: numpy, which cannot say bfloat16, must not be asked to."""
+    shards_dir = make_shards(dtype=dtype)
+    if way == "few samples":
+        ds = IndexedDataset(IndexedConfig(shards=shards_dir, layer=3, act_dtype="stored"))
+        loader = torch.utils.data.DataLoader(ds, batch_size=7, num_workers=1, timeout=60)
+    else:
+        monkeypatch.setattr(slots, "has_memory_files", lambda: False)
+        cfg = OrderedConfig(shards=shards_dir, layer=3, act_dtype="stored", batch_size=7)
+        loader = OrderedDataLoader(cfg, num_workers=1, timeout=60)
+    batches = list(loader)
+    found = torch.cat([batch["act"] for batch in batches])
+    assert found.dtype == getattr(torch, dtype)
+    expected = factory.oracle_bits(Spec(dtype=dtype))[:, 0, 1:].reshape(len(found), -1)
+    np.testing.assert_array_equal(bits_of(found), expected.view(np.int16))
+    assert [len(batch["example_idx"]) for batch in batches] == [7] * 9 + [3]
 
 
 @pytest.mark.parametrize("kind", ["indexed", "ordered", "shuffled"])

@@ -17,6 +17,7 @@ import pytest
 from conftest import PATIENCE_S, wait_until
 from factory import Spec
 from torch.utils.data import get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from saev_torch import EndedError, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
 from saev_torch.loaders import CountedBatches
@@ -229,6 +230,22 @@ def test_a_state_after_an_interrupt_while_workers_start(
     contracts.assert_same(list(loader), epochs[2])
     assert kept.type is KeyboardInterrupt
     loader.shutdown()
+
+
+def test_what_interrupts_the_start_is_what_is_raised(cfg: ShuffledConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All workers run, and torch watches them by now: it must not complain that they are killed."""
+    loader, put = make(cfg, 2), _MultiProcessingDataLoaderIter._try_put_index
+
+    def interrupted(iterator: Any) -> None:
+        put(iterator)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_MultiProcessingDataLoaderIter, "_try_put_index", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            iter(loader)
+    assert multiprocessing.active_children() == []
+    assert len(list(loader)) == len(loader)
 
 
 _AT_EXIT = """

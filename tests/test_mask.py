@@ -1,13 +1,26 @@
 """Making masks: every rule against numpy over the whole tensor, and what training on one then sees."""
 
+import copy
 import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from factory import Spec
 
-from saev_torch import ConfigError, Metadata, ShardWriter, ShuffledActivations, ShuffledConfig, WriteError, make_mask
+from saev_torch import (
+    ConfigError,
+    FormatError,
+    IndexedConfig,
+    IndexedDataset,
+    Metadata,
+    ShardWriter,
+    ShuffledActivations,
+    ShuffledConfig,
+    WriteError,
+    make_mask,
+)
 from saev_torch.__main__ import main
 
 N, WIDTH, D = 90, 11, 6
@@ -135,3 +148,21 @@ def test_the_command(acts, shards, tmp_path, capsys):
     assert f"drops {dropped.sum()} of {N * WIDTH} tokens, {dropped.mean():.3%}" in capsys.readouterr().out
     assert main(["mask", str(shards), "--norm-above", "many", "--layer", "7", "-o", str(out)]) == 2
     assert "norm_above: expected a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ds: pickle.loads(pickle.dumps(ds))])
+def test_random_access_with_a_mask_is_copied_and_pickled(shards, tmp_path, copied):
+    make_mask(shards, tmp_path / "keep.npy", layer=7, labels=[1])
+    ds = IndexedDataset(IndexedConfig(shards, layer=7, mask=tmp_path / "keep.npy"))
+    found = copied(ds).__getitems__(range(len(ds)))
+    assert torch.equal(found.batch["act"], ds.__getitems__(range(len(ds))).batch["act"])
+
+
+def test_a_mask_that_is_written_anew_is_named(shards, tmp_path):
+    """A worker that is spawned counts again, and must not blame the labels."""
+    path = tmp_path / "keep.npy"
+    make_mask(shards, path, layer=7, labels=[1])
+    ds = ShuffledActivations(ShuffledConfig(shards, layer=7, mask=path, ignore_labels=[2], batch_size=64))
+    make_mask(shards, path, layer=7, labels=[3])
+    with pytest.raises(FormatError, match=r"keep\.npy: expected the mask that samples were selected by"):
+        list(pickle.loads(pickle.dumps(ds)))

@@ -209,6 +209,14 @@ def test_a_child_has_no_say():
     assert slot.is_free
 
 
+def test_a_worker_shares_memory_whatever_its_parent_has_read(make_shards):
+    """A data set that was used in the parent has memory already, which is private to that."""
+    ds = IndexedDataset(IndexedConfig(shards=make_shards(Spec(n_examples=200, content_tokens=30)), layer=3))
+    ds.__getitems__(range(600))
+    loader = DataLoader(ds, batch_size=600, num_workers=1, multiprocessing_context="fork")
+    assert all(batch.memory is not None for batch in loader)
+
+
 # Whole epochs
 
 

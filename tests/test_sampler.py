@@ -169,3 +169,10 @@ def test_two_billion_samples_in_constant_memory():
     assert time.process_time() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
     assert len(np.unique(first)) == 16384
+
+
+def test_integers_of_numpy_are_integers():
+    of_numpy = UniformBatches(np.int64(100), np.int32(7), seed=np.uint8(3))
+    plain = UniformBatches(100, 7, seed=3)
+    assert of_numpy.state_dict() == json.loads(json.dumps(of_numpy.state_dict())) == plain.state_dict()
+    assert all(np.array_equal(*pair) for pair in zip(of_numpy, plain, strict=True))

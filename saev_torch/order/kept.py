@@ -79,3 +79,11 @@ def labels_changed(path: object = "labels.bin") -> FormatError:
         f"{path}: expected the labels that ignore_labels selected by, got others: it was written while it was in use; "
         "start again, so that samples are counted anew."
     )
+
+
+def mask_changed(path: object = "mask") -> FormatError:
+    """The error where a mask selects other samples than those that were counted."""
+    return FormatError(
+        f"{path}: expected the mask that samples were selected by, got another: it was written while it was in use; "
+        "start again, so that samples are counted anew."
+    )

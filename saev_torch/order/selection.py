@@ -21,7 +21,7 @@ from saev_torch.format.dtypes import loaded_type
 from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata
 from saev_torch.order.examples import make_subset
-from saev_torch.order.kept import Filter, LabelRows, MaskRows, labels_changed
+from saev_torch.order.kept import Filter, LabelRows, MaskRows, labels_changed, mask_changed
 from saev_torch.order.runs import expand_runs
 
 _Int64s = NDArray[np.int64]
@@ -208,7 +208,7 @@ class Selection:
         mask[:, : self.n_special] = self.tokens == "all"
         counted = self._first_sample[ordinals + 1] - self._first_sample[ordinals]
         if not np.array_equal(mask.sum(axis=1) * self.n_grid_layers, counted):
-            raise labels_changed()
+            raise labels_changed() if kept.ignore_labels else mask_changed()
         return mask
 
     def samples(self, cells: _Int64s) -> _Int64s:

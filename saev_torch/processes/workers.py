@@ -1,11 +1,13 @@
 """The worker processes of one iteration: how long they are waited for, and that they end."""
 
+import contextlib
 import logging
 import time
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from saev_torch.processes.counters import Counters
@@ -98,6 +100,9 @@ def end_unfinished(err: BaseException) -> None:
         iterator: Any = found.get("self")
         if hasattr(iterator, "_workers_done_event") and hasattr(iterator, "_workers"):
             iterator._shutdown = True
+            # Else torch raises an error for each that is killed here, in place of what interrupted.
+            with contextlib.suppress(ValueError):
+                signal_handling._remove_worker_pids(id(iterator))
             # The latest may not have come to the others yet.
             workers = {*iterator._workers, found.get("w", None)} - {None}
             end_workers([worker for worker in workers if worker.pid is not None])

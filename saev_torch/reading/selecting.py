@@ -52,12 +52,12 @@ def select(store: ShardStore, cfg: AnyConfig) -> Selection:
     """
     ignored = cfg.ignore_labels if isinstance(cfg, ShuffledConfig) else ()
     labels = Labels(store)
+    # A selection that needs no labels is pickled without them.
+    read_labels = labels.of_examples if ignored else None
     mask = None if cfg.mask is None else Mask(cfg.mask, store.metadata, cfg.allow_links)
     read_mask = None if mask is None else mask.of_examples
     md = store.metadata
-    selection = Selection(
-        md, cfg.tokens, cfg.layer, ignored, labels.of_examples, cfg.act_dtype, cfg.examples, read_mask
-    )
+    selection = Selection(md, cfg.tokens, cfg.layer, ignored, read_labels, cfg.act_dtype, cfg.examples, read_mask)
     # What was written while it was counted is found now.
     labels.expect(selection)
     return selection

@@ -85,6 +85,10 @@ class Slot:
         self._held = True
         return Lease(self._memory, self._owner, self.release, self._region is not None)
 
+    def first(self, nbytes: int) -> NDArray[np.uint8]:
+        """The first bytes of the memory, for who has a lease of it."""
+        return self._memory[:nbytes]
+
     def release(self) -> None:
         """Take the slot back: nothing in this process uses it any more."""
         self._held = False
@@ -135,13 +139,18 @@ class SlotPool:
         self._peaks = [0, 0]
         self._n_acquired = 0
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it was made, or has begun anew, in this process."""
+        return self._pid == os.getpid()
+
     def acquire(self, keep: int) -> Slot:
         """Take a free slot, or make one; it is held until its lease is gone.
 
         As many as `keep`, or as were in use of late, are worth keeping; free ones beyond that are given back to the
         system.
         """
-        if self._pid != os.getpid():
+        if not self.is_own:
             # In a child, the slots are its parent's.
             self._begin()
         settle()
