@@ -1,7 +1,9 @@
-"""Activations of any float type, written as float32, float16 and bfloat16: bit for bit, against torch and against numpy."""
+"""Activations of any float type, written as float32, float16 and bfloat16: bit for bit, against torch and numpy."""
 
+import base64
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import random
@@ -14,14 +16,13 @@ import rank_records
 import torch
 from factory import Spec, oracle_bits, oracle_labels
 from test_dtypes import EVERY, HALVES, bits_of, every_value, read_all, widened
-from test_resume import check_readers, kill_at
+from test_resume import kill_at
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from saev_torch import ConfigError, Metadata, ShardWriter, WriteError, record, repack, verify
 from saev_torch.__main__ import main
 from saev_torch.format.dtypes import DTYPES
-from saev_torch.format.shards import ShardInfo
 from saev_torch.tools.repack import Rounding
 from saev_torch.writing import checkpoints
 from saev_torch.writing.narrowing import Given, to_stored
@@ -257,17 +258,14 @@ def test_infinity_and_not_a_number(tmp_path, dtype) -> None:
         acts[9, 1, 2, 3] = value
         given = acts.to(getattr(torch, dtype))
         for one in (acts, given):
-            with pytest.raises(
-                WriteError, match=rf"finite values, got {value} in example 9, layer 7, stored token 2, d"
-            ):
+            with pytest.raises(WriteError, match=rf"finite values, got {value} in example 9, layer 7, stored token 2"):
                 write(tmp_path / "refused", md, one, check_finite=True)
         shards = write(tmp_path / str(value), md, acts, on_overflow="clip")
         stored = read(shards)[9, 1, 2, 3]
-        kind = DTYPES[dtype]
-        assert stored & kind.exponent == kind.exponent
-        assert bool(stored & kind.exponent - 1 & ~kind.exponent & ~(1 << 8 * kind.nbytes - 1)) == (value != value) or (
-            value != value
-        )
+        exponent = DTYPES[dtype].exponent
+        mantissa = (exponent & -exponent) - 1
+        assert stored & exponent == exponent
+        assert bool(stored & mantissa) == (value != value)
         (fault,) = verify(shards, finite=True).faults
         assert (fault.example, fault.layer) == (9, 7)
 
@@ -339,3 +337,241 @@ def test_threads_that_clip_count_together(tmp_path) -> None:
         list(pool.map(lambda i: writer.write_batch(acts[i : i + 1], i), range(64)))
     assert writer.n_clipped == acts.numel()
     assert (read(writer.shards_dir) == 0x7BFF).all()
+
+
+# record
+
+
+def make_llama(dtype: torch.dtype) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 4, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return transformers.LlamaModel(transformers.LlamaConfig(vocab_size=50, **sizes)).eval().to(dtype)
+
+
+def windows() -> DataLoader:
+    ids = torch.randint(50, (9, 7), generator=torch.Generator().manual_seed(0))
+    return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=4)
+
+
+def hidden_states(model: nn.Module) -> torch.Tensor:
+    """Of layers 0 and 2, [n_examples, n_layers, tokens, d_model]."""
+    found = []
+    with torch.no_grad():
+        for batch in windows():
+            hidden = model(**batch, output_hidden_states=True).hidden_states
+            found.append(torch.stack([hidden[1], hidden[3]], dim=1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("given", ["bfloat16", "float16", "float32", "float64"])
+def test_a_model_is_recorded_as_it_is(tmp_path, caplog, capfd, given) -> None:
+    """File bytes are the hidden states of a transformers model, bit for bit; of float64 the nearest float32."""
+    model = make_llama(getattr(torch, given))
+    options = {"layers": [0, 2], "cls_token": False, "shards_root": tmp_path, **NAMES}
+    with caplog.at_level(logging.INFO, "saev_torch"):
+        shards = record(model, windows(), **options)
+    dtype = "float32" if given == "float64" else given
+    assert Metadata.load(shards).dtype == dtype
+    hidden = hidden_states(model)
+    assert hidden.dtype == getattr(torch, given)
+    wanted = hidden.to(getattr(torch, dtype))
+    np.testing.assert_array_equal(read(shards), bits_of(wanted).view("<u4" if dtype == "float32" else "<u2"))
+    (line,) = [record.message for record in caplog.records if "blocks" in record.message]
+    assert line == f"recording {dtype}; the blocks put out torch.{given}"
+    # And where there is no log: but for float32, which all directories had before.
+    assert ("recording " + dtype in capfd.readouterr().err) == (dtype != "float32")
+    assert verify(shards, finite=True).ok
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_is_recorded_in_the_type_that_is_asked_for(tmp_path, dtype) -> None:
+    model = make_llama(torch.float32)
+    options = {"layers": [0, 2], "cls_token": False, "shards_root": tmp_path, "progress": False, **NAMES}
+    shards = record(model, windows(), dtype=dtype, **options)
+    wanted = hidden_states(model).to(getattr(torch, dtype))
+    np.testing.assert_array_equal(read(shards), bits_of(wanted).view("<u4" if dtype == "float32" else "<u2"))
+    # Recorded as float32 and repacked, it is the same directory.
+    if dtype != "float32":
+        full = record(model, windows(), **options)
+        again = repack(full, tmp_path / "repacked", dtype=dtype)
+        assert (again.name, content(again)) == (shards.name, content(shards))
+    with pytest.raises(WriteError, match="got a finished one with this metadata"):
+        record(model, windows(), dtype=dtype, **options)
+    assert record(model, windows(), dtype=dtype, resume=True, **options) == shards
+
+
+def test_a_model_that_overflows(tmp_path) -> None:
+    model = make_llama(torch.float32)
+    with torch.no_grad():
+        model.layers[1].mlp.down_proj.weight[3] *= 1e8
+    options = {"layers": [0, 2], "cls_token": False, "shards_root": tmp_path, "progress": False, **NAMES}
+    with pytest.raises(WriteError, match=r"that float16 holds, .* in example 0, layer 2, stored .* 3; use bfloat16"):
+        record(model, windows(), dtype="float16", **options)
+    assert list(tmp_path.iterdir()) == []
+    clipped = record(model, windows(), dtype="float16", on_overflow="clip", **options)
+    wanted = hidden_states(model).clamp(-65_504, 65_504).half()
+    assert (wanted.abs() == 65_504).any()
+    np.testing.assert_array_equal(read(clipped), bits_of(wanted).view("<u2"))
+    record(model, windows(), dtype="bfloat16", **options)
+
+
+class Mixed(nn.Module):
+    """Blocks that put out several types, and others in later batches."""
+
+    def __init__(self, dtypes: list[torch.dtype], later: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity() for _ in dtypes])
+        self.dtypes, self.later, self.n_calls = dtypes, later, 0
+
+    def forward(self, x: torch.Tensor) -> None:
+        self.n_calls += 1
+        for block, dtype in zip(self.blocks, self.dtypes, strict=True):
+            block(x.to(self.later if self.later is not None and self.n_calls > 1 else dtype))
+
+
+@pytest.mark.parametrize(("dtypes", "stored"), [
+    ([torch.bfloat16, torch.float16], "float32"), ([torch.float32, torch.bfloat16], "float32"),
+    ([torch.bfloat16, torch.bfloat16], "bfloat16"), ([torch.float64, torch.float16], "float32"),
+])  # fmt: skip
+def test_blocks_of_several_types(tmp_path, dtypes, stored) -> None:
+    x = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x), batch_size=4)
+    shards = record(Mixed(dtypes), loader, layers=[0, 1], cls_token=False, shards_root=tmp_path, **NAMES)
+    wanted = torch.stack([x.to(dtype).to(getattr(torch, stored)) for dtype in dtypes], dim=1)
+    assert Metadata.load(shards).dtype == stored
+    np.testing.assert_array_equal(read(shards), bits_of(wanted).view("<u4" if stored == "float32" else "<u2"))
+
+
+def test_a_type_that_changes_on_the_way(tmp_path) -> None:
+    """It would be rounded to what the first batch was, and nobody would know."""
+    loader = DataLoader(TensorDataset(torch.randn(6, 3, 8)), batch_size=4)
+    options = {"layers": [0], "cls_token": False, "shards_root": tmp_path, **NAMES}
+    message = r"put out torch\.bfloat16, as in the first batch, got torch\.float32 in that of example 4; give the dtype"
+    with pytest.raises(ConfigError, match=f"dtype: expected blocks that {message}"):
+        record(Mixed([torch.bfloat16], torch.float32), loader, **options)
+    assert list(tmp_path.iterdir()) == []
+    record(Mixed([torch.bfloat16], torch.float32), loader, dtype="bfloat16", **options)
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ({"dtype": "float8"}, r"dtype: expected one of \['float32', 'float16', 'bfloat16'\], or None, got 'float8'"),
+    ({"dtype": torch.bfloat16}, r"dtype: expected one of .*, got torch\.bfloat16"),
+    ({"dtype": ""}, "dtype: expected one of"), ({"dtype": ["float32"]}, "dtype: expected one of"),
+    ({"on_overflow": "raise"}, "on_overflow: expected 'refuse' or 'clip', got 'raise'"),
+])  # fmt: skip
+def test_record_refuses(tmp_path, option, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rank_records.main(tmp_path, **option)
+    with contextlib.suppress(FileNotFoundError):
+        assert list(tmp_path.iterdir()) == []
+
+
+# repack
+
+
+def directory(tmp_path, dtype: str, acts: torch.Tensor, **options):
+    md = metadata(n_examples=len(acts), dtype=dtype, d_model=acts.shape[-1])
+    return write(tmp_path, md, acts, **options)
+
+
+def some_acts() -> torch.Tensor:
+    acts = torch.randn(11, 2, 7, 40, generator=torch.Generator().manual_seed(0))
+    return acts * 10.0 ** torch.randint(-9, 5, acts.shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("new", DTYPES)
+@pytest.mark.parametrize("old", DTYPES)
+def test_repack_changes_the_type_and_says_how_far_off_values_are(tmp_path, old, new) -> None:
+    if old == new:
+        with pytest.raises(ConfigError, match="dtype: expected a change"):
+            repack(directory(tmp_path, old, some_acts(), on_overflow="clip"), tmp_path / "new", dtype=new)
+        return
+    acts = some_acts()
+    acts[3, 1, 2, 5], acts[4, 1, 2, 5], acts[6, 0, 0, 0] = 1e6, float("nan"), -float("inf")
+    acts[5, 0, 0, :3] = torch.tensor([0.0, -0.0, 1e-30])
+    source = directory(tmp_path, old, acts, on_overflow="clip")
+    reports: list[Rounding] = []
+    shards = repack(source, tmp_path / "new", dtype=new, on_overflow="clip", report=reports.append)
+    x = tensor_of(read(source), old) if old != "float32" else torch.from_numpy(read(source).view("<f4").copy())
+    y = x.to(getattr(torch, new))
+    is_large = y.isinf() & x.isfinite()
+    y[is_large] = torch.finfo(y.dtype).max
+    got = torch.from_numpy(read(shards).view("<i4" if new == "float32" else "<i2").copy()).view(y.dtype)
+    assert torch.equal(got.nan_to_num(7), y.nan_to_num(7))
+    assert verify(shards).ok
+    (found,) = reports
+    x, y = x.double(), y.double()
+    lost = (x != 0) & (y == 0)
+    kept = x.isfinite() & (x != 0) & ~lost & ~is_large
+    relative = ((y - x) / x).abs()[kept]
+    assert found == Rounding(
+        old, new, acts.numel(), relative.max().item(), pytest.approx(relative.mean().item(), rel=1e-12),
+        int(is_large.sum()), int(lost.sum()),
+    )  # fmt: skip
+    if new == "float32":
+        assert (found.max_relative, found.n_overflowed, found.n_became_zero) == (0, 0, 0)
+    elif new == "bfloat16":
+        assert 1e-3 < found.mean_relative < found.max_relative <= 2.0**-8
+    else:
+        assert found.n_became_zero > 100
+        assert found.n_overflowed >= 1
+
+
+def test_repack_refuses_what_overflows_and_names_it_in_the_source(tmp_path) -> None:
+    acts = torch.zeros(11, 2, 7, 8)
+    acts[9, 1, 2, 3] = -70_000
+    source = directory(tmp_path, "float32", acts)
+    message = "that float16 holds, up to 65504, got -70000 in example 9, layer 7, stored token 2, dimension 3; use bfl"
+    with pytest.raises(WriteError, match=message):
+        repack(source, tmp_path / "new", dtype="float16", examples=[2, 10, 9], layers=[7])
+    assert not any((tmp_path / "new").iterdir())
+    with pytest.raises(ConfigError, match=r"dtype: expected one of \['float32', .*\], or None, got 'half'"):
+        repack(source, tmp_path / "new", dtype="half")
+    with pytest.raises(ConfigError, match="on_overflow: expected 'refuse' or 'clip', got 'ignore'"):
+        repack(source, tmp_path / "new", dtype="float16", on_overflow="ignore")
+
+
+@pytest.mark.parametrize("n_examples", [11, 12])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_repack_to_float32_gives_what_saev_takes(tmp_path, make_shards, dtype, n_examples) -> None:
+    """By saev's own rules, written down here: names, hash, JSON, and files that are mapped whole."""
+    source = make_shards(dtype=dtype, n_examples=n_examples, preallocate_last=False)
+    shards = repack(source, tmp_path / "new", dtype="float32")
+    raw = (shards / "metadata.json").read_bytes()
+    obj = json.loads(raw)
+    spec = Spec(n_examples=n_examples, data=obj["data"])
+    assert list(obj.items()) == list(spec.metadata().items())
+    assert raw == json.dumps(spec.metadata(), indent=2).encode()
+    compact = json.dumps(obj, separators=(",", ":")).encode()
+    assert shards.name == hashlib.sha256(compact).hexdigest()[:8]
+    entries = [{"name": name, "n_examples": n} for name, n in spec.shards()]
+    assert json.loads((shards / "shards.json").read_bytes()) == entries
+    wanted = factory.to_float32(oracle_bits(dataclasses.replace(spec, dtype=dtype)), dtype)
+    for i, entry in enumerate(entries):
+        acts = np.memmap(shards / entry["name"], "<f4", "r", shape=(4, 2, 7, 8))
+        assert (shards / entry["name"]).stat().st_size == acts.nbytes
+        np.testing.assert_array_equal(acts[: entry["n_examples"]], wanted[4 * i : 4 * i + entry["n_examples"]])
+    # Rounded values have another name than the recording in float32 that they are not.
+    assert shards.name != Spec(n_examples=n_examples).hash()
+    assert base64.b64decode(obj["data"]) == f"opaque\nrepacked from {source.name}: values of {dtype}".encode()
+    assert repack(source, tmp_path / "cut", dtype="float32", preallocate=False).name == shards.name
+
+
+def test_the_command_says_how_far_off_values_became(tmp_path, capsys) -> None:
+    acts = torch.ones(11, 2, 7, 8)
+    acts[0, 0, 0, :4] = torch.tensor([1e6, 1e-20, 0.0, 1 + 2.0**-12])
+    source = directory(tmp_path, "float32", acts)
+    assert main(["repack", str(source), str(tmp_path / "new"), "--dtype=float16", "--quiet"]) == 2
+    assert "use bfloat16, or clip such values with on_overflow='clip'" in capsys.readouterr().err
+    code = main(["repack", str(source), str(tmp_path / "new"), "--dtype=float16", "--on-overflow=clip", "--quiet"])
+    out = capsys.readouterr().out
+    assert code == 0
+    mean = 2.0**-12 / (1 + 2.0**-12) / (11 * 2 * 7 * 8 - 3)
+    assert out.splitlines()[0] == (
+        f"float32 to float16: relative error {mean:.3g} on average, 0.000244 at most; of 1,232 values 1 (0.0812 %) "
+        "overflowed, 1 (0.0812 %) became 0"
+    )
+    assert re.fullmatch(rf"{tmp_path}/new/[0-9a-f]{{8}}", out.splitlines()[1])
+    assert main(["inspect", out.splitlines()[1]]) == 0
+    assert "d_model 8, float16" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.arguments import at_least, integers, positions
 from saev_torch.tools.rounding import Rounding, RoundingMeter
-from saev_torch.writing.incoming import check_stored
+from saev_torch.writing.incoming import check_dtype, check_stored
 from saev_torch.writing.narrowing import Given, as_tensor
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
@@ -58,11 +58,10 @@ def repack(
         layers: Recorded layers to keep, by value, in the new order; all by default.
         examples: Examples to keep, in the new order; all by default.
         max_tokens_per_shard: Activations (token x layer) in a file; as in the source by default.
-        dtype: Type of the new values, "float32", "float16" or "bfloat16"; as in the source by default.
-        on_overflow: "refuse" values that are too large for it, or "clip" them, see `ShardWriter`.
-        preallocate: Leave the last file at full size, see `ShardWriter`. None is where 16 bits become float32: readers
-            of saev, which know no other type, map whole files.
-        report: Called at the end, with what became of the values, where their type changes.
+        dtype: Type of the new values: "float32", "float16" or "bfloat16"; as in the source by default.
+        on_overflow: "refuse" values that are too large for it, or "clip" them.
+        preallocate: See `ShardWriter`; by default where 16 bits become float32, as readers of saev map whole files.
+        report: Called at the end where the type changes, with what became of the values.
         progress: Draw a progress bar; None for where stderr is a terminal, and elsewhere a line a minute.
 
     Returns:
@@ -71,30 +70,23 @@ def repack(
     Raises:
         ConfigError: There is no such layer, example or type, or nothing would change.
         FormatError: The source does not follow the format, or a checksum does not fit.
-        WriteError: The target is there already, or could not be written, or a value is too large.
+        WriteError: The target is there already, could not be written, or cannot hold a value.
     """
     store = ShardStore(Path(shards_dir))
     old = store.metadata
-    layers = tuple(old.layers if layers is None else layers)
-    if not layers or not set(layers) <= set(old.layers):
-        raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(layers)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {list(DTYPES)}, got {short(dtype)}.")
-    dtype = dtype or old.dtype
+    dtype = old.dtype if dtype is None else check_dtype(dtype)
     numbers = _numbers(old, examples)
     new = dataclasses.replace(
         old,
         data=_describe(old, numbers, dtype),
-        layers=layers,
+        layers=_layers(old, layers),
         n_examples=len(numbers),
-        max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
         dtype=dtype,
         protocol=PROTOCOL,
+        max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
     )
     if new.hash == old.hash:
         raise ConfigError("layers, examples, max_tokens_per_shard, dtype: expected a change, got what the source has.")
-    source = _Examples(store, [old.layers.index(layer) for layer in layers])
-    n_fit = max(1, _BATCH_NBYTES // max(old.example_nbytes, new.example_nbytes))
     preallocate = old.dtype != dtype == FLOAT32.name if preallocate is None else preallocate
     meter = RoundingMeter(old.dtype, dtype)
     with (
@@ -102,17 +94,27 @@ def repack(
         Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
         ShardWriter(Path(shards_root), new, on_overflow=on_overflow, preallocate=preallocate) as writer,
     ):
-        for start in range(0, len(numbers), n_fit):
-            some = numbers[start : start + n_fit]
-            acts, labels = source.read(some)
-            if dtype != old.dtype:
-                # Not by the writer, which has another number for an example.
-                acts = _convert(acts, new, some, on_overflow, meter)
-            writer.write_batch(acts, start, labels)
-            bar.update(len(some) * new.example_nbytes)
+        _copy(store, writer, numbers, bar, meter)
     if report is not None and dtype != old.dtype:
         report(meter.read())
     return writer.shards_dir
+
+
+def _copy(
+    store: ShardStore, writer: ShardWriter, numbers: npt.NDArray[np.int64], bar: Progress, meter: RoundingMeter
+) -> None:
+    """Write examples of a store, in the layers and the type that the writer is for."""
+    old, new = store.metadata, writer.md
+    source = _Examples(store, [old.layers.index(layer) for layer in new.layers])
+    n_fit = max(1, _BATCH_NBYTES // max(old.example_nbytes, new.example_nbytes))
+    for start in range(0, len(numbers), n_fit):
+        some = numbers[start : start + n_fit]
+        acts, labels = source.read(some)
+        if new.dtype != old.dtype:
+            # Not by the writer, which has another number for an example.
+            acts = _convert(acts, new, some, writer.on_overflow, meter)
+        writer.write_batch(acts, start, labels)
+        bar.update(len(some) * new.example_nbytes)
 
 
 def _convert(
@@ -123,6 +125,14 @@ def _convert(
     new = as_tensor(stored.values, md.value_type)
     meter.add(old, new, stored.n_overflowed)
     return new
+
+
+def _layers(old: Metadata, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to keep."""
+    kept = tuple(old.layers if layers is None else layers)
+    if not kept or not set(kept) <= set(old.layers):
+        raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(kept)}.")
+    return kept
 
 
 def _numbers(old: Metadata, examples: Sequence[int] | None) -> npt.NDArray[np.int64]:

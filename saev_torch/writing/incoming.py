@@ -5,7 +5,8 @@ Each check raises a `WriteError` that says what was expected and what came.
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import numpy.typing as npt
 import torch
 
 from saev_torch.errors import ConfigError, WriteError
-from saev_torch.format.dtypes import ValueType
+from saev_torch.format.dtypes import DTYPES, ValueType
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.shards import LABELS_NAME, shard_name, shard_nbytes
 from saev_torch.writing.narrowing import FLOATS, Given, Stored, as_tensor, to_stored
 
 _N_LOOKED_AT = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
@@ -40,6 +42,13 @@ def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[Any]
         return Given.of_array(activations)
     with _plain("activations", activations):
         return Given.of_tensor(activations)
+
+
+def check_dtype(dtype: str) -> str:
+    """Return the name of a type that can be stored."""
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {list(DTYPES)}, or None, got {short(dtype)}.")
+    return dtype
 
 
 def check_on_overflow(on_overflow: str) -> str:
@@ -147,7 +156,7 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
     return np.ascontiguousarray(labels, dtype=np.uint8)
 
 
-def is_same(given: npt.NDArray[Any], stored: npt.NDArray[Any], value_type: ValueType) -> bool:
+def _is_same(given: npt.NDArray[Any], stored: npt.NDArray[Any], value_type: ValueType) -> bool:
     """Whether activations of an example are those that are stored, but for rounding, as on another machine."""
     if given.tobytes() == stored.tobytes():
         return True
@@ -155,6 +164,32 @@ def is_same(given: npt.NDArray[Any], stored: npt.NDArray[Any], value_type: Value
     both = (as_tensor(acts, value_type).double().numpy() for acts in (given, stored))
     one, other = (np.nan_to_num(acts, nan=0.0, posinf=0.0, neginf=0.0) for acts in both)
     return bool(np.linalg.norm(one - other) <= _ROUNDING * np.linalg.norm(other))
+
+
+def require_same(
+    shards_dir: Path,
+    md: Metadata,
+    read: Callable[[str, int, int], bytes],
+    again: range,
+    acts: npt.NDArray[Any],
+    start: int,
+    labels: npt.NDArray[np.uint8] | None,
+) -> None:
+    """Refuse to continue what was written of other data, by examples that are given again, those from `start` on."""
+    for i in again:
+        given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
+        raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
+        stored = np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)
+        wrong = None if _is_same(given, stored, md.value_type) else "values"
+        if labels is not None and wrong is None:
+            n_labels = md.content_tokens_per_example
+            wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
+        if wrong is not None:
+            raise WriteError(
+                f"{shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
+                "those are of other data or another model under the same names; give another ckpt, data or dataset, or "
+                "delete the directory"
+            )
 
 
 def check_start(start_idx: int, batch: int, bounds: tuple[int, int]) -> int:

@@ -82,7 +82,7 @@ def to_stored(given: Given, value_type: ValueType) -> Stored:
         found, overflowed = _convert(values, value_type)
         out[start : start + len(some)] = found[: len(some)].numpy()
         overflowed = overflowed[: len(some)]
-        if len(overflowed):
+        if bool(overflowed.any()):
             if first is None:
                 i = int(overflowed.nonzero()[0])
                 first = Overflow(start + i, values[i].item())

@@ -19,7 +19,7 @@ from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.processes.launchers import announce
 from saev_torch.processes.notices import Notices
 from saev_torch.processes.world import find_world
-from saev_torch.writing.incoming import check_on_overflow
+from saev_torch.writing.incoming import check_dtype, check_on_overflow
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.source import Batches, Source, Taps, Tokens
 from saev_torch.writing.writer import ShardWriter
@@ -99,8 +99,7 @@ def record(
             in the first batch.
         WriteError: The shards are there already, are of other data, or could not be written.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected None or one of {list(DTYPES)}, got {short(dtype)}.")
+    dtype = None if dtype is None else check_dtype(dtype)
     check_on_overflow(on_overflow)
     world, loader = find_world(None, None), Batches(dataloader)
     announce(world, Notices.of_process())

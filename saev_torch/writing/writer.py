@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +27,7 @@ from saev_torch.writing.incoming import (
     check_on_overflow,
     check_start,
     check_stored,
-    is_same,
+    require_same,
 )
 from saev_torch.writing.journal import Entry, Ranges
 from saev_torch.writing.unfinished import Unfinished
@@ -81,6 +80,7 @@ class ShardWriter:
         md: The metadata that was announced.
         shards_dir: The directory, `<shards_root>/<hash>`.
         example_range: Examples that this writer is for.
+        on_overflow: What is done with values that are too large.
         n_clipped: Values that were clipped; a warning says so at the end.
 
     Raises:
@@ -111,7 +111,7 @@ class ShardWriter:
         self._unfinished = Unfinished(
             self.shards_dir, md, self.example_range, resume=resume, keeps=self._keeps, preallocate=preallocate
         )
-        self._check_finite, self._on_overflow, self.n_clipped = check_finite, check_on_overflow(on_overflow), 0
+        self._check_finite, self.on_overflow, self.n_clipped = check_finite, check_on_overflow(on_overflow), 0
         # What was given in this `with` block, and with it what was on disk before.
         self._given, self._done = Ranges(), Ranges()
         self._has_labels: bool | None = None
@@ -239,7 +239,7 @@ class ShardWriter:
         given = check_activations(self.md, activations)
         start = check_start(start_idx, len(given.bits), self.example_range)
         examples = range(start, start + len(given.bits))
-        acts, _, n_clipped = check_stored(given, self.md, examples, self._on_overflow)
+        acts, _, n_clipped = check_stored(given, self.md, examples, self.on_overflow)
         labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
         if self._check_finite:
             check_finite(acts, self.md, start)
@@ -265,7 +265,7 @@ class ShardWriter:
         self._checkpoints.raise_failed()
         if not self._is_compared:
             again = range(*(self._done.overlap(start, stop) or (0, 0)))
-            _require_same(self.shards_dir, self.md, self._unfinished.parts.read, again, acts, start, labels)
+            require_same(self.shards_dir, self.md, self._unfinished.parts.read, again, acts, start, labels)
             self._is_compared = len(again) > 0
         entries = []
         for low, high in self._done.gaps(stop, start):
@@ -302,32 +302,6 @@ class ShardWriter:
 
 _Acts = npt.NDArray[Any]
 _Labels = npt.NDArray[np.uint8] | None
-
-
-def _require_same(
-    shards_dir: Path,
-    md: Metadata,
-    read: Callable[[str, int, int], bytes],
-    again: range,
-    acts: _Acts,
-    start: int,
-    labels: _Labels,
-) -> None:
-    """Refuse to continue what was written of other data, by examples that are given again, those from `start` on."""
-    for i in again:
-        given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
-        raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
-        stored = np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)
-        wrong = None if is_same(given, stored, md.value_type) else "values"
-        if labels is not None and wrong is None:
-            n_labels = md.content_tokens_per_example
-            wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
-        if wrong is not None:
-            raise WriteError(
-                f"{shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
-                "those are of other data or another model under the same names; give another ckpt, data or dataset, or "
-                "delete the directory"
-            )
 
 
 def _write(
