@@ -76,15 +76,10 @@ def repack(
     old = store.metadata
     dtype = old.dtype if dtype is None else check_dtype(dtype)
     numbers = _numbers(old, examples)
-    new = dataclasses.replace(
-        old,
-        data=_describe(old, numbers, dtype),
-        layers=_layers(old, layers),
-        n_examples=len(numbers),
-        dtype=dtype,
-        protocol=PROTOCOL,
-        max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
-    )
+    changes: dict[str, Any] = {"layers": _layers(old, layers), "n_examples": len(numbers), "dtype": dtype}
+    changes |= {"data": _describe(old, numbers, dtype), "protocol": PROTOCOL}
+    changes |= {"max_tokens_per_shard": max_tokens_per_shard} if max_tokens_per_shard else {}
+    new = dataclasses.replace(old, **changes)
     if new.hash == old.hash:
         raise ConfigError("layers, examples, max_tokens_per_shard, dtype: expected a change, got what the source has.")
     preallocate = old.dtype != dtype == FLOAT32.name if preallocate is None else preallocate

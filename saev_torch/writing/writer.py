@@ -189,17 +189,7 @@ class ShardWriter:
                 if missing:
                     if self._keeps:
                         self._checkpoints.force()
-                    n_missing = sum(stop - start for start, stop in missing)
-                    kept = (
-                        "what was written stays: write the rest with ShardWriter(..., resume=True)"
-                        if self._keeps
-                        else "what was written is removed: ShardWriter(..., resume=True) keeps it, to go on later"
-                    )
-                    raise WriteError(
-                        f"{self.shards_dir}: expected {self.example_range[1] - self.example_range[0]} examples, as "
-                        f"announced, {n_missing} are missing: {short(missing)} (ends excluded); nothing was published, "
-                        f"and {kept}"
-                    )
+                    raise _too_few(self.shards_dir, self.example_range, missing, self._keeps)
                 self._checkpoints.force()
                 self._unfinished.publish()
             elif exc_type is not None and self._keeps:
@@ -238,8 +228,7 @@ class ShardWriter:
         self._require_open()
         given = check_activations(self.md, activations)
         start = check_start(start_idx, len(given.bits), self.example_range)
-        examples = range(start, start + len(given.bits))
-        acts, _, n_clipped = check_stored(given, self.md, examples, self.on_overflow)
+        acts, _, n_clipped = check_stored(given, self.md, range(start, start + len(given.bits)), self.on_overflow)
         labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
         if self._check_finite:
             check_finite(acts, self.md, start)
@@ -298,6 +287,21 @@ class ShardWriter:
                 f"{self.shards_dir}: expected the process that opened the writer, got a child of it; open one there, "
                 "with its own example_range"
             )
+
+
+def _too_few(
+    shards_dir: Path, example_range: tuple[int, int], missing: list[tuple[int, int]], keeps: bool
+) -> WriteError:
+    kept = (
+        "what was written stays: write the rest with ShardWriter(..., resume=True)"
+        if keeps
+        else "what was written is removed: ShardWriter(..., resume=True) keeps it, to go on later"
+    )
+    n_missing = sum(stop - start for start, stop in missing)
+    return WriteError(
+        f"{shards_dir}: expected {example_range[1] - example_range[0]} examples, as announced, {n_missing} are missing"
+        f": {short(missing)} (ends excluded); nothing was published, and {kept}"
+    )
 
 
 _Acts = npt.NDArray[Any]
