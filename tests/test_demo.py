@@ -1,6 +1,7 @@
 """The demo, whole and small: the real model, real text, a few steps."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -37,6 +38,9 @@ def test_demo(tmp_path: Path) -> None:
     done = _run_demo(tmp_path, "--windows", "40", "--epochs", "2", "--seed", "3")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG_MAGIC)
+    assert re.search(r"^shards: \d+ MB of bfloat16, ", done.stdout, re.MULTILINE)
+    cost = re.search(r"^rounding to bfloat16 cost ([+-]0\.\d{4}) of it: 0\.\d{4} as float32", done.stdout, re.MULTILINE)
+    assert abs(float(cost[1])) < 0.003
     for line in ("loader alone: ", "loss: ", "explained variance on held-out activations: 0.", "dead latents: "):
         assert f"\n{line}" in done.stdout
     assert "recording: 100%" in done.stderr
@@ -52,7 +56,8 @@ def test_demo_keeps_shards_on_request(tmp_path: Path) -> None:
     keep = tmp_path / "shards"
     done = _run_demo(tmp_path, "--keep", str(keep), "--windows", "10", "--epochs", "1", "--layer", "2")
     assert done.returncode == 0, done.stderr
-    assert sorted(Metadata.load(shards_dir).n_examples for shards_dir in keep.iterdir()) == [1, 9]
+    kept = sorted((md.n_examples, md.dtype) for md in map(Metadata.load, keep.iterdir()))
+    assert kept == [(1, "bfloat16"), (1, "float32"), (9, "bfloat16")]
 
 
 def test_recorded_activations_are_the_models(tmp_path: Path) -> None:

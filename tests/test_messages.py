@@ -203,7 +203,7 @@ def test_tensors_without_values(tmp_path, make, message):
     if make is not fake:
         with pytest.raises(WriteError, match=f"patch_labels: {message}"):
             write(tmp_path, acts(), make(torch.arange(12).reshape(2, 6)))
-    with pytest.raises(WriteError, match=r"activations: expected float32, got torch\.complex64"):
+    with pytest.raises(WriteError, match=r"activations: expected values of a float type, got torch\.complex64"):
         write(tmp_path, torch.complex(acts(), acts()))
 
 

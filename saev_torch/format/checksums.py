@@ -52,9 +52,7 @@ def find_algorithm(name: str) -> Callable[[memoryview], int]:
     return lambda block: xxh3_64_intdigest(block) & 0xFFFFFFFF
 
 
-def block_checksums(
-    acts: npt.NDArray[np.float32], labels: npt.NDArray[np.uint8] | None, algorithm: str = ALGORITHM
-) -> bytes:
+def block_checksums(acts: npt.NDArray[Any], labels: npt.NDArray[np.uint8] | None, algorithm: str = ALGORITHM) -> bytes:
     """Compute the checksums of examples, packed as big-endian 32-bit numbers: of all layers, then of the labels.
 
     `acts` are `[batch, n_layers, tokens_per_example, d_model]`, `labels` `[batch, content_tokens_per_example]` or None,

@@ -1,4 +1,4 @@
-"""`python -m saev_torch repack DIR ROOT`: fewer layers, another shard size, a subset of the examples."""
+"""`python -m saev_torch repack DIR ROOT`: fewer layers, another shard size or type, a subset of the examples."""
 
 import argparse
 import base64
@@ -6,14 +6,17 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
+from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
@@ -22,6 +25,9 @@ from saev_torch.reading.labels import Labels
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.arguments import at_least, integers, positions
+from saev_torch.tools.rounding import Rounding, RoundingMeter
+from saev_torch.writing.incoming import check_dtype, check_stored
+from saev_torch.writing.narrowing import Given, as_tensor
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.writer import ShardWriter
 
@@ -35,9 +41,13 @@ def repack(
     layers: Sequence[int] | None = None,
     examples: Sequence[int] | None = None,
     max_tokens_per_shard: int | None = None,
+    dtype: str | None = None,
+    on_overflow: str = "refuse",
+    preallocate: bool | None = None,
+    report: Callable[[Rounding], None] | None = None,
     progress: bool | None = False,
 ) -> Path:
-    """Write a shard directory again, with less in it or cut into other files.
+    """Write a shard directory again, with less in it, cut into other files, or with values of another type.
 
     The source is read-only. Where it has checksums they are compared on the way, so damage is not carried over. The
     new metadata differs from the old in the fields that had to change; examples are numbered anew, in the order given.
@@ -48,44 +58,76 @@ def repack(
         layers: Recorded layers to keep, by value, in the new order; all by default.
         examples: Examples to keep, in the new order; all by default.
         max_tokens_per_shard: Activations (token x layer) in a file; as in the source by default.
+        dtype: Type of the new values: "float32", "float16" or "bfloat16"; as in the source by default.
+        on_overflow: "refuse" values that are too large for it, or "clip" them.
+        preallocate: See `ShardWriter`; by default where 16 bits become float32, as readers of saev map whole files.
+        report: Called at the end where the type changes, with what became of the values.
         progress: Draw a progress bar; None for where stderr is a terminal, and elsewhere a line a minute.
 
     Returns:
         The new directory.
 
     Raises:
-        ConfigError: There is no such layer or example, or nothing would change.
+        ConfigError: There is no such layer, example or type, or nothing would change.
         FormatError: The source does not follow the format, or a checksum does not fit.
-        WriteError: The target is there already, or could not be written.
+        WriteError: The target is there already, could not be written, or cannot hold a value.
     """
     store = ShardStore(Path(shards_dir))
     old = store.metadata
-    layers = tuple(old.layers if layers is None else layers)
-    if not layers or not set(layers) <= set(old.layers):
-        raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(layers)}.")
+    dtype = old.dtype if dtype is None else check_dtype(dtype)
     numbers = _numbers(old, examples)
-    new = dataclasses.replace(
-        old,
-        data=_describe(old, numbers),
-        layers=layers,
-        n_examples=len(numbers),
-        max_tokens_per_shard=max_tokens_per_shard or old.max_tokens_per_shard,
-        protocol=PROTOCOL,
-    )
+    changes: dict[str, Any] = {"layers": _layers(old, layers), "n_examples": len(numbers), "dtype": dtype}
+    changes |= {"data": _describe(old, numbers, dtype), "protocol": PROTOCOL}
+    changes |= {"max_tokens_per_shard": max_tokens_per_shard} if max_tokens_per_shard else {}
+    new = dataclasses.replace(old, **changes)
     if new.hash == old.hash:
-        raise ConfigError("layers, examples, max_tokens_per_shard: expected a change, got what the source has.")
-    source = _Examples(store, [old.layers.index(layer) for layer in layers])
-    n_fit = max(1, _BATCH_NBYTES // new.example_nbytes)
+        raise ConfigError("layers, examples, max_tokens_per_shard, dtype: expected a change, got what the source has.")
+    preallocate = old.dtype != dtype == FLOAT32.name if preallocate is None else preallocate
+    meter = RoundingMeter(old.dtype, dtype)
     with (
         contextlib.closing(store),
         Progress(new.n_examples * new.example_nbytes, "repacking", "B", progress) as bar,
-        ShardWriter(Path(shards_root), new) as writer,
+        ShardWriter(Path(shards_root), new, on_overflow=on_overflow, preallocate=preallocate) as writer,
     ):
-        for start in range(0, len(numbers), n_fit):
-            acts, labels = source.read(numbers[start : start + n_fit])
-            writer.write_batch(acts, start, labels)
-            bar.update(acts.nbytes)
+        _copy(store, writer, numbers, bar, meter)
+    if report is not None and dtype != old.dtype:
+        report(meter.read())
     return writer.shards_dir
+
+
+def _copy(
+    store: ShardStore, writer: ShardWriter, numbers: npt.NDArray[np.int64], bar: Progress, meter: RoundingMeter
+) -> None:
+    """Write examples of a store, in the layers and the type that the writer is for."""
+    old, new = store.metadata, writer.md
+    source = _Examples(store, [old.layers.index(layer) for layer in new.layers])
+    n_fit = max(1, _BATCH_NBYTES // max(old.example_nbytes, new.example_nbytes))
+    for start in range(0, len(numbers), n_fit):
+        some = numbers[start : start + n_fit]
+        acts, labels = source.read(some)
+        if new.dtype != old.dtype:
+            # Not by the writer, which has another number for an example.
+            acts = _convert(acts, new, some, writer.on_overflow, meter)
+        writer.write_batch(acts, start, labels)
+        bar.update(len(some) * new.example_nbytes)
+
+
+def _convert(
+    old: torch.Tensor, md: Metadata, examples: npt.NDArray[np.int64], on_overflow: str, meter: RoundingMeter
+) -> torch.Tensor:
+    """Return activations of these examples in the type of the new metadata, and tell the meter."""
+    stored = check_stored(Given.of_tensor(old), md, examples.tolist(), on_overflow)
+    new = as_tensor(stored.values, md.value_type)
+    meter.add(old, new, stored.n_overflowed)
+    return new
+
+
+def _layers(old: Metadata, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to keep."""
+    kept = tuple(old.layers if layers is None else layers)
+    if not kept or not set(kept) <= set(old.layers):
+        raise ConfigError(f"layers: expected some of {list(old.layers)}, as recorded, got {list(kept)}.")
+    return kept
 
 
 def _numbers(old: Metadata, examples: Sequence[int] | None) -> npt.NDArray[np.int64]:
@@ -100,24 +142,32 @@ def _numbers(old: Metadata, examples: Sequence[int] | None) -> npt.NDArray[np.in
     raise ConfigError(f"examples: expected some of 0..{old.n_examples} (end excluded), got {got}; choose others.")
 
 
-def _describe(old: Metadata, examples: npt.NDArray[np.int64]) -> str:
+def _describe(old: Metadata, examples: npt.NDArray[np.int64], dtype: str) -> str:
     """The field `data`, and which examples of which directory were taken: the hash covers it, so the name tells.
 
-    It stands behind the pickle that others go on reading. Nothing is added where all are taken, in their order.
+    It stands behind the pickle that others go on reading. Nothing is added where all are taken, in their order, unless
+    their values were rounded before, to another type than the new one: then they are not what the model put out, whose
+    recording in that type has the name that the directory would have.
     """
-    if np.array_equal(examples, np.arange(old.n_examples)):
+    origin = f"\nrepacked from {old.hash}:"
+    if old.dtype not in (FLOAT32.name, dtype):
+        origin += f" values of {old.dtype}"
+    if not np.array_equal(examples, np.arange(old.n_examples)):
+        origin += f" examples {_name_examples(examples)}"
+    if origin.endswith(":"):
         return old.data
-    steps = np.unique(np.diff(examples))
-    if len(steps) > 1 or steps[:1] <= 0:
-        which = f"{len(examples)} of SHA-256 {hashlib.sha256(examples.astype('<i8').tobytes()).hexdigest()[:16]}"
-    else:
-        which = f"{examples[0]}:{examples[-1] + 1}" + (f":{steps[0]}" if steps[:1] > 1 else "")
-    origin = f"\nrepacked from {old.hash}: examples {which}"
     try:
         return base64.b64encode(base64.b64decode(old.data, validate=True) + origin.encode()).decode()
     except ValueError:
         # Older protocols describe their data in words.
         return old.data + origin
+
+
+def _name_examples(examples: npt.NDArray[np.int64]) -> str:
+    steps = np.unique(np.diff(examples))
+    if len(steps) > 1 or steps[:1] <= 0:
+        return f"{len(examples)} of SHA-256 {hashlib.sha256(examples.astype('<i8').tobytes()).hexdigest()[:16]}"
+    return f"{examples[0]}:{examples[-1] + 1}" + (f":{steps[0]}" if steps[:1] > 1 else "")
 
 
 class _Examples:
@@ -129,7 +179,7 @@ class _Examples:
         has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
         self._checksums = Checksums.load(store.shards_dir, self._md) if has_checksums else None
 
-    def read(self, examples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8] | None]:
+    def read(self, examples: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.uint8] | None]:
         """Read the activations of examples, `[n, n_layers, tokens_per_example, d_model]`, and their labels."""
         md = self._md
         shape = (len(examples), len(self._layer_idxs), md.tokens_per_example, md.d_model)
@@ -143,9 +193,10 @@ class _Examples:
         self._reader.read(extents, 0, len(extents.nbytes))
         if self._checksums is not None:
             self._compare(self._checksums, examples, acts)
-        return acts, self._labels.of_examples(examples) if self._store.has_labels else None
+        labels = self._labels.of_examples(examples) if self._store.has_labels else None
+        return as_tensor(acts, md.value_type), labels
 
-    def _compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[np.float32]) -> None:
+    def _compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[Any]) -> None:
         expected = checksums.acts[examples][:, self._layer_idxs]
         got = np.frombuffer(block_checksums(acts, None, checksums.algorithm), ">u4").reshape(expected.shape)
         if (expected != got).any():
@@ -166,6 +217,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--examples", type=positions, metavar="A:B", help=kept)
     most = "activations (token x layer) in a file"
     parser.add_argument("--max-tokens-per-shard", type=at_least(1), metavar="N", help=most)
+    kept = "type of the values (default: as they are); says how far off they became"
+    parser.add_argument("--dtype", choices=list(DTYPES), help=kept)
+    too_large = "what to do with values that are too large for it (default: %(default)s)"
+    parser.add_argument("--on-overflow", choices=["refuse", "clip"], default="refuse", help=too_large)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -174,6 +229,7 @@ def run(args: argparse.Namespace) -> int:
     examples = args.examples
     if isinstance(examples, slice):
         examples = range(Metadata.load(args.dir).n_examples)[examples]
-    options = {"layers": args.layers, "max_tokens_per_shard": args.max_tokens_per_shard}
-    print(repack(args.dir, args.root, examples=examples, progress=False if args.quiet else None, **options))
+    options = {name: getattr(args, name) for name in ("layers", "max_tokens_per_shard", "dtype", "on_overflow")}
+    options |= {"report": print, "progress": False if args.quiet else None}
+    print(repack(args.dir, args.root, examples=examples, **options))
     return 0

@@ -3,39 +3,92 @@
 Each check raises a `WriteError` that says what was expected and what came.
 """
 
+import contextlib
 import operator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from saev_torch.errors import WriteError
+from saev_torch.errors import ConfigError, WriteError
+from saev_torch.format.dtypes import DTYPES, ValueType
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.shards import LABELS_NAME, shard_name, shard_nbytes
+from saev_torch.writing.narrowing import FLOATS, Given, Stored, as_tensor, to_stored
 
 _N_LOOKED_AT = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
 _ROUNDING = 0.05  # Relative error of an example. One model in bfloat16 on two GPUs stays well below, other data above.
 
 
-def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return activations as a contiguous little-endian array on the host."""
+def check_activations(md: Metadata, activations: torch.Tensor | npt.NDArray[Any]) -> Given:
+    """Return activations of any float type on the host."""
     if not isinstance(activations, torch.Tensor | np.ndarray):
         raise WriteError(f"activations: expected a tensor or an array, got {type(activations).__name__}")
-    if md.dtype != "float32":
-        raise WriteError(f"dtype: expected float32, all that is written so far, got {md.dtype}")
     _require_values("activations", activations)
-    if activations.dtype not in (torch.float32, np.dtype(np.float32)):
-        raise WriteError(f"activations: expected float32, got {activations.dtype}; convert it, as with .float()")
+    dtype = activations.dtype
+    if dtype not in FLOATS if isinstance(dtype, torch.dtype) else dtype.kind != "f":
+        raise WriteError(f"activations: expected values of a float type, got {dtype}; convert it, as with .float()")
     shape = (md.n_layers, md.tokens_per_example, md.d_model)
     if activations.shape[1:] != shape:
         raise WriteError(
             f"activations: expected shape [batch, n_layers, tokens_per_example, d_model] = [batch, {shape[0]}, "
             f"{shape[1]}, {shape[2]}], got {list(activations.shape)}"
         )
-    if isinstance(activations, torch.Tensor):
-        activations = _to_numpy("activations", activations)
-    return np.ascontiguousarray(activations, dtype=md.value_type.storage)
+    if not isinstance(activations, torch.Tensor):
+        return Given.of_array(activations)
+    with _plain("activations", activations):
+        return Given.of_tensor(activations)
+
+
+def check_dtype(dtype: str) -> str:
+    """Return the name of a type that can be stored."""
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {list(DTYPES)}, or None, got {short(dtype)}.")
+    return dtype
+
+
+def check_on_overflow(on_overflow: str) -> str:
+    """Return what to do with values that are too large."""
+    if on_overflow not in ("refuse", "clip"):
+        raise ConfigError(f"on_overflow: expected 'refuse' or 'clip', got {short(on_overflow)}.")
+    return on_overflow
+
+
+def check_stored(given: Given, md: Metadata, examples: Sequence[int], on_overflow: str) -> Stored:
+    """Return activations as they are stored; values that are too large are refused, or clipped.
+
+    `examples` are their numbers, for the message.
+    """
+    stored = to_stored(given, md.value_type)
+    if stored.first_overflow is not None and on_overflow == "refuse":
+        number, value = stored.first_overflow
+        raise WriteError(
+            f"activations: expected values that {md.dtype} holds, up to {_largest(md.value_type):g}, got {value:g} in "
+            f"{_place(md, examples, number)}; {_WIDER[md.dtype]}, or clip such values with on_overflow='clip'"
+        )
+    return stored
+
+
+_WIDER = {
+    "float16": "use bfloat16",
+    "bfloat16": "use float32",
+    "float32": "scale them down",
+}
+
+
+def _largest(value_type: ValueType) -> float:
+    return float(torch.finfo(getattr(torch, value_type.name)).max)
+
+
+def _place(md: Metadata, examples: Sequence[int], number: int) -> str:
+    """Say where a value is, by its number among those of a batch."""
+    shape = (len(examples), md.n_layers, md.tokens_per_example, md.d_model)
+    i, layer_idx, token, dim = (int(i) for i in np.unravel_index(number, shape))
+    return f"example {examples[i]}, layer {md.layers[layer_idx]}, stored token {token}, dimension {dim}"
 
 
 def _require_values(name: str, given: torch.Tensor | npt.NDArray[Any]) -> None:
@@ -52,10 +105,11 @@ def _require_values(name: str, given: torch.Tensor | npt.NDArray[Any]) -> None:
         )
 
 
-def _to_numpy(name: str, tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """Copy a tensor to the host if need be, with what is pending on it: a negation, a conjugation."""
+@contextlib.contextmanager
+def _plain(name: str, tensor: torch.Tensor) -> Iterator[None]:
+    """Refuse a tensor of which torch says here that it has no plain values."""
     try:
-        return tensor.numpy(force=True)
+        yield
     except (RuntimeError, TypeError, NotImplementedError) as err:
         raise WriteError(
             f"{name}: expected a tensor of plain values, got {type(tensor).__name__} of {tensor.dtype} ({err}); "
@@ -63,17 +117,18 @@ def _to_numpy(name: str, tensor: torch.Tensor) -> npt.NDArray[Any]:
         ) from err
 
 
-def check_finite(acts: npt.NDArray[np.float32], md: Metadata, start: int) -> None:
-    """Refuse NaN and infinity in a contiguous batch, of which `start` is the first example."""
+def check_finite(acts: npt.NDArray[Any], md: Metadata, start: int) -> None:
+    """Refuse NaN and infinity in a contiguous batch of stored values, of which `start` is the first example."""
     flat = acts.reshape(-1)
     for at in range(0, len(flat), _N_LOOKED_AT):
-        is_finite = np.isfinite(flat[at : at + _N_LOOKED_AT])
-        if not is_finite.all():
-            bad = at + int(np.argmin(is_finite))
-            e, layer_idx, token, dim = (int(i) for i in np.unravel_index(bad, acts.shape))
+        some = flat[at : at + _N_LOOKED_AT]
+        is_bad = md.value_type.is_nonfinite(some)
+        if is_bad.any():
+            i = int(np.argmax(is_bad))
+            value = as_tensor(some[i : i + 1], md.value_type).item()
             raise WriteError(
-                f"activations: expected finite values, got {flat[bad]} in example {start + e}, layer "
-                f"{md.layers[layer_idx]}, stored token {token}, dimension {dim}; mend the model, or write with "
+                f"activations: expected finite values, got {value} in "
+                f"{_place(md, range(start, start + len(acts)), at + i)}; mend the model, or write with "
                 "check_finite=False"
             )
 
@@ -84,7 +139,8 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
         _require_values("patch_labels", patch_labels)
     try:
         if isinstance(patch_labels, torch.Tensor):
-            patch_labels = _to_numpy("patch_labels", patch_labels)
+            with _plain("patch_labels", patch_labels):
+                patch_labels = patch_labels.numpy(force=True)
         labels = np.asarray(patch_labels)
     except (TypeError, ValueError, RuntimeError) as err:
         raise WriteError(f"patch_labels: expected an array of integers, got {short(patch_labels)}") from err
@@ -100,13 +156,40 @@ def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch
     return np.ascontiguousarray(labels, dtype=np.uint8)
 
 
-def is_same(given: npt.NDArray[np.float32], stored: npt.NDArray[np.float32]) -> bool:
+def _is_same(given: npt.NDArray[Any], stored: npt.NDArray[Any], value_type: ValueType) -> bool:
     """Whether activations of an example are those that are stored, but for rounding, as on another machine."""
     if given.tobytes() == stored.tobytes():
         return True
     # What is not finite on both sides is the same, too.
-    one, other = (np.nan_to_num(acts.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0) for acts in (given, stored))
+    both = (as_tensor(acts, value_type).double().numpy() for acts in (given, stored))
+    one, other = (np.nan_to_num(acts, nan=0.0, posinf=0.0, neginf=0.0) for acts in both)
     return bool(np.linalg.norm(one - other) <= _ROUNDING * np.linalg.norm(other))
+
+
+def require_same(
+    shards_dir: Path,
+    md: Metadata,
+    read: Callable[[str, int, int], bytes],
+    again: range,
+    acts: npt.NDArray[Any],
+    start: int,
+    labels: npt.NDArray[np.uint8] | None,
+) -> None:
+    """Refuse to continue what was written of other data, by examples that are given again, those from `start` on."""
+    for i in again:
+        given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
+        raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
+        stored = np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)
+        wrong = None if _is_same(given, stored, md.value_type) else "values"
+        if labels is not None and wrong is None:
+            n_labels = md.content_tokens_per_example
+            wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
+        if wrong is not None:
+            raise WriteError(
+                f"{shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
+                "those are of other data or another model under the same names; give another ckpt, data or dataset, or "
+                "delete the directory"
+            )
 
 
 def check_start(start_idx: int, batch: int, bounds: tuple[int, int]) -> int:

@@ -1,6 +1,7 @@
 """From a model and a data set to shards: `record`."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,14 +13,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from saev_torch.errors import ConfigError
+from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.processes.launchers import announce
 from saev_torch.processes.notices import Notices
 from saev_torch.processes.world import find_world
+from saev_torch.writing.incoming import check_dtype, check_on_overflow
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.source import Batches, Source, Taps, Tokens
 from saev_torch.writing.writer import ShardWriter
+
+_log = logging.getLogger("saev_torch")
 
 
 def record(
@@ -43,6 +48,8 @@ def record(
     labels: Callable[[Any], torch.Tensor] | None = None,
     resume: bool = False,
     check_finite: bool = False,
+    dtype: str | None = None,
+    on_overflow: str = "refuse",
     progress: bool | None = None,
 ) -> Path:
     """Run a model over a data set and write what its blocks put out.
@@ -79,15 +86,21 @@ def record(
         resume: Continue a recording that was killed; batches that are on disk are not computed again, but for the first
             one, which shows whether they are of the same data and model.
         check_finite: Refuse NaN and infinity.
+        dtype: Type of the stored values: "float32", "float16" or "bfloat16". None is what the blocks put out, and
+            float32 where that is another one. A line of the log says which it is.
+        on_overflow: "refuse" values that are too large for that type, or "clip" them, see `ShardWriter`.
         progress: Show progress on stderr; None for the first rank only, and without a terminal a line a minute.
 
     Returns:
         The shard directory.
 
     Raises:
-        ConfigError: The layers, the loader or the tokens do not fit the model.
+        ConfigError: The layers, the loader or the tokens do not fit the model, or its blocks put out another type than
+            in the first batch.
         WriteError: The shards are there already, are of other data, or could not be written.
     """
+    dtype = None if dtype is None else check_dtype(dtype)
+    check_on_overflow(on_overflow)
     world, loader = find_world(None, None), Batches(dataloader)
     announce(world, Notices.of_process())
     mine = range(len(loader) * world.rank // world.world_size, len(loader) * (world.rank + 1) // world.world_size)
@@ -100,7 +113,7 @@ def record(
     bar = Progress(stop - start, "recording", "examples", shown)
     with _evaluating(model), torch.inference_mode(), taps, bar:
         # A rank without any batch looks at the first of all, as it must know the directory's name.
-        shape = source.peek(mine.start if mine else 0)
+        shape, found = source.peek(mine.start if mine else 0)
         md = Metadata(
             family=family,
             ckpt=ckpt,
@@ -113,30 +126,41 @@ def record(
             data=data,
             dataset=Path(dataset),
             pixel_agg=pixel_agg,
+            dtype=dtype or _own_dtype(found),
         )
+        _log.info("recording %s; the blocks put out %s", md.dtype, found)
+        if md.dtype != FLOAT32.name:
+            bar.begin(f"recording {md.dtype}")
         if not mine:
             return Path(shards_root) / md.hash
         example_range = (start, stop) if world.world_size > 1 else None
-        writer = ShardWriter(Path(shards_root), md, resume, example_range=example_range, check_finite=check_finite)
+        options: dict[str, Any] = {"check_finite": check_finite, "on_overflow": on_overflow}
+        writer = ShardWriter(Path(shards_root), md, resume, example_range=example_range, **options)
         with writer:
             todo = loader.touching(mine, writer.missing())
             # The first is computed already, and the writer looks whether what it has on disk is of these data.
             todo = todo if todo[:1] == [mine[0]] else [mine[0], *todo]
             bar.skip(stop - start - sum(high - low for low, high in map(loader.span, todo)))
-            with _Stream(writer, source.device) as stream:
+            with _Stream(writer, source.device, found if dtype is None else None) as stream:
                 for i, batch, acts in source.compute(todo):
                     stream.write(acts, loader.span(i), None if labels is None else labels(batch))
                     bar.update(len(acts))
     return writer.shards_dir
 
 
-class _Stream:
-    """Writes batches in a thread, one behind the model."""
+def _own_dtype(found: torch.dtype) -> str:
+    """What is stored of a type that blocks put out, if nobody says."""
+    name = str(found).removeprefix("torch.")
+    return name if name in DTYPES else FLOAT32.name
 
-    def __init__(self, writer: ShardWriter, device: torch.device) -> None:
-        self._writer = writer
+
+class _Stream:
+    """Writes batches in a thread, one behind the model; all of one type, unless that is None."""
+
+    def __init__(self, writer: ShardWriter, device: torch.device, dtype: torch.dtype | None) -> None:
+        self._writer, self._dtype = writer, dtype
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._pinned = torch.empty(0, dtype=torch.float32)
+        self._pinned = torch.empty(0)
         self._writing: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="record")
 
@@ -153,6 +177,11 @@ class _Stream:
     def write(self, acts: torch.Tensor, span: tuple[int, int], labels: torch.Tensor | None) -> None:
         if len(acts) != span[1] - span[0]:
             raise ConfigError(f"model: expected {span[1] - span[0]} examples from a batch, got {len(acts)}.")
+        if self._dtype not in (None, acts.dtype):
+            raise ConfigError(
+                f"dtype: expected blocks that put out {self._dtype}, as in the first batch, got {acts.dtype} in that "
+                f"of example {span[0]}; give the dtype to store."
+            )
         # The one before was written while this one was computed; the host holds no third.
         if self._writing is not None:
             self._writing.result()
@@ -162,8 +191,8 @@ class _Stream:
         if self._copying is None:
             return acts.cpu().contiguous()
         acts = acts.contiguous()
-        if len(self._pinned) < len(acts):
-            self._pinned = torch.empty(acts.shape, dtype=torch.float32, pin_memory=True)
+        if len(self._pinned) < len(acts) or self._pinned.dtype != acts.dtype:
+            self._pinned = torch.empty(acts.shape, dtype=acts.dtype, pin_memory=True)
         # What it held is written: that has been waited for.
         host = self._pinned[: len(acts)]
         self._copying.wait_stream(torch.cuda.current_stream(acts.device))

@@ -1,5 +1,6 @@
 """What the blocks of any transformer put out for the batches of a loader, by their numbers: only what is missing."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -124,7 +125,10 @@ class Taps:
         self._found = [None] * len(self._modules)
 
     def take(self) -> torch.Tensor:
-        """Return what the blocks put out since `expect`: [batch, n_layers, tokens, d_model] float32, where they are."""
+        """Return what the blocks put out since `expect`: [batch, n_layers, tokens, d_model], where they are.
+
+        Their type is that of the blocks, or the smallest that holds what several of them are.
+        """
         found, self._found = self._found, []
         outs = [out for out in found if out is not None]
         if len(outs) < len(found):
@@ -133,7 +137,8 @@ class Taps:
         if len({out.shape for out in outs}) > 1:
             shapes = {layer: list(out.shape) for layer, out in zip(self.layers, outs, strict=True)}
             raise ConfigError(f"layers: expected blocks of one shape, got {shapes}; record them one by one.")
-        return torch.stack(outs, dim=1)
+        dtype = functools.reduce(torch.promote_types, [out.dtype for out in outs])
+        return torch.stack([out.to(dtype) for out in outs], dim=1)
 
     def _keep(self, i: int, out: Any) -> None:
         out = getattr(out, "last_hidden_state", out)
@@ -151,7 +156,8 @@ class Taps:
         if self._found[i] is not None:
             raise ConfigError(f"layers: expected layer {self.layers[i]} to run once in a forward pass, got twice.")
         # A copy, because models may add the next block's output to this one in place.
-        self._found[i] = out.detach().transpose(0, self._batch_dim).to(torch.float32, copy=True)
+        dtype = out.dtype if out.is_floating_point() else torch.float32
+        self._found[i] = out.detach().transpose(0, self._batch_dim).to(dtype, copy=True)
 
 
 class Tokens(NamedTuple):
@@ -181,7 +187,10 @@ class Tokens(NamedTuple):
 
 
 class Source:
-    """The activations of batches by number: [batch, n_layers, tokens, d_model] float32, on the model's device."""
+    """The activations of batches by number: [batch, n_layers, tokens, d_model], on the model's device.
+
+    Their type is what the blocks put out.
+    """
 
     def __init__(
         self, model: nn.Module, loader: Batches, taps: Taps, forward: Callable[..., object] | None, tokens: Tokens
@@ -190,11 +199,12 @@ class Source:
         self._model, self._loader, self._taps, self._forward, self._tokens = model, loader, taps, forward, tokens
         self._peeked: list[tuple[int, Any, torch.Tensor]] = []
 
-    def peek(self, i: int) -> torch.Size:
-        """Return the shape of the activations of a batch, which are kept: it need not be computed again."""
+    def peek(self, i: int) -> tuple[torch.Size, torch.dtype]:
+        """Return shape and type of the activations of a batch, which are kept: it need not be computed again."""
         (batch,) = self._loader.load([i])
-        self._peeked = [(i, batch, self._run(batch))]
-        return self._peeked[0][2].shape
+        acts = self._run(batch)
+        self._peeked = [(i, batch, acts)]
+        return acts.shape, acts.dtype
 
     def compute(self, numbers: list[int]) -> Iterator[tuple[int, Any, torch.Tensor]]:
         """Yield the number, the batch and the activations of each of these batches."""

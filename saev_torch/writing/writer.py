@@ -1,12 +1,12 @@
 """Writing shard directories: data first under hidden names, metadata.json last, so that what loads is complete."""
 
 import contextlib
+import logging
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 
 from saev_torch.errors import WriteError
 from saev_torch.format.checksums import ALGORITHM, block_checksums
-from saev_torch.format.files import short
+from saev_torch.format.files import counted, short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
 from saev_torch.processes.locks import renewed
@@ -24,11 +24,15 @@ from saev_torch.writing.incoming import (
     check_example_range,
     check_finite,
     check_labels,
+    check_on_overflow,
     check_start,
-    is_same,
+    check_stored,
+    require_same,
 )
 from saev_torch.writing.journal import Entry, Ranges
 from saev_torch.writing.unfinished import Unfinished
+
+_log = logging.getLogger("saev_torch")
 
 _SMALL_NBYTES = 1 << 20  # Below this a thread for the checksums costs more than it saves.
 
@@ -54,6 +58,10 @@ class ShardWriter:
 
     Threads may share a writer: their batches are checked side by side, and written one after the other.
 
+    Activations of any float type are stored as `md.dtype`: exact where that holds the value, else rounded to the
+    nearest, of two as near to the even one. A finite value for which it has only infinity is refused, or clipped to the
+    largest number. NaN stays NaN.
+
     Several processes may write one directory, each its own `example_range`; the last one to finish publishes. What is
     on disk in the end does not depend on how many there were.
 
@@ -65,13 +73,18 @@ class ShardWriter:
         check_finite: Refuse NaN and infinity.
         preallocate: Leave the last file at the size of a full one, with zeros behind its examples. Readers that map
             whole shards need that, as those of saev 0.1 do; by default it is cut to its examples.
+        on_overflow: "refuse" values that are too large for `md.dtype`, as those from 65,520 on are for float16, or
+            "clip" them.
 
     Attributes:
         md: The metadata that was announced.
         shards_dir: The directory, `<shards_root>/<hash>`.
         example_range: Examples that this writer is for.
+        on_overflow: What is done with values that are too large.
+        n_clipped: Values that were clipped; a warning says so at the end.
 
     Raises:
+        ConfigError: `on_overflow` is neither.
         WriteError: The metadata is of an older protocol, which is only read, asks for too many files, or has no such
             examples.
     """
@@ -85,6 +98,7 @@ class ShardWriter:
         example_range: tuple[int, int] | None = None,
         check_finite: bool = False,
         preallocate: bool = False,
+        on_overflow: str = "refuse",
     ) -> None:
         if md.n_shards >= MAX_SHARDS:
             raise WriteError(
@@ -97,7 +111,7 @@ class ShardWriter:
         self._unfinished = Unfinished(
             self.shards_dir, md, self.example_range, resume=resume, keeps=self._keeps, preallocate=preallocate
         )
-        self._check_finite = check_finite
+        self._check_finite, self.on_overflow, self.n_clipped = check_finite, check_on_overflow(on_overflow), 0
         # What was given in this `with` block, and with it what was on disk before.
         self._given, self._done = Ranges(), Ranges()
         self._has_labels: bool | None = None
@@ -166,23 +180,16 @@ class ShardWriter:
                 self._unfinished.publish()
 
     def _close(self, exc_type: type[BaseException] | None) -> None:
+        if self.n_clipped:
+            what = counted(self.n_clipped, "value")
+            _log.warning("%s: clipped %s that %s does not hold", self.shards_dir, what, self.md.dtype)
         try:
             if exc_type is None and not self.published:
                 missing = self.missing()
                 if missing:
                     if self._keeps:
                         self._checkpoints.force()
-                    n_missing = sum(stop - start for start, stop in missing)
-                    kept = (
-                        "what was written stays: write the rest with ShardWriter(..., resume=True)"
-                        if self._keeps
-                        else "what was written is removed: ShardWriter(..., resume=True) keeps it, to go on later"
-                    )
-                    raise WriteError(
-                        f"{self.shards_dir}: expected {self.example_range[1] - self.example_range[0]} examples, as "
-                        f"announced, {n_missing} are missing: {short(missing)} (ends excluded); nothing was published, "
-                        f"and {kept}"
-                    )
+                    raise _too_few(self.shards_dir, self.example_range, missing, self._keeps)
                 self._checkpoints.force()
                 self._unfinished.publish()
             elif exc_type is not None and self._keeps:
@@ -202,25 +209,26 @@ class ShardWriter:
 
     def write_batch(
         self,
-        activations: torch.Tensor | npt.NDArray[np.float32],
+        activations: torch.Tensor | npt.NDArray[Any],
         start_idx: int,
         patch_labels: torch.Tensor | npt.ArrayLike | None = None,
     ) -> None:
         """Write consecutive examples. A batch that was refused has changed nothing, and may be mended and written.
 
         Args:
-            activations: [batch, n_layers, tokens_per_example, d_model] float32, on any device.
+            activations: [batch, n_layers, tokens_per_example, d_model] of any float type, on any device.
             start_idx: Example that the first of the batch is.
             patch_labels: [batch, content_tokens_per_example] integers in 0..255; for all batches or for none.
 
         Raises:
-            WriteError: Wrong shape, dtype or range, an example that was written before, other values than those on disk
-                that they should continue, or the system refused.
+            WriteError: Wrong shape, type or range, a value that is too large, an example that was written before, other
+                values than those on disk that they should continue, or the system refused.
         """
         self._open_once()
         self._require_open()
-        acts = check_activations(self.md, activations)
-        start = check_start(start_idx, len(acts), self.example_range)
+        given = check_activations(self.md, activations)
+        start = check_start(start_idx, len(given.bits), self.example_range)
+        acts, _, n_clipped = check_stored(given, self.md, range(start, start + len(given.bits)), self.on_overflow)
         labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
         if self._check_finite:
             check_finite(acts, self.md, start)
@@ -228,8 +236,9 @@ class ShardWriter:
             # Another thread may have closed it meanwhile.
             self._require_open()
             self._add(acts, start, labels)
+            self.n_clipped += n_clipped
 
-    def _add(self, acts: npt.NDArray[np.float32], start: int, labels: npt.NDArray[np.uint8] | None) -> None:
+    def _add(self, acts: "_Acts", start: int, labels: "_Labels") -> None:
         stop = start + len(acts)
         overlap = self._given.overlap(start, stop)
         if overlap is not None:
@@ -245,7 +254,7 @@ class ShardWriter:
         self._checkpoints.raise_failed()
         if not self._is_compared:
             again = range(*(self._done.overlap(start, stop) or (0, 0)))
-            _require_same(self.shards_dir, self.md, self._unfinished.parts.read, again, acts, start, labels)
+            require_same(self.shards_dir, self.md, self._unfinished.parts.read, again, acts, start, labels)
             self._is_compared = len(again) > 0
         entries = []
         for low, high in self._done.gaps(stop, start):
@@ -280,33 +289,23 @@ class ShardWriter:
             )
 
 
-_Acts = npt.NDArray[np.float32]
+def _too_few(
+    shards_dir: Path, example_range: tuple[int, int], missing: list[tuple[int, int]], keeps: bool
+) -> WriteError:
+    kept = (
+        "what was written stays: write the rest with ShardWriter(..., resume=True)"
+        if keeps
+        else "what was written is removed: ShardWriter(..., resume=True) keeps it, to go on later"
+    )
+    n_missing = sum(stop - start for start, stop in missing)
+    return WriteError(
+        f"{shards_dir}: expected {example_range[1] - example_range[0]} examples, as announced, {n_missing} are missing"
+        f": {short(missing)} (ends excluded); nothing was published, and {kept}"
+    )
+
+
+_Acts = npt.NDArray[Any]
 _Labels = npt.NDArray[np.uint8] | None
-
-
-def _require_same(
-    shards_dir: Path,
-    md: Metadata,
-    read: Callable[[str, int, int], bytes],
-    again: range,
-    acts: _Acts,
-    start: int,
-    labels: _Labels,
-) -> None:
-    """Refuse to continue what was written of other data, by examples that are given again, those from `start` on."""
-    for i in again:
-        given, (shard_idx, row) = acts[i - start], divmod(i, md.examples_per_shard)
-        raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
-        wrong = None if is_same(given, np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)) else "values"
-        if labels is not None and wrong is None:
-            n_labels = md.content_tokens_per_example
-            wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
-        if wrong is not None:
-            raise WriteError(
-                f"{shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "
-                "those are of other data or another model under the same names; give another ckpt, data or dataset, or "
-                "delete the directory"
-            )
 
 
 def _write(

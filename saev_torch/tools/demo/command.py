@@ -1,6 +1,6 @@
 """`python -m saev_torch demo`: from a real model to a sparse autoencoder and a figure, in a minute or two.
 
-Records MiniLM's residual stream over Python's own help texts into shards, trains a TopK autoencoder on
+Records MiniLM's residual stream over Python's own help texts into shards of bfloat16, trains a TopK autoencoder on
 `DataLoader(ShuffledActivations(cfg))`, and follows `example_idx` and `token_idx` back to the text to show what single
 latents mean. Needs the `demo` extra.
 """
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
 from saev_torch.errors import ConfigError
+from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.iterable import OrderedActivations, ShuffledActivations
 from saev_torch.tools.arguments import at_least
 from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
@@ -35,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to its parser."""
     parser.add_argument("--out", type=Path, default=Path("saev_torch_demo.png"), help="figure (default: %(default)s)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the shards under this folder")
+    dtype = "type of the values that are stored and trained on (default: %(default)s)"
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help=dtype)
     parser.add_argument("--layer", type=int, choices=LAYERS, default=LAYERS[-1], help="layer to train on")
     parser.add_argument(
         "--windows", type=at_least(1), default=800, help="windows of text at most (default: %(default)s)"
@@ -55,12 +58,16 @@ def run(args: argparse.Namespace) -> int:
     corpus, held_out_corpus = split(make_corpus(args.windows))
     keep, prefix = args.keep, "saev_torch_demo_"
     with contextlib.nullcontext(keep) if keep else tempfile.TemporaryDirectory(prefix=prefix) as root:
-        shards = record_corpora(Path(root), {"train": corpus, "held-out": held_out_corpus})
+        shards = record_corpora(Path(root), {"train": corpus, "held-out": held_out_corpus}, args.dtype)
         n_bytes = sum(path.stat().st_size for folder in shards.values() for path in folder.glob("*.bin"))
-        print(f"shards: {n_bytes / 1e6:.0f} MB, layers {LAYERS[0]} and {LAYERS[1]} of {root}")
+        print(f"shards: {n_bytes / 1e6:.0f} MB of {args.dtype}, layers {LAYERS[0]} and {LAYERS[1]} of {root}")
         cfg = ShuffledConfig(shards=shards["train"], layer=args.layer, batch_size=_BATCH_SIZE, seed=args.seed)
-        ordered = OrderedActivations(make_ordered_config(cfg, shards=shards["held-out"]))
-        held_out = torch.cat([batch["act"] for batch in DataLoader(ordered)])
+        held_out = _read_all(make_ordered_config(cfg, shards=shards["held-out"]))
+        exact = held_out
+        if args.dtype != FLOAT32.name:
+            # What was rounded away is seen only where it is still there.
+            exact_shards = record_corpora(Path(root), {"held-out": held_out_corpus})["held-out"]
+            exact = _read_all(make_ordered_config(cfg, shards=exact_shards))
         recipe = Recipe(n_epochs=args.epochs, seed=args.seed)
 
         loader = DataLoader(ShuffledActivations(cfg), num_workers=_N_WORKERS, persistent_workers=True)
@@ -74,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
     variance = curve[-1][1]
     print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f} (squared error per dimension, 1 is the data's variance)")
     print(f"explained variance on held-out activations: {variance:.3f}  (1 - sum ||x - x_hat||^2 / sum ||x - mean||^2)")
+    if args.dtype != FLOAT32.name:
+        before = explained_variance(sae, exact)
+        print(
+            f"rounding to {args.dtype} cost {before - variance:+.4f} of it: {before:.4f} as float32, on the same text"
+        )
     print(f"dead latents: {100 * dead:.1f} % of {firings.n_latents:,} fire on none of {firings.n_tokens:,} tokens")
     draw(
         args.out,
@@ -88,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"figure: {args.out}")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def _read_all(cfg: OrderedConfig) -> torch.Tensor:
+    return torch.cat([batch["act"] for batch in DataLoader(OrderedActivations(cfg))])
 
 
 def _print_rate(loader: "DataLoader[ActivationBatch]") -> torch.Tensor:

@@ -83,8 +83,8 @@ def split(corpus: Corpus) -> tuple[Corpus, Corpus]:
     return parts[0], parts[1]
 
 
-def record_corpora(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
-    """Run the model over each corpus and write its activations at `LAYERS`, [CLS] included.
+def record_corpora(shards_root: Path, corpora: dict[str, Corpus], dtype: str = "float32") -> dict[str, Path]:
+    """Run the model over each corpus and write its activations at `LAYERS`, [CLS] included, in a type.
 
     Returns the shard directories by name. The name goes into the metadata, so that each corpus has one of its own.
     """
@@ -114,6 +114,7 @@ def record_corpora(shards_root: Path, corpora: dict[str, Corpus]) -> dict[str, P
             # saev keeps a pickle of its own description of the data here. Nothing in this package unpickles it.
             data=base64.b64encode(pickle.dumps({"text": "pydoc_data.topics", "part": name})).decode(),
             max_tokens_per_shard=_N_PER_SHARD * (1 + N_CONTENT) * len(LAYERS),
+            dtype=dtype,
             progress=True,
         )
     return shards_dirs
