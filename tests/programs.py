@@ -60,6 +60,7 @@ from saev_torch import (
     ShuffledDataLoader,
     StateError,
 )
+from saev_torch.processes.notices import Notices
 
 SPECS = {
     "small": factory.Spec(n_examples=20, content_tokens=6, cls=True, layers=(3, 7), d_model=8, examples_per_shard=4),
@@ -1282,6 +1283,8 @@ class Campaign:
                 warnings.filterwarnings("ignore", message, getattr(sys.modules["builtins"], category))
             torch.set_num_threads(1)
             self.env.alarm = Alarm()
+            # One page for the life of a process, which the first program would make.
+            Notices.of_process().leave_parent()
             # What has been imported is not looked through again after each program.
             gc.collect()
             gc.freeze()
