@@ -32,6 +32,7 @@ from saev_torch import (
     ShuffledConfig,
 )
 from saev_torch.config import ActDtype
+from saev_torch.reading.kernels import find_convert_kernels
 
 SPEC = factory.Spec(n_examples=5, content_tokens=3, cls=True, layers=(3, 7), d_model=4, examples_per_shard=2)
 OLD = dataclasses.replace(SPEC, protocol="1.1")
@@ -251,6 +252,8 @@ class Directories:
         for name in ("outside.bin", "other.bin"):
             (root / name).write_bytes(bytes(4096))
         self.goods = [factory.make_shards(root / f"good{i}", spec) for i, spec in enumerate((SPEC, OLD, HALF))]
+        # The first time it imports a compiler, which opens files of its own.
+        find_convert_kernels(HALF.dtype, "float32", False)
 
     def one(self, seed: int) -> bool:
         """Make, open and delete a directory; whether it was refused.
