@@ -102,7 +102,7 @@ def end_unfinished(err: BaseException) -> None:
             iterator._shutdown = True
             # Else torch raises an error for each that is killed here, in place of what interrupted.
             with contextlib.suppress(ValueError):
-                signal_handling._remove_worker_pids(id(iterator))
+                signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
             # The latest may not have come to the others yet.
             workers = {*iterator._workers, found.get("w", None)} - {None}
             end_workers([worker for worker in workers if worker.pid is not None])
