@@ -36,7 +36,7 @@ from saev_torch import (
 from saev_torch.bench import doctor, machine, raw
 from saev_torch.bench.advice import Vitals, interpolate, note_few, note_short, note_start, recommend
 from saev_torch.bench.command import _wants_layers
-from saev_torch.bench.data import BenchData, choose_ignored
+from saev_torch.bench.data import BenchData, choose_ignored, example_nbytes, make
 from saev_torch.bench.measuring import Measured, MemoryUse, family, measure_statistics, processor_s, pss_nbytes
 from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.rounds import compare_cold, compare_warm
@@ -205,6 +205,7 @@ def test_doctor(make_shards: Make, tmp_path: Path) -> None:
     [
         ([], "SHARDS: expected either"),
         (["shards", "--make-gb", "1"], "SHARDS: expected either"),
+        (["shards", "--dtype", "bfloat16"], "--dtype: expected --make-gb"),
         (["shards", "--no-warm"], "--no-warm: expected --cold"),
         (["shards", "--json", "no/such/folder/a.json"], "--json: expected a file in a folder"),
         (["--make-gb", "1", "--folder", "no/such/folder"], "--folder: expected a folder"),
@@ -260,6 +261,15 @@ def test_memmap_loaders_yield_the_same_samples_as_ours(make_shards: Make, cls: b
         assert not np.array_equal(index, np.arange(data.n_samples))
         assert [len(batch["act"]) for batch in batches[:-1]] == [10] * (len(batches) - 1)
         assert np.array_equal(torch.cat([batch["act"] for batch in batches]).numpy(), acts[index])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_data_of_any_type_are_made(tmp_path: Path, dtype: str) -> None:
+    data = BenchData.open(make(tmp_path, 3, 2, lambda n: None, dtype), None)
+    assert data.store.metadata.dtype == dtype
+    sizes = [path.stat().st_size for path in data.store.shards_dir.glob("acts*.bin")]
+    assert sum(sizes) == 3 * 2 * example_nbytes(dtype)
+    assert example_nbytes(dtype) == 196 * 768 * (4 if dtype == "float32" else 2)
 
 
 def test_ignored_labels_are_about_a_third(make_shards: Make) -> None:

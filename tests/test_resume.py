@@ -138,7 +138,7 @@ def test_what_is_there_is_not_written_again(tmp_path, monkeypatch, expected):
         with ShardWriter(tmp_path, MD, resume=True) as writer:
             for at in range(0, 60, BATCH):
                 writer.write_batch(oracle(MD)[at : at + BATCH], at, oracle_labels(MD)[at : at + BATCH])
-            writer._checkpoints.join()
+            writer._checkpoints._join()
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert reap(fork(until_60)) == -signal.SIGKILL

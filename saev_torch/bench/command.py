@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from saev_torch.bench.data import EXAMPLE_NBYTES, BenchData, choose_ignored, make
+from saev_torch.bench.data import BenchData, choose_ignored, example_nbytes, make
 from saev_torch.bench.doctor import describe, examine
 from saev_torch.bench.machine import NOT_COLD, Machine, look
 from saev_torch.bench.measuring import first_batch_s, measure_memory
@@ -21,6 +21,7 @@ from saev_torch.bench.rounds import Settings, Spread, run_cold, run_rounds, run_
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
+from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.tools.arguments import above_zero, at_least, check_new_file, integers
 from saev_torch.writing.progress import Progress
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", type=Path, nargs="?", metavar="SHARDS", help="shard directory; or give --make-gb")
     add("--make-gb", type=above_zero, metavar="GB", help="make data of this size per layer, removed afterwards")
+    add("--dtype", choices=list(DTYPES), help="with --make-gb: type of the data (default: float32)")
     add("--folder", type=Path, help="where to make data (default: the system's folder for temporary files)")
     several = "with --make-gb: also make data of N recorded layers and read one; 0 for none (default: 6)"
     add("--layers", type=at_least(0), default=6, metavar="N", help=several)
@@ -83,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     importlib.import_module("psutil")
     if (args.shards is None) == (args.make_gb is None):
         raise ConfigError("SHARDS: expected either a shard directory or --make-gb, got both or neither; give one.")
+    if args.dtype is not None and args.make_gb is None:
+        raise ConfigError("--dtype: expected --make-gb with it, got SHARDS, which have a type; see `repack --dtype`.")
     if args.no_warm and not args.cold:
         raise ConfigError("--no-warm: expected --cold with it, got nothing left to measure; leave it out.")
     check_new_file("--json", args.json)
@@ -109,13 +113,14 @@ def _data(args: argparse.Namespace) -> Iterator[tuple[BenchData, BenchData | Non
     before = os.environ.copy()
     with tempfile.TemporaryDirectory(prefix="saev_torch_bench_", dir=args.folder) as folder:
         if args.make_gb is not None:
-            n_examples = max(1, round(args.make_gb * 1e9 / EXAMPLE_NBYTES))
+            dtype = args.dtype or FLOAT32.name
+            n_examples = max(1, round(args.make_gb * 1e9 / example_nbytes(dtype)))
             wants_layers = not args.doctor and _wants_layers(args.only)
             makes_layers = wants_layers and args.layers > 1 and layers_shards is None
             with Progress(n_examples * (1 + makes_layers), "making data", "examples") as progress:
-                shards = make(Path(folder), n_examples, 1, progress.update)
+                shards = make(Path(folder), n_examples, 1, progress.update, dtype)
                 if makes_layers:
-                    layers_shards = make(Path(folder), n_examples, args.layers, progress.update)
+                    layers_shards = make(Path(folder), n_examples, args.layers, progress.update, dtype)
         data = BenchData.open(shards, args.layer)
         os.environ["XDG_CACHE_HOME"] = folder
         try:

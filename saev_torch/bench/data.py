@@ -11,16 +11,13 @@ import numpy as np
 
 from saev_torch.config import ActDtype, ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.format.dtypes import DTYPES
+from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.format.metadata import Metadata
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.inspect import count_labels
 from saev_torch.writing.writer import ShardWriter
 
 _D_MODEL, _N_CONTENT = 768, 196
-EXAMPLE_NBYTES = _D_MODEL * DTYPES["float32"].nbytes * _N_CONTENT
-"""Size of one layer of an example that is made."""
-
 _MADE_LABELS = 3
 _MAX_TOKENS_PER_SHARD = 500_000
 _EXAMPLES_AT_ONCE = 64
@@ -70,12 +67,19 @@ class BenchData:
         return self.n_samples * self.sample_nbytes
 
 
-def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None]) -> Path:
+def example_nbytes(dtype: str) -> int:
+    """Size of one layer of an example that is made, of values of a type."""
+    return _D_MODEL * DTYPES[dtype].nbytes * _N_CONTENT
+
+
+def make(
+    root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None], dtype: str = FLOAT32.name
+) -> Path:
     """Write shards of random activations, and labels on a third of the tokens each, into a new directory below `root`.
 
     `on_written` is called with the number of examples just written. Raises SaevTorchError, as where there is no room.
     """
-    wanted = n_examples * n_layers * EXAMPLE_NBYTES
+    wanted = n_examples * n_layers * example_nbytes(dtype)
     free = shutil.disk_usage(root).free
     if wanted + _ROOM_NBYTES > free:
         raise ConfigError(
@@ -93,6 +97,7 @@ def make(root: Path, n_examples: int, n_layers: int, on_written: Callable[[int],
         max_tokens_per_shard=max(_MAX_TOKENS_PER_SHARD, n_layers * _N_CONTENT),
         data=base64.b64encode(pickle.dumps({"made_by": "saev_torch bench"})).decode(),
         dataset=Path("none"),
+        dtype=dtype,
     )
     rng = np.random.default_rng(0)
     with ShardWriter(root, md) as writer:
