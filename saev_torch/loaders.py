@@ -19,14 +19,13 @@ from saev_torch.processes.inherited import register
 from saev_torch.processes.leaving import come_by
 from saev_torch.processes.locks import members, renewed
 from saev_torch.processes.page import SharedPage
-from saev_torch.processes.workers import WorkerBatches, end_iterator, end_unfinished
+from saev_torch.processes.workers import WorkerBatches, children_here, end_iterator, end_unfinished
 from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
 
 _SAMPLERS = ("sampler", "batch_sampler")
-_START_S = 60.0
-_MAX_TIMEOUT_S = 1e6
+_START_S, _MAX_TIMEOUT_S = 60.0, 1e6
 # How long another thread may wait for the batch that it is about to take.
 _LET_GO_S = 5.0
 _FORKED = "expected an iteration of its own, got one whose workers are of the process that forked it; iterate anew."
@@ -132,12 +131,14 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         place["epoch"], place["start"] = iteration.start.place
         # One worker yields its batches in turn.
         iteration.in_order = self.in_order or self.num_workers < 2
+        children = children_here() if self.num_workers else set()
         with self.cursor.telling(place):
             try:
                 iterator = super().__iter__()
             except BaseException as err:
                 self._iterator = None
-                end_unfinished(err)
+                if self.num_workers:
+                    end_unfinished(err, children)
                 raise
         # What is counted is what is taken, also where this process makes the batches.
         self.cursor.follow(iteration)

@@ -2,7 +2,10 @@
 
 import collections
 import copy
+import gc
+import itertools
 import multiprocessing
+import multiprocessing.queues
 import os
 import pickle
 import signal
@@ -14,7 +17,7 @@ from typing import Any
 
 import contracts
 import pytest
-from conftest import PATIENCE_S, wait_until
+from conftest import PATIENCE_S, Resources, wait_until
 from factory import Spec
 from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -246,6 +249,48 @@ def test_what_interrupts_the_start_is_what_is_raised(cfg: ShuffledConfig, monkey
             iter(loader)
     assert multiprocessing.active_children() == []
     assert len(list(loader)) == len(loader)
+
+
+def interrupted(real: Any, number: int) -> Any:
+    """Do what `real` does, and be interrupted when that is done for the time of a number."""
+    left, pid = itertools.count(1), os.getpid()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        if os.getpid() == pid and next(left) == number:
+            raise KeyboardInterrupt
+        return result
+
+    return call
+
+
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("where", ["fork", "process", "queue", "put", "feeder"])
+def test_an_interrupt_while_workers_start_leaves_nothing(
+    cfg: ShuffledConfig, epochs: Any, where: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a fork multiprocessing does not know the worker yet; threads that feed queues start with the first put."""
+    owner, name = {
+        "fork": (os, "fork"),
+        "process": (multiprocessing.get_context("fork").Process, "start"),
+        "queue": (multiprocessing.queues.Queue, "__init__"),
+        "put": (multiprocessing.queues.Queue, "put"),
+        "feeder": (multiprocessing.queues.Queue, "_start_thread"),
+    }[where]
+    loader = make(cfg, 3)
+    gc.collect()
+    before = Resources.now()
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted(getattr(owner, name), number))
+        with pytest.raises(KeyboardInterrupt) as kept:
+            iter(loader)
+    # The exception is kept, and with it some pipes.
+    kinds = ("child process", "thread")
+    wait_until(lambda: not any(one.startswith(kinds) for one in before.since(Resources.now())))
+    del kept
+    assert before.leaks_now(PATIENCE_S / 2) == []
+    loader.set_epoch(1)
+    contracts.assert_same(list(loader), epochs[1])
 
 
 _AT_EXIT = """

@@ -1,13 +1,16 @@
 """The worker processes of one iteration: how long they are waited for, and that they end."""
 
-import contextlib
 import logging
+import os
+import signal
+import threading
 import time
+from multiprocessing import popen_fork, queues
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import DataLoader, _utils
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from saev_torch.processes.counters import Counters
@@ -18,6 +21,9 @@ _log = logging.getLogger("saev_torch")
 
 # How often torch looks whether workers are alive, and how long all of them together have to end by themselves.
 _LOOK_S, _LEAVE_S = 5.0, 4.0
+# How long an interrupted start may wait for a lock, a thread or a process that is about to be free or to end.
+_LOCK_S = 1.0
+_HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
 
 class _Leaving:
@@ -92,18 +98,76 @@ def end_iterator(iterator: Any) -> None:
         iterator._shutdown_workers()
 
 
-def end_unfinished(err: BaseException) -> None:
-    """End the workers of an iterator of torch that was interrupted while it was made: then it cannot do so itself."""
+def children_here() -> set[int]:
+    """Process ids of the processes that this thread has started; none where the system does not tell."""
+    try:
+        return {int(pid) for pid in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()}
+    except OSError:
+        return set()
+
+
+def end_unfinished(err: BaseException, before: set[int]) -> None:
+    """End the workers of an iterator of torch that was interrupted while it was made: then it cannot do so itself.
+
+    `before` are the processes that this thread had started when that began.
+    """
     traceback = err.__traceback__
     while traceback is not None:
         found = traceback.tb_frame.f_locals
         iterator: Any = found.get("self")
         if hasattr(iterator, "_workers_done_event") and hasattr(iterator, "_workers"):
-            iterator._shutdown = True
-            # Else torch raises an error for each that is killed here, in place of what interrupted.
-            with contextlib.suppress(ValueError):
-                signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
-            # The latest may not have come to the others yet.
-            workers = {*iterator._workers, found.get("w", None)} - {None}
-            end_workers([worker for worker in workers if worker.pid is not None])
+            _end_half_made(iterator, found.get("w"), found.get("index_queue"))
+        if type(iterator) is popen_fork.Popen and not hasattr(iterator, "pid"):
+            # At the fork: then nothing has closed its pipes, nor will.
+            for name in ("parent_r", "child_w", "child_r", "parent_w"):
+                if name in found:
+                    os.close(found[name])
         traceback = traceback.tb_next
+    for pid in children_here() - before:
+        _end_unknown(pid)
+
+
+def _end_half_made(iterator: Any, worker: Any, queue: Any) -> None:
+    """End what there is of an iterator; the latest worker and its queue may not have come to the others yet."""
+    iterator._shutdown = True
+    iterator._workers_done_event.set()
+    if hasattr(iterator, "_pin_memory_thread_done_event"):
+        iterator._pin_memory_thread_done_event.set()
+    if iterator._worker_pids_set:
+        # Else torch's handler would raise an error for each that is killed.
+        _utils.signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+        iterator._worker_pids_set = False
+    end_workers([one for one in {*iterator._workers, worker} - {None} if one.pid is not None])
+    for one in {*iterator._index_queues, queue} - {None}:
+        _end_feeder(one)
+
+
+def _end_feeder(queue: Any) -> None:
+    """Close a queue of multiprocessing, and end its thread, also where an interrupt came into a `put`."""
+    # What `close` does; but the `put` may have kept the lock, or not have come to the finalizer that `close` calls.
+    queue._closed, queue._close, thread = True, None, queue._thread
+    queue._notempty.acquire(timeout=_LOCK_S)
+    queue._buffer.append(queues._sentinel)  # type: ignore[attr-defined]
+    queue._notempty.notify()
+    queue._notempty.release()
+    if thread is not None and thread.ident is not None:
+        thread.join(_LOCK_S)
+    if thread is None or not thread.is_alive():
+        queue._reader.close()
+        queue._writer.close()
+
+
+def _end_unknown(pid: int) -> None:
+    """Kill a worker that was forked when the interrupt came, before multiprocessing learned its number."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        # The helpers of multiprocessing start with the first worker, and stay.
+        if any(name in command for name in _HELPERS):
+            return
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + _LOCK_S
+        while os.waitpid(pid, os.WNOHANG) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.001)
+    except OSError:
+        # It has ended, and whoever started it has waited for it.
+        return
