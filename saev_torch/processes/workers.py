@@ -135,7 +135,7 @@ def _end_half_made(iterator: Any, worker: Any, queue: Any) -> None:
         iterator._pin_memory_thread_done_event.set()
     if iterator._worker_pids_set:
         # Else torch's handler would raise an error for each that is killed.
-        _utils.signal_handling._remove_worker_pids(id(iterator))
+        _utils.signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
         iterator._worker_pids_set = False
     end_workers([one for one in {*iterator._workers, worker} - {None} if one.pid is not None])
     for one in {*iterator._index_queues, queue} - {None}:
