@@ -23,6 +23,7 @@ from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.callers import keep_whole, require_known_epoch, require_shared_once
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
+from saev_torch.processes.undone import make_up
 from saev_torch.processes.world import Rank
 from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
@@ -194,6 +195,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         require_shared_once(self.cursor.world)
         require_known_epoch(self.cursor.has_begun)
         keep_whole()
+        make_up()
         # Not a generator itself: which epoch this is must be settled now, not at the first batch.
         return self._iterate(self.cursor.begin())
 

@@ -19,6 +19,7 @@ from saev_torch.processes.inherited import register
 from saev_torch.processes.leaving import come_by
 from saev_torch.processes.locks import members, renewed
 from saev_torch.processes.page import SharedPage
+from saev_torch.processes.undone import make_up
 from saev_torch.processes.workers import WorkerBatches, children_here, end_iterator, end_unfinished
 from saev_torch.processes.world import Rank
 from saev_torch.resume.cursor import Iteration
@@ -119,6 +120,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         self._batches = weakref.ref(batches)
 
     def _begin(self) -> tuple[Any, Iteration]:
+        make_up()
         if getattr(self._iterator, "_shutdown", False):
             # Persistent workers that have failed.
             self._iterator = None
@@ -193,6 +195,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
                 iterator = None
         if iterator is not None:
             end_iterator(iterator)
+        make_up()
 
 
 class CountedBatches(Iterator[ActivationBatch]):

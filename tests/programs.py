@@ -61,6 +61,7 @@ from saev_torch import (
     StateError,
 )
 from saev_torch.processes.notices import Notices
+from saev_torch.processes.undone import make_up
 
 SPECS = {
     "small": factory.Spec(n_examples=20, content_tokens=6, cls=True, layers=(3, 7), d_model=8, examples_per_shard=4),
@@ -945,7 +946,7 @@ class World:
         for run in self.runs:
             if run.source.workers and run.status in ("open", "doubt"):
                 # What makes its batches is the parent's.
-                run.status, run.due = "failed", (ReadError,)
+                run.status, run.due = "failed", (ReadError, EndedError) if run.status == "doubt" else (ReadError,)
                 run.source.runs = [other for other in run.source.runs if other is not run]
 
     def do_thread(self, steps: list[Step]) -> None:
@@ -1004,13 +1005,19 @@ class World:
         return text.decode().strip()
 
 
-def _try_lock(fd: int) -> None:
+_LOCK_S = 20.0
+
+
+def _try_lock(fd: int) -> bool:
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as err:
         # A child does not keep all that it inherits.
         if err.errno != errno.EBADF:
             raise
+    return True
 
 
 def _require_no_lock() -> None:
@@ -1021,10 +1028,12 @@ def _require_no_lock() -> None:
     if not pid:
         try:
             for fd in mine:
-                with contextlib.suppress(BlockingIOError):
-                    _try_lock(fd)
-                    continue
-                os._exit(1)
+                deadline = time.monotonic() + _LOCK_S
+                while not _try_lock(fd):
+                    # Another thread of the parent may have it just now.
+                    if time.monotonic() > deadline:
+                        os._exit(1)
+                    time.sleep(0.001)
         finally:
             os._exit(0)
     require(not os.waitpid(pid, 0)[1], "behind an interrupt a lock is held")
@@ -1199,6 +1208,8 @@ def run_one(env: Environment, program: list[Step]) -> str:
         return message
     world.drop()
     del world
+    # As the next iteration does.
+    make_up()
     n_heard = 0 if env.alarm is None else env.alarm.n_heard - n_before
     return _leaks(before, n_heard)
 

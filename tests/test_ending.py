@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 import contracts
@@ -291,6 +292,39 @@ def test_an_interrupt_while_workers_start_leaves_nothing(
     assert before.leaks_now(PATIENCE_S / 2) == []
     loader.set_epoch(1)
     contracts.assert_same(list(loader), epochs[1])
+
+
+class Owner:
+    """Something that has a finalizer, as descriptors, pages, leases and engines have."""
+
+
+@pytest.mark.parametrize("then", ["loader", "data set", "shutdown"])
+def test_a_finalizer_that_was_interrupted_is_called_later(
+    cfg: ShuffledConfig, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python drops the interrupt, and does not call the finalizer again by itself."""
+    # pytest's would keep the frames.
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: None)
+    closed: list[int] = []
+    loader, owner, tracing = make(cfg, 0), Owner(), sys.gettrace()
+    weakref.finalize(owner, closed.append, 1)
+
+    def interrupt(frame: Any, event: str, arg: Any) -> None:
+        # A tracer that raises is removed.
+        if frame.f_code is weakref.finalize.__call__.__code__:
+            raise KeyboardInterrupt
+
+    try:
+        sys.settrace(interrupt)
+        del owner
+    finally:
+        sys.settrace(tracing)
+    assert closed == []
+    if then == "shutdown":
+        loader.shutdown()
+    else:
+        next(iter(loader if then == "loader" else loader.dataset))
+    assert closed == [1]
 
 
 _AT_EXIT = """
