@@ -1,6 +1,7 @@
 """Memory that processes share: the same for those that are started, a copy for all others, and gone with the last."""
 
 import copy
+import functools
 import gc
 import multiprocessing
 import os
@@ -88,8 +89,7 @@ def test_a_page_that_is_large() -> None:
 
 def write_many(pages: list[SharedPage]) -> None:
     for i, page in enumerate(pages):
-        with page.locked():
-            write(page, float(i))
+        page.while_locked(functools.partial(write, page, float(i)))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -104,10 +104,12 @@ def test_many_pages_go_to_a_process_that_is_started(method: str) -> None:
 
 
 def hold(pages: list[SharedPage], said: Any, go_on: Any) -> None:
-    with pages[0].locked():
+    def work() -> None:
         said.set()
         go_on.wait()
         pages[0].fields["count"] = 1
+
+    pages[0].while_locked(work)
 
 
 def test_a_lock_is_for_one_page() -> None:
@@ -116,11 +118,9 @@ def test_a_lock_is_for_one_page() -> None:
     child = context.Process(target=hold, args=(pages, said, go_on))
     child.start()
     said.wait()
-    with pages[1].locked():
-        assert pages[0].fields["count"] == 0
+    assert pages[1].while_locked(lambda: int(pages[0].fields["count"])) == 0
     go_on.set()
-    with pages[0].locked():
-        assert pages[0].fields["count"] == 1
+    assert pages[0].while_locked(lambda: int(pages[0].fields["count"])) == 1
     child.join()
     child.close()
 
