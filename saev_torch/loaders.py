@@ -1,18 +1,18 @@
 """Ready-made loaders under the published names."""
 
-import itertools
 import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import EndedError, ReadError, SaevTorchError
 from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
+from saev_torch.processes.callers import EpochListener
 from saev_torch.processes.counters import Reservoir
 from saev_torch.processes.epochs import PLACE
 from saev_torch.processes.inherited import register
@@ -92,7 +92,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     @property
     def sampler(self) -> Iterable[Any]:  # type: ignore[override]
         """Where a trainer announces the epoch: `sampler.set_epoch`."""
-        return _EpochListener(self)
+        return EpochListener(self)
 
     def __setattr__(self, attr: str, val: Any) -> None:
         # While it is made, torch would set these to None, False and a sampler of its own.
@@ -302,22 +302,6 @@ class CountedBatches(Iterator[ActivationBatch]):
         finally:
             if has_lock:
                 self._lock.release()
-
-
-class _EpochListener(Sampler[None]):
-    """Stands where a sampler would: trainers tell it the epoch, and torch asks it for indices."""
-
-    def __init__(self, loader: _ActivationDataLoader) -> None:
-        # The iterator keeps its sampler, so this must not keep the loader, which may keep the iterator.
-        self._loader = weakref.ref(loader)
-
-    def __iter__(self) -> Iterator[None]:
-        return itertools.repeat(None)
-
-    def set_epoch(self, epoch: int) -> None:
-        loader = self._loader()
-        if loader is not None:
-            loader.follow_epoch(epoch)
 
 
 def _is_made_anew(cfg: Any, kwargs: dict[str, Any]) -> bool:

@@ -1,11 +1,13 @@
 """Who iterates a data set: trainers that tell it nothing, but are among its callers, also in a forked worker."""
 
+import itertools
 import sys
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from torch.utils.data import default_convert
+from torch.utils.data import Sampler, default_convert
 from torch.utils.data._utils.fetch import _IterableDatasetFetcher
 
 from saev_torch.errors import ConfigError
@@ -86,3 +88,19 @@ def _take_one(batches: list[Any]) -> Any:
             "yields whole batches; set batch_size in its config instead."
         )
     return batches[0]
+
+
+class EpochListener(Sampler[None]):
+    """Stands where a sampler would: trainers tell it the epoch, and torch asks it for indices."""
+
+    def __init__(self, loader: Any) -> None:
+        # The iterator keeps its sampler, so this must not keep the loader, which may keep the iterator.
+        self._loader = weakref.ref(loader)
+
+    def __iter__(self) -> Iterator[None]:
+        return itertools.repeat(None)
+
+    def set_epoch(self, epoch: int) -> None:
+        loader = self._loader()
+        if loader is not None:
+            loader.follow_epoch(epoch)
