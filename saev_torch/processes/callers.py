@@ -101,6 +101,7 @@ class EpochListener(Sampler[None]):
         return itertools.repeat(None)
 
     def set_epoch(self, epoch: int) -> None:
+        """Tell the loader."""
         loader = self._loader()
         if loader is not None:
             loader.follow_epoch(epoch)
