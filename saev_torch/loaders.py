@@ -123,8 +123,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         make_up()
         if getattr(self._iterator, "_shutdown", False):
             # Persistent workers that have failed.
-            self._iterator = None
-            self._place = None
+            self._iterator = self._place = None
         if self._place is None or not self.persistent_workers:
             # A worker that begins late, for an iterator that is gone, must not take the place of another's.
             self._place = SharedPage(PLACE)
@@ -133,14 +132,13 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         place["epoch"], place["start"] = iteration.start.place
         # One worker yields its batches in turn.
         iteration.in_order = self.in_order or self.num_workers < 2
-        children = children_here() if self.num_workers else set()
+        children = children_here() if self.num_workers else None
         with self.cursor.telling(place):
             try:
                 iterator = super().__iter__()
             except BaseException as err:
                 self._iterator = None
-                if self.num_workers:
-                    end_unfinished(err, children)
+                end_unfinished(err, children)
                 raise
         # What is counted is what is taken, also where this process makes the batches.
         self.cursor.follow(iteration)
@@ -237,10 +235,8 @@ class CountedBatches(Iterator[ActivationBatch]):
         if self._ends:
             raise self._failure or StopIteration
         # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.
-        if isinstance(batch, ActivationBatch):
-            self.iteration.count(batch.digest, batch.number)
-        else:
-            self.iteration.count(None)
+        known = (batch.digest, batch.number) if isinstance(batch, ActivationBatch) else (None,)
+        self.iteration.count(*known)
         return batch
 
     def _take(self) -> Any:

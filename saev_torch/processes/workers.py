@@ -106,10 +106,10 @@ def children_here() -> set[int]:
         return set()
 
 
-def end_unfinished(err: BaseException, before: set[int]) -> None:
+def end_unfinished(err: BaseException, before: set[int] | None) -> None:
     """End the workers of an iterator of torch that was interrupted while it was made: then it cannot do so itself.
 
-    `before` are the processes that this thread had started when that began.
+    `before` are the processes that this thread had started when that began, None where it has no workers.
     """
     traceback = err.__traceback__
     while traceback is not None:
@@ -123,7 +123,7 @@ def end_unfinished(err: BaseException, before: set[int]) -> None:
                 if name in found:
                     os.close(found[name])
         traceback = traceback.tb_next
-    for pid in children_here() - before:
+    for pid in set() if before is None else children_here() - before:
         _end_unknown(pid)
 
 
