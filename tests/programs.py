@@ -779,7 +779,9 @@ class World:
 
     def do_interrupt_start(self, s: int, delay_us: int, keep_error: bool) -> None:
         source = self._pick(self.sources, s)
-        if source is None or source.kind == "plain" or self.env.alarm is None:
+        # Of persistent workers, earlier iterations end, or do not, as far as the start came.
+        is_unsure = source is not None and source.persistent and source.runs
+        if source is None or source.kind == "plain" or self.env.alarm is None or is_unsure:
             return
         begun: list[Any] = []
         err = self.env.alarm.during(lambda: begun.extend(map(iter, (source.real,))), delay_us / 1e6)
@@ -1022,8 +1024,11 @@ def _try_lock(fd: int) -> bool:
 
 def _require_no_lock() -> None:
     """Check that this process holds no lock of the file system that another one would wait for."""
-    fds = [int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
-    mine = [fd for fd in fds if "saev_torch" in os.readlink(f"/proc/self/fd/{fd}")]
+    mine = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        # Another thread may close it meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            mine += [fd] if "saev_torch" in os.readlink(f"/proc/self/fd/{fd}") else []
     pid = os.fork()
     if not pid:
         try:
