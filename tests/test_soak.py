@@ -4,7 +4,7 @@ import factory
 import pytest
 import soak
 
-SECONDS = 60
+SECONDS = 15
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker processes in total:UserWarning")

@@ -27,6 +27,13 @@ class ValueType(NamedTuple):
         found: NDArray[np.bool_] = (bits & self.exponent) == self.exponent
         return found
 
+    def as_text(self, values: Any, at: int) -> str:
+        """One of stored values that is not finite, as "nan", "inf" or "-inf"."""
+        bits = int(np.frombuffer(values, f"<u{self.nbytes}")[at])
+        sign = 1 << (8 * self.nbytes - 1)
+        is_nan = (bits & (sign - 1)) != self.exponent
+        return "nan" if is_nan else "-inf" if bits & sign else "inf"
+
 
 DTYPES = {
     "float32": ValueType("float32", "<f4", 4, 0x7F800000),

@@ -241,8 +241,10 @@ class _Verification:
             for i, block in enumerate(blocks):
                 is_wrong = self.md.value_type.is_nonfinite(block)
                 if n_wrong := np.count_nonzero(is_wrong):
-                    token, dimension = divmod(int(is_wrong.argmax()), self.md.d_model)
-                    where = f"the first in stored token {token}, dimension {dimension}"
+                    at = int(is_wrong.argmax())
+                    token, dimension = divmod(at, self.md.d_model)
+                    first = self.md.value_type.as_text(block, at)
+                    where = f"the first {first} in stored token {token}, dimension {dimension}"
                     bad.append((i, f"expected finite values, got {n_wrong} that are not, {where}"))
         return [
             Fault(name, what, piece.first + i // n_layers, layers[i % n_layers], piece.offset + i * width)
