@@ -1233,7 +1233,7 @@ def _leaks(before: Resources, n_interrupts: int) -> str:
             # It came between the list of threads and the start of one.
             threading._limbo.pop(thread, None)  # type: ignore[attr-defined]
             leaks = before.leaks_now(0.0)
-        # It came between a new page, or an opened file, and who is to close it, or into a finalizer. Threads and workers
+        # It came between a new page, or an opened file, and who is to close it, or into a finalizer. Threads, workers
         # must be gone.
         known = [leak for leak in leaks if leak.startswith(_PAGES) or ".bin (" in leak]
         is_of_interrupt = len(leaks) <= _N_LEFT * n_interrupts and len(known) == len(leaks)
