@@ -1,5 +1,6 @@
 """Bad input, each with an exception of ours that names the path or the field: when opened, or when iterating."""
 
+import gc
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from saev_torch import (
     ShuffledActivations,
     ShuffledConfig,
 )
+from saev_torch.reading.engine import Engine
 
 DATA_SETS = {
     "indexed": lambda shards, **fields: IndexedDataset(IndexedConfig(shards=shards, **fields)),
@@ -262,3 +264,19 @@ def test_values_of_all_kinds_are_handed_on(make_shards):
     bits.tofile(shards / "acts000000.bin")
     batch = next(iter(OrderedActivations(OrderedConfig(shards=shards, layer=3, tokens="all"))))
     assert batch["act"].numpy().tobytes() == bits.tobytes()
+
+
+def test_an_error_does_not_keep_what_read(make_shards):
+    """What is raised names frames that hold the engine; held by the engine in turn, none of them would ever go."""
+    shards = make_shards(Spec(n_examples=200, examples_per_shard=20))
+    data_set = ShuffledActivations(ShuffledConfig(shards, layer=3, batch_size=16, buffer_size=4))
+    iterator = iter(data_set)
+    next(iterator)
+    for path in shards.glob("acts*.bin"):
+        path.chmod(0o644)
+        os.truncate(path, 100)
+    with pytest.raises(SaevTorchError, match="became shorter"):
+        list(iterator)
+    del iterator
+    gc.collect()
+    assert [found for found in gc.get_objects() if type(found) is Engine] == []

@@ -58,7 +58,7 @@ def select(store: ShardStore, cfg: AnyConfig) -> Selection:
     read_mask = None if mask is None else mask.of_examples
     md = store.metadata
     selection = Selection(md, cfg.tokens, cfg.layer, ignored, read_labels, cfg.act_dtype, cfg.examples, read_mask)
-    # What was written while it was counted is found now.
+    # What they select is known from now on: others are refused when they are read.
     labels.expect(selection)
     return selection
 
