@@ -32,6 +32,26 @@ _LET_GO_S = 5.0
 _FORKED = "expected an iteration of its own, got one whose workers are of the process that forked it; iterate anew."
 _INTERRUPTED = "{}: expected to take a batch, got interrupted; load_state_dict(state_dict()), and iterate again."
 
+# While Lightning makes a loader it notes what is set on it, and goes on doing so where that failed.
+_NOTED = "__pl_attrs_record"
+
+
+class _Now:
+    """What a loader does in this process; on an object of its own, which nobody who looks at loaders keeps or copies."""
+
+    def __init__(self) -> None:
+        # How far the latest iteration came, which stays known when the user breaks off.
+        self.counted: Iteration | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Leave the iterations that run, but for how far the latest came."""
+        # An iterator, with its workers and threads, is the user's alone. The latest may be asked to follow the epoch.
+        self.running: weakref.WeakSet[CountedBatches] = weakref.WeakSet()
+        self.batches: weakref.ref[CountedBatches] | None = None
+        # Where workers begin, which persistent ones look up.
+        self.place: SharedPage | None = None
+
 
 class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: ignore[misc, override]
     """A `DataLoader` of whole batches that knows its config, counts what is taken, and can be shut down."""
@@ -57,32 +77,23 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         if kwargs.get("num_workers"):
             # A worker reports a stalled read by itself; one that was stopped says nothing.
             kwargs.setdefault("timeout", min(dataset.cfg.batch_timeout_s + _START_S, _MAX_TIMEOUT_S))
-        # How far the latest iteration came, which stays known when the user breaks off.
-        self._counted: Iteration | None = None
-        self._forget_iterations()
-        super().__init__(dataset, batch_size=None, **kwargs)
-
-    def _forget_iterations(self) -> None:
-        # An iterator, with its workers and threads, is the user's alone. The latest may be asked to follow the epoch.
-        self._running: weakref.WeakSet[CountedBatches] = weakref.WeakSet()
-        self._batches: weakref.ref[CountedBatches] | None = None
-        # Where workers begin, which persistent ones look up.
-        self._place: SharedPage | None = None
+        self._now = _Now()
         register(self)
+        super().__init__(dataset, batch_size=None, **kwargs)
 
     def leave_to_parent(self) -> Any:
         """In a forked child: let go of persistent workers."""
-        iterator, self._iterator, self._place = self._iterator, None, None
+        iterator, self._iterator, self._now.place = self._iterator, None, None
         return iterator
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy has nothing to do with iterations of this loader, nor with their workers.
-        own = {"_iterator": None, "_running": None, "_batches": None, "_place": None, "_counted": None}
-        return {**self.__dict__, **own}
+        kept = {key: value for key, value in self.__dict__.items() if key != _NOTED}
+        return {**kept, "_iterator": None, "_now": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_iterations()
+        self.__dict__.update(state, _now=_Now())
+        register(self)
 
     @property
     def reservoir(self) -> Reservoir:
@@ -102,13 +113,13 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; see the data set."""
         self.cursor.set_epoch(epoch)
-        self._batches = None
+        self._now.batches = None
 
     def follow_epoch(self, epoch: int) -> None:
         """Let an iteration that has begun, but has yielded nothing yet, be that of a later epoch."""
         # Lightning makes the iterator first, and then says which epoch it is for: after a resume not the one that it
         # would be by itself. It counts from 0, so where the user chose an epoch or loaded a state, it may be behind.
-        batches = None if self._batches is None else self._batches()
+        batches = None if self._now.batches is None else self._now.batches()
         if batches is None or batches.iterator is None:
             return
         if batches.iteration.n_taken or batches.iteration.start.epoch >= epoch:
@@ -116,19 +127,19 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         self.shutdown()
         self.cursor.set_epoch(epoch)
         batches.iterator, batches.iteration = self._begin()
-        self._running.add(batches)
-        self._batches = weakref.ref(batches)
+        self._now.running.add(batches)
+        self._now.batches = weakref.ref(batches)
 
     def _begin(self) -> tuple[Any, Iteration]:
         make_up()
         if getattr(self._iterator, "_shutdown", False):
             # Persistent workers that have failed.
-            self._iterator = self._place = None
-        if self._place is None or not self.persistent_workers:
+            self._iterator = self._now.place = None
+        if self._now.place is None or not self.persistent_workers:
             # A worker that begins late, for an iterator that is gone, must not take the place of another's.
-            self._place = SharedPage(PLACE)
+            self._now.place = SharedPage(PLACE)
         iteration = self.cursor.begin_elsewhere()
-        place = self._place.fields
+        place = self._now.place.fields
         place["epoch"], place["start"] = iteration.start.place
         # One worker yields its batches in turn.
         iteration.in_order = self.in_order or self.num_workers < 2
@@ -142,7 +153,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
                 raise
         # What is counted is what is taken, also where this process makes the batches.
         self.cursor.follow(iteration)
-        self._counted = iteration
+        self._now.counted = iteration
         return iterator, iteration
 
     def _get_iterator(self) -> Any:
@@ -154,30 +165,30 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
     def __iter__(self) -> Any:
         if self.persistent_workers:
             # There is one set of workers, which is about to begin anew.
-            for other in members(self._running):
+            for other in members(self._now.running):
                 other.give_way()
         batches = CountedBatches(*self._begin())
-        self._running.add(batches)
-        self._batches = weakref.ref(batches)
+        self._now.running.add(batches)
+        self._now.batches = weakref.ref(batches)
         return batches
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader stands: after the batches that were taken from it. After a whole epoch, at the next one."""
-        if self._counted is None or self.cursor.is_chosen:
+        if self._now.counted is None or self.cursor.is_chosen:
             return self.dataset.state_dict()
         # Somebody else may have looked into the data set meanwhile.
-        return dump_state(self.metadata, self.recording, self.cfg, self._counted.position)
+        return dump_state(self.metadata, self.recording, self.cfg, self._now.counted.position)
 
     @property
     def n_batches_left(self) -> int:
         """Batches that are still to be taken of this epoch; see the data set."""
-        return self.cursor.n_left(None if self.cursor.is_chosen else self._counted)
+        return self.cursor.n_left(None if self.cursor.is_chosen else self._now.counted)
 
     @property
     def digest(self) -> StreamDigest:
         """Digest of the batches that were taken from this loader, and before the state that was loaded."""
-        is_own = self._counted is not None and not self.cursor.is_chosen
-        return self._counted.digest if is_own and self._counted is not None else self.cursor.digest
+        is_own = self._now.counted is not None and not self.cursor.is_chosen
+        return self._now.counted.digest if is_own and self._now.counted is not None else self.cursor.digest
 
     def shutdown(self) -> None:
         """Stop all running iterations with their workers and threads. The loader can be used again.
@@ -186,8 +197,8 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         wait for a batch, the iteration ends when that has come.
         """
         iterator, self._iterator = self._iterator, None
-        running = members(self._running)
-        self._forget_iterations()
+        running = members(self._now.running)
+        self._now.forget()
         for batches in running:
             if not batches.shut_down() and batches.iterator is iterator:
                 iterator = None

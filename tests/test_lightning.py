@@ -4,10 +4,11 @@ import dataclasses
 import itertools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import factory
 import lightning_runs
 import pytest
 import torch
+from lightning.fabric.utilities.data import get_all_subclasses
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning_runs import Model, Trainee, make_trainer
 from torch.utils.data import DataLoader
@@ -290,6 +293,36 @@ def test_what_the_user_chose_wins(cfg: ShuffledConfig, epochs: list[list[int]]) 
         make_trainer(max_epochs=1).fit(model, loader)
         assert [digest for *_, digest in model.seen] == wanted
     loader.shutdown()
+
+
+@pytest.fixture()
+def untouched() -> Iterator[None]:
+    """Undo what Lightning leaves on the classes of loaders where it failed to make one."""
+    yield
+    for cls in (DataLoader, *get_all_subclasses(DataLoader)):
+        for name in ("__setattr__", "__delattr__", "__init__"):
+            if f"__old{name}" in cls.__dict__:
+                setattr(cls, name, getattr(cls, f"__old{name}"))
+                delattr(cls, f"__old{name}")
+
+
+@pytest.mark.usefixtures("untouched")
+def test_loaders_after_one_that_lightning_could_not_make(cfg: ShuffledConfig, epochs: list[list[int]]) -> None:
+    class Broken(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            raise ValueError("no data today")
+
+    with pytest.raises(ValueError, match="no data today"):
+        make_trainer(max_epochs=1).fit(Model(), datamodule=Broken())
+    loader = ShuffledDataLoader(cfg)
+    for epoch in range(2):
+        assert [batch.digest for batch in loader] == epochs[epoch]
+        assert len(pickle.dumps(loader)) < 20_000
+    assert "__pl_saved_kwargs" in loader.__dict__
+    assert "__pl_attrs_record" not in loader.__dict__
+    begun = iter(loader)
+    next(begun)
+    assert [batch.digest for batch in pickle.loads(pickle.dumps(loader))] == epochs[3]
 
 
 def test_one_module_for_two_runs(cfg: ShuffledConfig, epochs: list[list[int]]) -> None:
