@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from saev_torch.config import IndexedConfig
 from saev_torch.format.checksums import CHECKSUMS_NAME
 from saev_torch.format.files import counted
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.sidecars import ATTENTION_MASK
 from saev_torch.indexed import IndexedDataset
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
-from saev_torch.tools.arguments import check_new_file
+from saev_torch.tools.arguments import at_least, check_new_file
+from saev_torch.tools.text import show_text
 
 _N_SAMPLED = 512
 _N_LABELS_SHOWN = 10
@@ -25,6 +28,9 @@ _EXAMPLES_PER_READ = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("dir", type=Path, help="shard directory, <shards_root>/<hash>")
+    shown = "also show the text of an example, with a tokenizer of transformers: a name, a folder, or a tokenizer.json"
+    parser.add_argument("--tokenizer", metavar="NAME_OR_PATH", help=shown)
+    parser.add_argument("--example", type=at_least(0), default=0, metavar="N", help="which (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw norms and labels into this file")
 
 
@@ -32,13 +38,18 @@ def run(args: argparse.Namespace) -> int:
     """Print what is in a directory: all labels, and a few hundred activations of each layer."""
     check_new_file("--plot", args.plot)
     store = ShardStore(args.dir)
+    text = None if args.tokenizer is None else show_text(store, args.tokenizer, args.example)
     md = store.metadata
     norms, lines = {}, _describe(store)
     for layer in md.layers:
-        norms[layer], line = _sample(args.dir, layer)
+        norms[layer], line = _sample(store, layer)
         lines.append(line)
     labels = count_labels(store) if store.has_labels else None
     lines += ["labels       none"] if labels is None else _describe_labels(md, labels)
+    lines.append(f"token ids    {'yes' if store.has_token_ids else 'none'}")
+    if ATTENTION_MASK in store.sidecars:
+        lines.append(f"padding      left out with mask={str(_mask(store))!r}")
+    lines += [] if text is None else [f"text         example {args.example}", *textwrap.indent(text, "  ").splitlines()]
     print("\n".join(lines))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.
@@ -77,9 +88,14 @@ def _describe(store: ShardStore) -> list[str]:
     ]
 
 
-def _sample(shards_dir: Path, layer: int) -> tuple[npt.NDArray[np.float32], str]:
+def _mask(store: ShardStore) -> Path | None:
+    """The mask that tells tokens from padding, where there is one."""
+    return store.shards_dir / ATTENTION_MASK.name if ATTENTION_MASK in store.sidecars else None
+
+
+def _sample(store: ShardStore, layer: int) -> tuple[npt.NDArray[np.float32], str]:
     """Norms of some content tokens of a layer, taken evenly from the whole data set, and what to say of them."""
-    data = IndexedDataset(IndexedConfig(shards=shards_dir, layer=layer))
+    data = IndexedDataset(IndexedConfig(shards=store.shards_dir, layer=layer, mask=_mask(store)))
     rows = np.linspace(0, len(data) - 1, min(_N_SAMPLED, len(data))).astype(np.int64).tolist()
     acts = np.stack([data[i]["act"].numpy() for i in rows])
     n_bad = int(np.count_nonzero(~np.isfinite(acts)))
