@@ -19,6 +19,7 @@ from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.processes.launchers import announce
 from saev_torch.processes.notices import Notices
 from saev_torch.processes.world import find_world
+from saev_torch.stats.outliers import NormMeter
 from saev_torch.writing.incoming import check_dtype, check_on_overflow
 from saev_torch.writing.progress import Progress
 from saev_torch.writing.source import Batches, Source, Taps, Tokens
@@ -62,6 +63,8 @@ def record(
 
     Under torchrun each rank records its share of the batches, and the last one to finish publishes. Put each rank's
     model on its device beforehand.
+
+    Where a few content tokens have norms of more than 20 medians, a warning names the mask that leaves them out.
 
     Args:
         model: Any module whose blocks put out [batch, tokens, d_model].
@@ -145,6 +148,9 @@ def record(
                 for i, batch, acts in source.compute(todo):
                     stream.write(acts, loader.span(i), None if labels is None else labels(batch))
                     bar.update(len(acts))
+    if world.rank == 0:
+        for line in stream.norms.advise(writer.shards_dir, md.layers):
+            _log.warning("%s", line)
     return writer.shards_dir
 
 
@@ -155,10 +161,11 @@ def _own_dtype(found: torch.dtype) -> str:
 
 
 class _Stream:
-    """Writes batches in a thread, one behind the model; all of one type, unless that is None."""
+    """Writes batches in a thread, one behind the model; all of one type, unless that is None. `norms` measures them."""
 
     def __init__(self, writer: ShardWriter, device: torch.device, dtype: torch.dtype | None) -> None:
         self._writer, self._dtype = writer, dtype
+        self.norms = NormMeter(writer.md.n_layers)
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pinned = torch.empty(0)
         self._writing: Future[None] | None = None
@@ -207,6 +214,8 @@ class _Stream:
         if self._copying is not None:
             self._copying.synchronize()
         self._writer.write_batch(host, start, labels)
+        # Of content tokens: a mask leaves the special one alone.
+        self.norms.add(host[:, :, int(self._writer.md.cls_token) :])
 
 
 @contextlib.contextmanager
