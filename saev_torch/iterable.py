@@ -34,7 +34,7 @@ from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
 from saev_torch.resume.standing import Standing
 from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
-from saev_torch.stats.statistics import compute_scale
+from saev_torch.stats.statistics import find_scale
 
 _log = logging.getLogger("saev_torch")
 _ORDERED_THREADS = 4
@@ -99,6 +99,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
+        # Here, because all workers and epochs must have the same number.
+        self.cursor.scale = find_scale(cfg, store, self._own_selection())
         self.counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -322,13 +324,7 @@ class ShuffledActivations(Activations):
                 "which must be changed; choose a layer."
             )
         super().__init__(cfg, store, rank, world_size)
-        if cfg.scale_norm:
-            # Here, because all workers and epochs must have the same number.
-            self.cursor.scale = self._find_scale()
         self._compile()
-
-    def _find_scale(self) -> float:
-        return compute_scale(self._store.clone(), self._own_selection(), self.cfg.scale_samples)
 
     def _plan(self, epoch: int | None) -> ShufflePlan | UniformPlan:
         cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else operator.index(epoch)

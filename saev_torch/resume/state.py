@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -21,6 +22,7 @@ from saev_torch.reading.store import ShardStore
 MAX_COUNT = (1 << 62) - 1
 _VERSION = 1
 _MODULUS = 1 << 64
+_SCALED_BY = "scaled_by"
 _OF_BUFFER = "buffer_size", "n_lanes", "block_size"
 
 
@@ -166,7 +168,10 @@ def _fingerprint(md: Metadata, cfg: BatchConfig) -> dict[str, Any]:
 def dump_state(md: Metadata, recording: Recording, cfg: BatchConfig, position: Position) -> dict[str, Any]:
     """Make a state: under 1 KB, of JSON's types only."""
     fingerprint = _fingerprint(md, cfg) | vars(recording)
-    return {"version": _VERSION, **fingerprint, **vars(position), "digest": str(position.digest)}
+    way = _scaled_by(cfg)
+    # Of before are states that know no other scale than that of the mean.
+    scaled_by = {} if way in (None, "mean") else {_SCALED_BY: way}
+    return {"version": _VERSION, **fingerprint, **vars(position), "digest": str(position.digest), **scaled_by}
 
 
 def load_state(md: Metadata, recording: Recording, cfg: BatchConfig, state: Any) -> Position:
@@ -205,7 +210,7 @@ def load_state(md: Metadata, recording: Recording, cfg: BatchConfig, state: Any)
         digest = StreamDigest.parse(state["digest"])
     except (ValueError, AttributeError, TypeError) as err:
         raise StateError(f"state: digest: expected 16 hex digits and a count, got {short(state['digest'])}.") from err
-    return Position(digest=digest, scale=_load_scale(cfg, state.get("scale")), **counts)
+    return Position(digest=digest, scale=_load_scale(cfg, state), **counts)
 
 
 def _check_place(recording: Recording, cfg: BatchConfig, batch: int, rank: int, world_size: int) -> None:
@@ -220,13 +225,33 @@ def _check_place(recording: Recording, cfg: BatchConfig, batch: int, rank: int, 
         raise StateError(f"state: batch: expected at most {most}, the end of an epoch, got {batch}; it is damaged.")
 
 
-def _load_scale(cfg: BatchConfig, scale: Any) -> float | None:
-    wanted = isinstance(cfg, ShuffledConfig) and cfg.scale_norm
+def _scaled_by(cfg: BatchConfig) -> str | None:
+    """Where the scale of a config comes from; None where it has none."""
+    if cfg.scale is not None:
+        return "given"
+    if not isinstance(cfg, ShuffledConfig) or not cfg.scale_norm:
+        return None
+    return "median" if cfg.scale_norm == "median" else "mean"
+
+
+def _load_scale(cfg: BatchConfig, state: dict[str, Any]) -> float | None:
+    scale, wanted = state.get("scale"), _scaled_by(cfg)
     if scale is not None and not (isinstance(scale, float) and 0 < scale < math.inf):
         raise StateError(f"state: scale: expected a number above 0, got {short(scale)}; it is damaged.")
-    if wanted != (scale is not None):
+    got = None if scale is None else state.get(_SCALED_BY, "mean")
+    # Whoever gives the number that was found before goes on with it.
+    given = None if cfg.scale is None else float(np.float32(cfg.scale))
+    if wanted != got if given is None else scale != given:
+        names = {
+            None: "scale_norm=False",
+            "mean": "scale_norm=True",
+            "median": "scale_norm='median'",
+            "given": "scale=",
+        }
+        amount = "none" if wanted is None else "a number" if given is None else f"{given}"
+        of = short(got) if got is not None and got not in list(names) else names[got]
         raise StateError(
-            f"state: scale: expected {'a number' if wanted else 'none'} with scale_norm={wanted}, got {scale}; use the "
-            "config that it was saved with, or start anew."
+            f"state: scale: expected {amount} with {names[wanted]}, got {scale} with {of}; use the config that it was "
+            "saved with, or start anew."
         )
     return scale

@@ -17,10 +17,12 @@ import torch
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
 from saev_torch.format.dtypes import DTYPES, FLOAT32
+from saev_torch.format.examples import Examples
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
 from saev_torch.format.sidecars import SIDECARS
+from saev_torch.order.examples import make_subset
 from saev_torch.reading.columns import Column
 from saev_torch.reading.extents import make_extents
 from saev_torch.reading.source import Source
@@ -40,7 +42,7 @@ def repack(
     shards_root: Path,
     *,
     layers: Sequence[int] | None = None,
-    examples: Sequence[int] | None = None,
+    examples: Sequence[int] | Examples | None = None,
     max_tokens_per_shard: int | None = None,
     dtype: str | None = None,
     on_overflow: str = "refuse",
@@ -57,7 +59,7 @@ def repack(
         shards_dir: The source, of any protocol.
         shards_root: Where the new directory `<hash>` is made.
         layers: Recorded layers to keep, by value, in the new order; all by default.
-        examples: Examples to keep, in the new order; all by default.
+        examples: Examples to keep, in the new order; or an `Examples`, as configs have it; all by default.
         max_tokens_per_shard: Activations (token x layer) in a file; as in the source by default.
         dtype: Type of the new values: "float32", "float16" or "bfloat16"; as in the source by default.
         on_overflow: "refuse" values that are too large for it, or "clip" them.
@@ -131,8 +133,11 @@ def _layers(old: Metadata, layers: Sequence[int] | None) -> tuple[int, ...]:
     return kept
 
 
-def _numbers(old: Metadata, examples: Sequence[int] | None) -> npt.NDArray[np.int64]:
+def _numbers(old: Metadata, examples: Sequence[int] | Examples | None) -> npt.NDArray[np.int64]:
     """The examples to keep, as an array."""
+    if isinstance(examples, Examples):
+        subset = make_subset(examples, old.n_examples)
+        return subset.members(np.arange(subset.n, dtype=np.int64))
     numbers = np.asarray(range(old.n_examples) if examples is None else examples)
     got = "none" if numbers.size == 0 else short(examples)
     if numbers.size and numbers.ndim == 1 and numbers.dtype.kind in "iu":
@@ -215,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, help="shard directory to read")
     parser.add_argument("root", type=Path, help="where the new directory <hash> is made")
     parser.add_argument("--layers", type=integers(), metavar="A,B", help="layers to keep, for instance --layers=-2,11")
-    kept = "examples to keep: start:stop[:step], or a list 3,5,8"
+    kept = "examples to keep: start:stop[:step], a list 3,5,8, or a share by hash 0.0:0.9"
     parser.add_argument("--examples", type=positions, metavar="A:B", help=kept)
     most = "activations (token x layer) in a file"
     parser.add_argument("--max-tokens-per-shard", type=at_least(1), metavar="N", help=most)

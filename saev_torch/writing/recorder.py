@@ -70,6 +70,8 @@ def record(
     Under torchrun each rank records its share of the batches, and the last one to finish publishes. Put each rank's
     model on its device beforehand.
 
+    Where a few content tokens have norms of more than 20 medians, a warning names the mask that leaves them out.
+
     Args:
         model: Any module whose blocks put out [batch, tokens, d_model].
         dataloader: Yields what the model takes: a tensor, a mapping (passed as keywords), or a sequence of which the
@@ -169,6 +171,9 @@ def record(
     if tokens.n_content:
         share, path = tokens.n_padding / tokens.n_content, writer.shards_dir / ATTENTION_MASK.name
         _log.warning("%.1f %% of the content tokens are padding; leave them out with mask=%r", 100 * share, str(path))
+    if world.rank == 0:
+        for line in stream.norms.advise(writer.shards_dir, md.layers):
+            _log.warning("%s", line)
     return writer.shards_dir
 
 

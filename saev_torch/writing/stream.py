@@ -5,15 +5,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from saev_torch.errors import ConfigError
+from saev_torch.stats.outliers import NormMeter
 from saev_torch.writing.tokens import Recorded
 from saev_torch.writing.writer import ShardWriter
 
 
 class Stream:
-    """Writes batches in a thread, one behind the model; all of one type, unless that is None."""
+    """Writes batches in a thread, one behind the model; all of one type, unless that is None. `norms` measures them."""
 
     def __init__(self, writer: ShardWriter, device: torch.device, dtype: torch.dtype | None) -> None:
         self._writer, self._dtype = writer, dtype
+        self.norms = NormMeter(writer.md.n_layers)
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pinned = torch.empty(0)
         self._writing: Future[None] | None = None
@@ -64,3 +66,5 @@ class Stream:
         if self._copying is not None:
             self._copying.synchronize()
         self._writer.write_batch(host, start, *beside)
+        # Of content tokens: a mask leaves the special one alone.
+        self.norms.add(host[:, :, int(self._writer.md.cls_token) :])
