@@ -9,7 +9,7 @@ from torch.utils.data.graph_settings import get_all_graph_pipes
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.errors import ConfigError
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
 
 
 class ActivationsPipe(IterDataPipe[ActivationBatch]):

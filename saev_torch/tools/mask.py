@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from saev_torch.config import OrderedConfig, is_integer
 from saev_torch.errors import ConfigError
 from saev_torch.format.files import sync_dir, writing
-from saev_torch.iterable import OrderedActivations
+from saev_torch.iterable.activations import OrderedActivations
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.statistics import compute_statistics
