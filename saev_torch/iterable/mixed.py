@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import typing
 from collections.abc import Sequence
 from fractions import Fraction
@@ -106,11 +107,11 @@ def _make_mixing(sources: Any, batch_size: Any, until: Any, seed: Any) -> Mixing
     whole = sum((weight for _, weight in pairs), Fraction(0))
     # What is left of a decimal fraction in binary is rounded away.
     shares = tuple((weight / whole).limit_denominator(1 << 30) for _, weight in pairs)
-    smallest = Weights.of([weight for _, weight in pairs]).smallest
-    if smallest is not None:
+    starved = shares.index(0) if 0 in shares else Weights.of(shares).starved
+    if starved is not None:
         raise ConfigError(
-            f"MixedActivations.sources[{smallest}]: expected a weight that is not below a billionth of the others, got "
-            f"{sources[smallest][1]!r}; leave that source out."
+            f"MixedActivations.sources[{starved}]: expected a weight that is not below a billionth of the others, got "
+            f"{sources[starved][1]!r}; leave that source out."
         )
     configs = tuple(cfg for cfg, _ in pairs)
     for i, cfg in enumerate(configs):
@@ -136,8 +137,8 @@ def _check_source(i: int, source: Any) -> tuple[ShuffledConfig, Fraction]:
 class MixedActivations(Activations):
     """Whole batches mixed of several directories, each in a random order of its own; see `saev_torch.order.mixture`.
 
-    Of any number of rows from the first on, each source has its weight's share to within a row or so, so shares are
-    exact in the long run; in a batch its rows stand between those of the others. Batches have one column more, `source`
+    Of all rows up to any one, each source has its weight's share, rounded: what a batch cannot hold of it the next ones
+    do, so that shares are exact in the long run. Rows of the sources take turns. Batches have one column more, `source`
     `[batch] int64`, the number of each row's source. Where any source has labels there is `token_labels`, which is -1
     for the rows of a source that has none; where any has `layer="all"`, `layer` says which one each row is of.
 
@@ -221,7 +222,7 @@ class MixedActivations(Activations):
         return JointSelection([source._own_selection() for source in self.sources])
 
     def _plan(self, epoch: int | None) -> MixturePlan:
-        epoch = self.cursor.epoch if epoch is None else epoch
+        epoch = self.cursor.epoch if epoch is None else operator.index(epoch)
         orders = []
         for i, source in enumerate(self.sources):
             own, key = source.cfg, make_key(self.cfg.seed, i, source.cfg.seed)
@@ -271,7 +272,9 @@ class MixedActivations(Activations):
         """
         if not 0 <= source < len(self.sources):
             raise IndexError(f"source {source} is out of range: there are {len(self.sources)}, from 0.")
-        return self._plan(epoch).find(self._selected().find(source, example_idx, token_idx, layer))
+        layer = None if layer is None else operator.index(layer)
+        sample = self._selected().find(source, operator.index(example_idx), operator.index(token_idx), layer)
+        return self._plan(epoch).find(sample)
 
     def _recorded(self) -> list[Recorded]:
         return [Recorded(source.metadata, source.recording, source.cfg) for source in self.sources]

@@ -63,7 +63,7 @@ class Weights:
         return cls(tuple(ratios))
 
     @property
-    def smallest(self) -> int | None:
+    def starved(self) -> int | None:
         """The number of a source that would have no rows at all; None where each has some."""
         for source, numerator, _ in self.ratios:
             if not numerator:
