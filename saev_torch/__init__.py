@@ -22,7 +22,8 @@ from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.format.shards import Shard, ShardInfo
 from saev_torch.indexed import IndexedDataset, UniformBatches
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.mixed import MixedActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
 from saev_torch.order.selection import Index, IndexMap
@@ -53,6 +54,7 @@ __all__ = [
     "LayerSpec",
     "MaskReport",
     "Metadata",
+    "MixedActivations",
     "OrderedActivations",
     "OrderedConfig",
     "OrderedDataLoader",

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import EndedError, ReadError, SaevTorchError
-from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.batched import Batched
 from saev_torch.processes.callers import EpochListener
 from saev_torch.processes.counters import Reservoir
 from saev_torch.processes.epochs import PLACE

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from saev_torch.errors import ReadError
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Pace, Spot
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import Files
 
 _Int64s = NDArray[np.int64]
 
@@ -188,7 +188,7 @@ class RingReader(CallReader):
 
     has_ring = True
 
-    def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
+    def __init__(self, ring: Ring, store: Files, pace: Pace | None = None, spot: Spot | None = None) -> None:
         super().__init__(store, pace, spot)
         self.ring = ring
 

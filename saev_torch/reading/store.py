@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
@@ -90,6 +90,26 @@ def _limit_open(most: int, store: "ShardStore") -> None:
         if other is not store and other._lock.acquire(blocking=False):
             other._kept.clear()
             other._lock.release()
+
+
+class Files(Protocol):
+    """What readers need of a store, or of several: files by number, each open while it is held."""
+
+    @property
+    def answers_short(self) -> bool:
+        """Whether reads may return fewer bytes than there are."""
+
+    def path(self, shard_idx: int) -> Path:
+        """Path of a file, for messages."""
+
+    def opened(self, shard_idx: int, direct: bool = False) -> contextlib.AbstractContextManager[int]:
+        """Hold a file open: yields its descriptor."""
+
+    def drop(self, shard_idx: int) -> None:
+        """Forget the descriptor of a file."""
+
+    def may_pass(self, path: Path, offset: int | None, code: int | None, tries: int) -> bool:
+        """Whether to try once more after an error."""
 
 
 class ShardStore:
