@@ -29,6 +29,7 @@ from saev_torch.reading.engine import Engine, EngineOptions
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.room import advise_order, advise_room, count_ranks_here
 from saev_torch.reading.selecting import open_store, select, tell_counted_layers
+from saev_torch.reading.slots import Pools
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
@@ -95,6 +96,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
         self._kept: tuple[str | None, str | None] | None = None
+        self._pools: Pools = {}
         self.recording = Recording.of(store, self._own_selection())
         tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
@@ -102,8 +104,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The selection may hold a number for each example; a worker works it out again.
-        return {**self.__dict__, "_selection": None}
+        # The selection may hold a number for each example; a worker works it out again, and has memory of its own.
+        return {**self.__dict__, "_selection": None, "_pools": {}}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
@@ -217,7 +219,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             scale=start.scale,
             **self._engine_options(plan, iteration.share),
         )
-        return Engine(labels, selection, plan, iteration.share, options)
+        return Engine(labels, selection, plan, iteration.share, options, self._pools)
 
     def _watch(self, iteration: Iteration) -> Watch:
         cfg, start, share = self.cfg, iteration.start, iteration.share

@@ -23,7 +23,7 @@ from saev_torch.reading.extents import Extents, Placed, make_sample_extents, pla
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
-from saev_torch.reading.slots import OpenBatch, make_pool
+from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 from saev_torch.reading.source import Source
 
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
@@ -53,7 +53,7 @@ class Engine:
     """Reads the batches of one reader ahead, from the store of `labels`, which is closed with the engine.
 
     `start` starts its threads; `next_batch` then returns batches in order, then None, and `finish` converts what the
-    readers did not. `close` must be called, whatever interrupts `start`.
+    readers did not. `close` must be called, whatever interrupts `start`. Memory comes from `pools`, and stays there.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Engine:
         plan: Plan,
         share: Share,
         options: EngineOptions,
+        pools: Pools,
     ) -> None:
         self._pid = os.getpid()
         self._labels, self._store = labels, labels.store
@@ -71,7 +72,7 @@ class Engine:
         self._source = Source(self._store, scale=options.scale, loaded=selection.act_type)
         self.finish = self._source.finish
         self._scheduler_spot = Spot()
-        pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), selection.act_nbytes))
+        pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), selection.act_nbytes), pools)
         max_open = count_open_slots(plan, share, options.buffer_size)
         self.batches = Batches(pool, max_open, options.n_fills)
         pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
