@@ -289,24 +289,18 @@ def made(monkeypatch):
 def test_without_workers_memory_is_kept_for_the_next_epoch(make_shards, made):
     """Also where one is broken off, or keeps many batches for a while; it goes with the data set."""
     ds = ShuffledActivations(config(make_shards))
-    for _ in ds:
-        pass
-    n_most = len(made)
-    for epoch in range(6):
+    for epoch in range(7):
         for i, _ in enumerate(ds):
             if epoch % 2 and i == 20:
                 break
     del _
-    # One iteration may be further ahead of its consumer than another, but never by more than the buffer.
-    gc.collect()
-    assert len(made) <= n_most + 3
-    assert n_most <= 12
+    # As many as the buffer has, and two or three on their way to the consumer.
+    assert len(made) <= 14
     batches = list(ds)
     assert len(made) > 90
     del batches
     gc.collect()
     assert sum(slot() is not None for slot in made) <= 12
-    assert len(contracts.digest(list(ds))) > 0
     pickle.dumps(ds)
     del ds
     gc.collect()
