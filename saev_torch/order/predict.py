@@ -182,7 +182,7 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
 
 
 def _visits(plan: ShufflePlan, part: float) -> list[tuple[float, float]]:
-    """Visits to the chunks of a lane, by readers that own a part of its turns: a weight, and the share that is wanted."""
+    """Visits to the chunks of a lane, by readers that own a part of its turns: a weight, and the share they want."""
     n_turns, depth = plan.n_turns(0), plan.depth(0)
     if part < 1 or depth >= n_turns:
         # A chunk deals to `depth` turns, of which a reader owns at least the one for which it reads.
