@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from saev_torch.order.mixture import MixedSource, MixturePlan, Weights
 from saev_torch.order.runs import expand_runs
+from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Plan, Share, count_open_slots, make_steps
 from saev_torch.order.uniform import UniformPlan
+from saev_torch.reading.extents import make_sample_extents
 
 
 @st.composite
@@ -72,6 +74,22 @@ def shares(draw: st.DrawFn, plan: Plan) -> list[Share]:
     return [
         Share(start + rank + n_ranks * worker, stride, stop) for rank in range(n_ranks) for worker in range(n_workers)
     ]
+
+
+def count_reads(selection: Selection, plan: Plan, share: Share) -> tuple[int, int, int]:
+    """Work out what a reader reads: how many reads, their bytes, and the bytes that are used."""
+    n_reads = n_bytes = n_used = 0
+    for step in make_steps(plan, share):
+        wanted = [np.empty(0, dtype=np.int64)]
+        for load in step.loads:
+            samples, bounds = expand_runs(load.chunk.starts, load.chunk.lengths), load.chunk.bounds
+            wanted += [samples[load.chunk.dealt[bounds[d] : bounds[d + 1]]] for _, d in load.targets]
+        cells = selection.cells(np.sort(np.concatenate(wanted)))
+        for extents in make_sample_extents(selection, cells, np.zeros_like(cells)):
+            n_reads += len(extents.nbytes)
+            n_bytes += int(extents.nbytes.sum())
+            n_used += len(cells) * selection.md.row_nbytes
+    return n_reads, n_bytes, n_used
 
 
 def carry_out(plan: Plan, share: Share) -> tuple[dict[int, np.ndarray], list[int], int]:

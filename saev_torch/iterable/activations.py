@@ -33,7 +33,7 @@ from saev_torch.reading.feeds import AnyFeed, Feed
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.room import advise_order, advise_room, count_ranks_here
 from saev_torch.reading.selecting import open_store, select, tell_counted_layers
-from saev_torch.reading.slots import OpenBatch
+from saev_torch.reading.slots import OpenBatch, Pools
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
@@ -51,6 +51,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
         self._kept: tuple[str | None, str | None] | None = None
+        self._pools: Pools = {}
         self.recording = Recording.of(store, self._own_selection())
         tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
@@ -60,8 +61,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The selection may hold a number for each example; a worker works it out again.
-        return {**self.__dict__, "_selection": None}
+        # The selection may hold a number for each example; a worker works it out again, and has memory of its own.
+        return {**self.__dict__, "_selection": None, "_pools": {}}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
@@ -179,7 +180,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             is_only=start.epoch == 0 and not isinstance(plan, UniformPlan),
             **self._engine_options(plan, iteration.share),
         )
-        return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options)
+        return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options, self._pools)
 
     def _open_feed(self, plan: Plan, scale: float | None) -> AnyFeed:
         """What an engine reads from."""

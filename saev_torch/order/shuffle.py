@@ -142,10 +142,14 @@ class ShufflePlan(Batching):
     def _streams(self) -> Streams:
         return Streams(self.n_samples, self.block_size, tuple(self._lengths()), self.seed, self.epoch)
 
+    def turns_of(self, lane: int, chunk: int) -> list[int]:
+        """The turns that a chunk of a lane deals to, in this order."""
+        n_turns = self.n_turns(lane)
+        return [(chunk + d) % n_turns for d in range(self.depth(lane))]
+
     def _rows(self, lane: int, chunk: int) -> dict[int, _Int64s]:
         """The turns that a chunk deals to, and the rows of the batch that the samples go to."""
-        depth, n_turns = self.depth(lane), self.n_turns(lane)
-        turns = [(chunk + d) % n_turns for d in range(depth)]
+        depth, turns = self.depth(lane), self.turns_of(lane, chunk)
         return {turn: _interleaved(self.size(turn * self.n_lanes + lane), depth)[d] for d, turn in enumerate(turns)}
 
     def _chunk_start(self, lane: int, chunk: int) -> int:

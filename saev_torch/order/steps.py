@@ -19,7 +19,7 @@ Plan: TypeAlias = OrderedPlan | ShufflePlan | UniformPlan | MixturePlan
 """The order of one epoch."""
 
 _ALIGN = 64
-N_COLUMNS = 5
+N_COLUMNS = 6
 """Columns of a batch beside its activations, at most."""
 
 
@@ -156,14 +156,15 @@ class _ShuffledSteps:
 
     def _wanted(self, lane: int, chunk: int, low: int, high: int) -> Iterator[Load]:
         """The chunk, where it deals to turns low..high-1 that the reader owns; else nothing."""
-        part, mine = self._plan.chunk(lane, chunk), self._turns[lane]
+        plan, mine = self._plan, self._turns[lane]
         targets = tuple(
-            (self._offset + turn * self._plan.n_lanes + lane, d)
-            for d, turn in enumerate(part.turns)
+            (self._offset + turn * plan.n_lanes + lane, d)
+            for d, turn in enumerate(plan.turns_of(lane, chunk))
             if low <= turn < high and turn in mine
         )
+        # Of many readers, each owns few turns; then most chunks are not for it.
         if targets:
-            yield Load(part, targets)
+            yield Load(plan.chunk(lane, chunk), targets)
 
     def _step(self, loads: list[Load], batches: list[int], fills: int = 0) -> Step:
         return Step(tuple(loads), tuple(self._offset + batch for batch in batches), fills)

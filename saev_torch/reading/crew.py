@@ -79,7 +79,11 @@ class Crew:
         more: Iterator[Task] | None = None,
     ) -> None:
         self._pace, self._open_reader, self._on_error, self._more = pace, open_reader, on_error, more
-        self._has_task = threading.Condition(renewed(threading.RLock()))
+        lock = renewed(threading.RLock())
+        self._has_task, self._may_look = threading.Condition(lock), threading.Condition(lock)
+        # Of those that wait for their turn, the one that looks at the clock. If all did, they would take time from
+        # those that read.
+        self._lookout: int | None = None
         self._tasks: collections.deque[Task] = collections.deque()
         self.spots: list[Spot] = []
         self._stopped = False
@@ -100,7 +104,11 @@ class Crew:
         with self._has_task:
             self._stopped = True
             self._tasks.clear()
-            self._has_task.notify_all()
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        self._has_task.notify_all()
+        self._may_look.notify_all()
 
     def _run(self, number: int) -> None:
         guarded(functools.partial(self._work, number), self._on_error)
@@ -121,7 +129,7 @@ class Crew:
             del task
             if self._pace.is_slow and not was_slow:
                 with self._has_task:
-                    self._has_task.notify_all()
+                    self._wake_all()
 
     def _take(self, number: int) -> Task | None:
         """Wait for a task, and for its turn to be this thread's; None where the thread is to end."""
@@ -131,11 +139,22 @@ class Crew:
                     self._tasks.extend(itertools.islice(self._more, 1))
                     if not self._tasks:
                         break
-                wait_s = self._pace.wait_s(number) if self._tasks else None
+                wait_s = self._pace.wait_s(number)
                 if self._tasks and wait_s is None:
+                    self._look_no_more(number)
                     return self._tasks.popleft()
-                self._has_task.wait(wait_s)
+                if wait_s is not None and self._lookout not in (None, number):
+                    self._may_look.wait()
+                    continue
+                if wait_s is not None:
+                    self._lookout = number
+                self._has_task.wait(wait_s if self._tasks else None)
             return None
+
+    def _look_no_more(self, number: int) -> None:
+        if self._lookout == number:
+            self._lookout = None
+            self._may_look.notify()
 
     def _announce(self, reader: Reader) -> None:
         """Announce one of the next tasks. Only where reads are slow, because it takes time of its own."""

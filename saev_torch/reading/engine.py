@@ -21,7 +21,7 @@ from saev_torch.reading.extents import Extents, Placed, make_sample_extents, pla
 from saev_torch.reading.feeds import AnyFeed
 from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
-from saev_torch.reading.slots import OpenBatch, make_pool
+from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
 _TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
@@ -49,7 +49,7 @@ class Engine:
     """Reads the batches of one reader ahead, from a feed whose store is closed with the engine.
 
     `start` starts its threads; `next_batch` then returns batches in order, then None, and `finish` converts what the
-    readers did not. `close` must be called, whatever interrupts `start`.
+    readers did not. `close` must be called, whatever interrupts `start`. Memory comes from `pools`, and stays there.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Engine:
         plan: Plan,
         share: Share,
         options: EngineOptions,
+        pools: Pools,
     ) -> None:
         self._pid = os.getpid()
         self._store, self._selection = feed.store, feed.selection
@@ -65,7 +66,7 @@ class Engine:
         self._steps = make_steps(plan, share)
         self._feed, self.finish = feed, feed.finish
         self._scheduler_spot = Spot()
-        pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes))
+        pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
         max_open = count_open_slots(plan, share, options.buffer_size)
         self.batches = Batches(pool, max_open, options.n_fills)
         pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
