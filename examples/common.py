@@ -20,7 +20,7 @@ def parse(description: str) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--stop", type=int, help="end after so many steps, as if the job were preempted")
-    parser.add_argument("--out", type=Path, default=Path("run"), help="folder of checkpoints; what is there is continued")
+    parser.add_argument("--out", type=Path, default=Path("run"), help="folder of checkpoints, to continue from")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     args.cfg = ShuffledConfig(args.shards, layer=args.layer, batch_size=args.batch_size)

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=2 examples/ddp.py SHARDS --layer 11
 
-Rank r of R gets the batches r, r + R, r + 2 R, ... of the one sequence. The same command goes on from the checkpoint, on
-any number of ranks.
+Rank r of R gets the batches r, r + R, r + 2 R, ... of the one sequence. The same command goes on from the last
+checkpoint, on any number of ranks.
 """
 
 import os

@@ -3,7 +3,7 @@
     python examples/with_transformers.py SHARDS --layer 11
     torchrun --nproc-per-node=2 examples/with_transformers.py SHARDS --layer 11
 
-The same command goes on from the last checkpoint: the Trainer reads up to that batch of the epoch, and trains from there.
+The same command goes on from the last checkpoint: the Trainer reads the epoch up to there, and trains on the rest.
 """
 
 import torch

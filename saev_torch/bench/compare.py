@@ -46,6 +46,7 @@ LABELS = {
     "spdl": "SPDL on np.memmap",
     "litdata": "LitData, with a window",
 }
+_BEGIN, _END = "<!-- figures -->", "<!-- /figures -->"
 _N_LOOKED_AT = 3
 _COLD_THREADS = 4
 
@@ -53,13 +54,17 @@ _COLD_THREADS = 4
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m saev_torch.bench.compare", description=__doc__)
     add = parser.add_argument
-    add("--make-gb", type=above_zero, default=4.0, metavar="GB", help="size of the data (default: %(default)s)")
+    add("--make-gb", type=above_zero, default=8.0, metavar="GB", help="size of the data (default: %(default)s)")
     add("--data", type=Path, metavar="FOLDER", help="make them there, or take those that are there, and keep them")
     add("--batch-size", type=at_least(1), default=16384, help="samples in a batch (default: %(default)s)")
     add("--rounds", type=at_least(1), default=5, help="rounds (default: %(default)s)")
     add("--seconds", type=above_zero, default=1.0, help="time of a warm side in a round (default: %(default)s)")
+    limit = "stop a cold epoch after this time (default: %(default)s)"
+    add("--cold-limit-s", type=above_zero, default=20.0, metavar="S", help=limit)
     add("--json", type=Path, default=Path("docs/figures.json"), help="the figures (default: %(default)s)")
     add("--plot", type=Path, default=Path("docs/figures.svg"), metavar="FILE", help="the chart (default: %(default)s)")
+    pages = "pages whose table is to be written anew (default: %(default)s)"
+    add("--pages", type=Path, nargs="*", default=[Path("README.md"), Path("docs/benchmarks.md")], help=pages)
     add("--draw-only", action="store_true", help="measure nothing: draw the figures that --json has")
     return parser
 
@@ -78,8 +83,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.nullcontext(args.data) if args.data else made as folder:
             report = _measure(args, Path(folder))
         write_atomic(args.json, (json.dumps(report, indent=1) + "\n").encode())
-    save(draw_comparison(json.loads(args.json.read_text())), args.plot)
+    report = json.loads(args.json.read_text())
+    save(draw_comparison(report), args.plot)
+    for page in args.pages:
+        before, begin, rest = page.read_text().partition(_BEGIN)
+        _, end, after = rest.partition(_END)
+        write_atomic(page, f"{before}{begin}\n{table(report)}\n{end}{after}".encode())
     return 0
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures as a table for a page, and a line that says what they are of."""
+    data, limits, sides = report["data"], report["limits"], report["sides"].values()
+    rows = ["| thousand samples/s | in the page cache | from disk | examples in a batch |", "|---|---:|---:|---:|"]
+    for side in sorted(sides, key=lambda side: -float(side["warm"]["median"])):
+        rates = " | ".join(f"{side[kind]['median'] / 1e3:,.0f}" for kind in ("warm", "cold"))
+        rows.append(f"| {side['label']} | {rates} | {side['distinct_examples']:,} |")
+    most = " | ".join(f"*{limits[kind] / 1e3:,.0f}*" for kind in ("warm", "cold"))
+    rows.append(f"| *the machine, at most* | {most} | *{data['distinct_in_a_uniform_draw']:,}* |")
+    about = (
+        f"{data['nbytes'] / 1e9:.1f} GB of {data['d_model']} float32 in batches of {data['batch_size']:,}, "
+        f"{report['machine']['cores']:g} cores, medians of {report['rounds']} interleaved rounds, {report['date']}."
+    )
+    return "\n".join([*rows, "", about])
 
 
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -89,17 +115,19 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sides = _sides(data, cfg, n, litdata)
     names = {side.name: side.name.partition("-")[0] for side in sides}
     warm_up(data, None)
+    window_nbytes = min(WINDOW_NBYTES, data.nbytes)
     pieces, d_model = layer_pieces(data.store, data.layer), data.store.metadata.d_model
     todo: dict[str, functools.partial[Measured]] = {
         "read": functools.partial(read_rate, data.store, pieces, seconds=args.seconds),
-        "gather": functools.partial(gather_rate, d_model, args.batch_size, WINDOW_NBYTES, args.seconds),
+        "gather": functools.partial(gather_rate, d_model, args.batch_size, window_nbytes, args.seconds),
     }
     todo |= {side.name: functools.partial(measure_warm, side, args.seconds, False) for side in sides}
     warm = compare_warm(run_rounds("warm", args.rounds, todo), look().cores)
     raw = functools.partial(read_rate, data.store, pieces, n_threads=_COLD_THREADS, repeat=False)
     emptied = {f"raw-{_COLD_THREADS}": functools.partial(_cold, data, litdata, raw)}
     for side in sides:
-        emptied[side.name] = functools.partial(_cold, data, litdata, functools.partial(measure_cold, side, 60.0, False))
+        epoch = functools.partial(measure_cold, side, args.cold_limit_s, False)
+        emptied[side.name] = functools.partial(_cold, data, litdata, epoch)
     cold = compare_cold(run_rounds("cold", args.rounds, emptied))
     uniform_draw = _expected_distinct(data, args.batch_size)
     return {

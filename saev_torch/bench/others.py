@@ -28,7 +28,7 @@ _CHUNK = "64MB"
 
 
 class Threads:
-    """Iterates like a `DataLoader` over what a function makes for each epoch: the threads of others have no such class."""
+    """Iterates like a `DataLoader` over what a function makes for each epoch."""
 
     def __init__(self, begin: Callable[[], Any]) -> None:
         self._begin = begin
@@ -104,7 +104,9 @@ class _Windows(IterableDataset[dict[str, torch.Tensor]]):
 
     def _mix(self, acts: list[torch.Tensor], index: list[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         act, which = torch.cat(acts), torch.cat(index)
-        for rows in torch.randperm(len(which)).split(self._batch_size):
+        order = torch.randperm(len(which))
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
             yield {"act": act[rows], "index": which[rows]}
 
 

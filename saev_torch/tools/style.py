@@ -1,7 +1,7 @@
 """How all figures look: colours, type, the title and the line below it, and how a figure becomes a file.
 
-Needs matplotlib, of the `demo` and the `plot` extra. Made without pyplot, which keeps a list of all figures and may want
-a display.
+Needs matplotlib, of the `demo` and the `plot` extra. Made without pyplot, which keeps a list of all figures and may
+want a display.
 """
 
 import io
@@ -24,7 +24,7 @@ COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, MUTED)
 
 _INCH_PX = 120
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 10,
     "figure.facecolor": "white",
     "axes.titlelocation": "left",
