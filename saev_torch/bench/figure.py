@@ -30,6 +30,8 @@ def draw_comparison(report: dict[str, Any]) -> Figure:
             for y, value in zip(where, values, strict=True):
                 axes.text(value, y, f" {value:,.0f}", va="center", fontsize=9, color=INK)
         axes.set_yticks(range(len(shown)), [side["label"] for side in shown], color=INK)
+        for name, side in zip(axes.get_yticklabels(), shown, strict=True):
+            name.set_fontweight("bold" if side["label"].startswith("saev_torch") else "normal")
         right = 1.34 * max(side["warm"]["median"] for side in shown) / 1e3
         for i, side in enumerate(shown):
             text = f"{side['distinct_examples']:,} examples"
