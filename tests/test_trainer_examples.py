@@ -116,9 +116,10 @@ def test_digests_add_up(ranks: list[dict[str, Any]], cfg: ShuffledConfig, name: 
         batches = list(ds)
         for number, batch in enumerate([*batches, batches[0]]):
             expected = expected.including(epoch, number, batch.digest)
-    first, second = (digest_of(found[f"{name}, whole"]) for found in ranks)
-    assert first + second == expected
-    assert digest_of(ranks[0][f"{name}, rest"]) == first
+    whole, rest = ([digest_of(found[f"{name}, {part}"]) for found in ranks] for part in ("whole", "rest"))
+    assert whole[0] + whole[1] == expected
+    # A checkpoint has the digest of one rank, in Accelerate of the one that wrote last.
+    assert rest[0] == whole[0] or rest[1] == whole[1]
 
 
 def test_examples_are_short() -> None:
