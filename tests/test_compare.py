@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from saev_torch.bench.compare import main, table
+from saev_torch.__main__ import main
+from saev_torch.bench.compare import table
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("psutil")
@@ -22,7 +23,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *options: str) -> None:
     json, plot, page = (folder / name for name in ("figures.json", "figures.svg", "page.md"))
-    assert main([f"--json={json}", f"--plot={plot}", "--pages", str(page), *options]) == 0
+    assert main(["compare", f"--json={json}", f"--plot={plot}", "--pages", str(page), *options]) == 0
+
+
+def test_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--draw-only", f"--json={tmp_path / 'none.json'}"]) == 2
+    assert "--draw-only: expected the figures of a run" in capsys.readouterr().err
 
 
 def test_what_is_measured(made: Path) -> None:

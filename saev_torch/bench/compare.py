@@ -1,4 +1,4 @@
-"""`python -m saev_torch.bench.compare`: the figures of README's chart, and the chart, from one run.
+"""`python -m saev_torch compare`: the figures of README's chart, and the chart, from one run.
 
 Every side once in each round, each round in another order, warm and cold, on data that are made for it. The figures are
 medians over the rounds; beside them stands what the machine can do at most, measured in the same rounds.
@@ -14,9 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,10 @@ from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, layer_pieces, read_
 from saev_torch.bench.rounds import Spread, compare_cold, compare_warm, run_rounds, warm_up
 from saev_torch.bench.sides import Side, make_side, make_sides
 from saev_torch.config import ShuffledConfig
+from saev_torch.errors import ConfigError
 from saev_torch.format.files import write_atomic
 from saev_torch.reading.store import advise
-from saev_torch.tools.arguments import above_zero, at_least
+from saev_torch.tools.arguments import above_zero, at_least, check_new_file
 from saev_torch.writing.progress import Progress
 
 REFERENCE = 25_000
@@ -51,8 +50,11 @@ _N_LOOKED_AT = 3
 _COLD_THREADS = 4
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m saev_torch.bench.compare", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the comparison's options to its parser."""
+    # In a checkout the files of the repository are made anew, elsewhere new ones.
+    docs = Path("docs") if Path("docs", "figures.json").exists() else Path()
+    pages = [page for page in (Path("README.md"), docs / "benchmarks.md") if docs.name and page.exists()]
     add = parser.add_argument
     add("--make-gb", type=above_zero, default=8.0, metavar="GB", help="size of the data (default: %(default)s)")
     add("--data", type=Path, metavar="FOLDER", help="make them there, or take those that are there, and keep them")
@@ -61,24 +63,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=above_zero, default=1.0, help="time of a warm side in a round (default: %(default)s)")
     limit = "stop a cold epoch after this time (default: %(default)s)"
     add("--cold-limit-s", type=above_zero, default=20.0, metavar="S", help=limit)
-    add("--json", type=Path, default=Path("docs/figures.json"), help="the figures (default: %(default)s)")
-    add("--plot", type=Path, default=Path("docs/figures.svg"), metavar="FILE", help="the chart (default: %(default)s)")
-    pages = "pages whose table is to be written anew (default: %(default)s)"
-    add("--pages", type=Path, nargs="*", default=[Path("README.md"), Path("docs/benchmarks.md")], help=pages)
+    add("--json", type=Path, default=docs / "figures.json", help="the figures (default: %(default)s)")
+    add("--plot", type=Path, default=docs / "figures.svg", metavar="FILE", help="the chart (default: %(default)s)")
+    about = "pages whose table is to be written anew (default: those of a checkout)"
+    add("--pages", type=Path, nargs="*", default=pages, help=about)
     add("--draw-only", action="store_true", help="measure nothing: draw the figures that --json has")
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace) -> int:
     """Measure, write the figures and draw them; returns 0."""
-    args = _parser().parse_args(argv)
-    # Now, and not after all the work.
-    importlib.import_module("matplotlib")
+    # Now, and not after all the work; to ask for --help does not take them.
+    for name in ("matplotlib", *(() if args.draw_only else ("psutil",))):
+        importlib.import_module(name)
     from saev_torch.bench.figure import draw_comparison
     from saev_torch.tools.style import save
 
+    check_new_file("--json", args.json)
+    check_new_file("--plot", args.plot)
+    if args.draw_only and not args.json.is_file():
+        raise ConfigError(f"--draw-only: expected the figures of a run, got no file {args.json}; measure first.")
     if not args.draw_only:
-        importlib.import_module("psutil")
         made = tempfile.TemporaryDirectory(prefix="saev_torch_compare_")
         with contextlib.nullcontext(args.data) if args.data else made as folder:
             report = _measure(args, Path(folder))
@@ -89,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before, begin, rest = page.read_text().partition(_BEGIN)
         _, end, after = rest.partition(_END)
         write_atomic(page, f"{before}{begin}\n{table(report)}\n{end}{after}".encode())
+    print(table(report))
     return 0
 
 
@@ -229,7 +234,3 @@ def _version(package: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())
