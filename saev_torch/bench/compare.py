@@ -38,8 +38,8 @@ REFERENCE = 25_000
 """Samples/s of saev's own shuffled loader, measured apart on a machine of this kind, warm; cold it has 24,000."""
 
 LABELS = {
-    "shuffled": "saev_torch, order blocks",
-    "uniform": "saev_torch, order uniform",
+    "shuffled": "saev_torch",
+    "uniform": 'saev_torch, order="uniform"',
     "memmap": "np.memmap in a DataLoader",
     "torchdata": "torchdata.nodes on np.memmap",
     "spdl": "SPDL on np.memmap",
