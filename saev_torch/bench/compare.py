@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--make-gb", type=above_zero, default=8.0, metavar="GB", help="size of the data (default: %(default)s)")
     add("--data", type=Path, metavar="FOLDER", help="make them there, or take those that are there, and keep them")
     add("--batch-size", type=at_least(1), default=16384, help="samples in a batch (default: %(default)s)")
+    add("--buffer-size", type=at_least(1), default=64, help="batches of our buffer (default: %(default)s)")
     add("--rounds", type=at_least(1), default=5, help="rounds (default: %(default)s)")
     add("--seconds", type=above_zero, default=1.0, help="time of a warm side in a round (default: %(default)s)")
     limit = "stop a cold epoch after this time (default: %(default)s)"
@@ -107,8 +108,8 @@ def table(report: dict[str, Any]) -> str:
     most = " | ".join(f"*{limits[kind] / 1e3:,.0f}*" for kind in ("warm", "cold"))
     rows.append(f"| *the machine, at most* | {most} | *{data['distinct_in_a_uniform_draw']:,}* |")
     about = (
-        f"{data['nbytes'] / 1e9:.1f} GB of {data['d_model']} float32 in batches of {data['batch_size']:,}, "
-        f"{report['machine']['cores']:g} cores, medians of {report['rounds']} interleaved rounds, {report['date']}."
+        f"{data['nbytes'] / 1e9:.1f} GB of {data['d_model']} float32 in batches of {data['batch_size']:,}, a buffer of "
+        f"{data['buffer_size']}, {report['machine']['cores']:g} cores, medians of {report['rounds']} interleaved rounds, {report['date']}."
     )
     return "\n".join([*rows, "", about])
 
@@ -116,7 +117,7 @@ def table(report: dict[str, Any]) -> str:
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data, litdata = _make(args.make_gb, folder)
     n = max(1, round(look().cores))
-    cfg = data.config(args.batch_size, 64)
+    cfg = data.config(args.batch_size, args.buffer_size)
     sides = _sides(data, cfg, n, litdata)
     names = {side.name: side.name.partition("-")[0] for side in sides}
     warm_up(data, None)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
 from saev_torch.bench.data import BenchData
@@ -90,24 +91,29 @@ class _Windows(IterableDataset[dict[str, torch.Tensor]]):
         self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        acts: list[torch.Tensor] = []
-        index: list[torch.Tensor] = []
+        # One window, which is filled again and again, and numpy's arrays, which are in huge pages: fresh memory costs
+        # more than the mixing.
+        window: NDArray[np.float32] | None = None
+        which: list[NDArray[np.int64]] = []
         for item in self._data:
-            width = len(item["act"])
-            acts.append(item["act"])
-            index.append(torch.arange(width) + int(item["example"]) * width)
-            if len(acts) == WINDOW:
-                yield from self._mix(acts, index)
-                acts, index = [], []
-        if acts:
-            yield from self._mix(acts, index)
+            width, d_model = item["act"].shape
+            if window is None:
+                window = np.empty((WINDOW * width, d_model), dtype=np.float32)
+            window[len(which) * width :][:width] = item["act"].numpy()
+            which.append(np.arange(width) + int(item["example"]) * width)
+            if len(which) == WINDOW:
+                yield from self._mix(window, np.concatenate(which))
+                which = []
+        if window is not None and which:
+            yield from self._mix(window, np.concatenate(which))
 
-    def _mix(self, acts: list[torch.Tensor], index: list[torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-        act, which = torch.cat(acts), torch.cat(index)
-        order = torch.randperm(len(which))
+    def _mix(self, window: NDArray[np.float32], which: NDArray[np.int64]) -> Iterator[dict[str, torch.Tensor]]:
+        order = torch.randperm(len(which)).numpy()
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
-            yield {"act": act[rows], "index": which[rows]}
+            act = np.empty((len(rows), window.shape[1]), dtype=np.float32)
+            np.take(window, rows, axis=0, out=act, mode="clip")
+            yield {"act": torch.from_numpy(act), "index": torch.from_numpy(which[rows])}
 
 
 def _litdata(folder: Path, batch_size: int, n_workers: int) -> Loader:
