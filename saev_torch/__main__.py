@@ -26,6 +26,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "bench": Command("bench.command", "measure how fast the loaders are here; --doctor recommends options", "bench"),
+    "compare": Command("bench.compare", "measure the loaders of others beside ours, and draw a chart", "compare"),
     "demo": Command(
         "tools.demo.command", "record a real model, train a sparse autoencoder on it, draw what it found", "demo"
     ),

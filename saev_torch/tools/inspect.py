@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(lines))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.
-        from saev_torch.tools.figure import draw_overview, save
+        from saev_torch.tools.figure import draw_overview
+        from saev_torch.tools.style import save
 
         save(draw_overview(md, norms, labels), args.plot)
         print(f"figure       {args.plot}")
