@@ -52,5 +52,5 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg pyproject.toml
 # The tests run the demo, too.
 $(VENV)/.test: $(VENV)/.demo
 	@echo "installing what the tests need"
-	@$(PIP) --editable '.[bench,demo,fast,lightning,notebooks,test,dev]'
+	@$(PIP) --editable '.[bench,demo,fast,importers,lightning,notebooks,test,dev]'
 	@touch $@

@@ -29,6 +29,12 @@ COMMANDS = {
     "demo": Command(
         "tools.demo.command", "record a real model, train a sparse autoencoder on it, draw what it found", "demo"
     ),
+    "export": Command("tools.export", "write one layer as a .npy file"),
+    "import": Command(
+        "tools.importing.command",
+        "make shards of .npy, .npz, .safetensors, .pt, Hugging Face or Zarr files"[:0] + "x",
+        "importers",
+    ),
     "inspect": Command("tools.inspect", "say what is in a shard directory, with a picture if wanted", "demo"),
     "mask": Command("tools.mask", "choose tokens to train on, by position, norm and label"),
     "plan": Command("tools.plan", "predict how well a configuration mixes, reads and fits in memory", "plot"),

