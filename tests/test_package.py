@@ -14,6 +14,7 @@ import pytest
 
 import saev_torch
 from saev_torch import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "saev_torch"
@@ -111,8 +112,8 @@ def test_only_the_demo_needs_its_extra(module: str) -> None:
     assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own
 
 
-# `record` has twenty options, and its docstring says what each is.
-LONG = {"record"}
+# These have twenty options, and their docstrings say what each is.
+LONG = {"import_arrays", "record"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -205,10 +206,9 @@ def test_an_unknown_command_is_refused() -> None:
     ("option", "value", "message"),
     [("--windows", "1", "windows: expected at least 2"), ("--out", "no/such/folder.png", "--out: expected a file")],
 )
-def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> None:
-    done = _main("demo", option, value)
-    assert done.returncode == 2
-    assert re.fullmatch(rf"saev_torch: {message}.*\n", done.stderr)
+def test_our_exceptions_are_one_line(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", option, value]) == 2
+    assert re.fullmatch(rf"saev_torch: {message}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -219,13 +219,14 @@ def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> N
         ("bench", "psutil", "pip install 'saev_torch[bench]'"),
     ],
 )
-def test_a_missing_extra_is_named(command: str, missing: str, remedy: str) -> None:
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None; "
-        f"from saev_torch.__main__ import main; sys.exit(main([{command!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert (done.returncode, done.stderr) == (2, f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n")
+def test_a_missing_extra_is_named(
+    command: str, missing: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in [name for name in sys.modules if name.startswith("saev_torch.tools.demo")]:
+        monkeypatch.delitem(sys.modules, module)
+    assert main([command]) == 2
+    assert capsys.readouterr().err == f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n"
 
 
 README = (ROOT / "README.md").read_text()
