@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from saev_torch.reading.store import ShardStore
 from saev_torch.tools.arguments import check_new_file
 
 _N_SAMPLED = 512
-_N_LABELS_SHOWN = 10
+# With these all fits a screen of 24 lines.
+_N_LAYERS_SHOWN, _N_LABELS_SHOWN = 4, 7
+_N_LAYERS_NAMED = 12
 _EXAMPLES_PER_READ = 4096
 
 
@@ -34,12 +37,16 @@ def run(args: argparse.Namespace) -> int:
     store = ShardStore(args.dir)
     md = store.metadata
     norms, lines = {}, _describe(store)
-    for layer in md.layers:
+    # The figure has all layers.
+    layers = md.layers if args.plot is not None else md.layers[:_N_LAYERS_SHOWN]
+    for layer in layers:
         norms[layer], line = _sample(args.dir, layer)
-        lines.append(line)
+        lines += [line] if len(norms) <= _N_LAYERS_SHOWN else []
+    if md.n_layers > _N_LAYERS_SHOWN:
+        lines.append(f"  and {md.n_layers - _N_LAYERS_SHOWN} more")
     labels = count_labels(store) if store.has_labels else None
     lines += ["labels       none"] if labels is None else _describe_labels(md, labels)
-    print("\n".join(lines))
+    print("\n".join([*lines, *_describe_next(args.dir, md)]))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.
         from saev_torch.tools.figure import draw_overview, save
@@ -71,10 +78,17 @@ def _describe(store: ShardStore) -> list[str]:
         f"model        {md.family}, {md.ckpt}",
         f"data         {md.dataset}",
         f"examples     {md.n_examples:,} x {md.content_tokens_per_example} content tokens, {kind}",
-        f"layers       {', '.join(map(str, md.layers))}; d_model {md.d_model}, {md.dtype}",
+        f"layers       {_list(md.layers)}; d_model {md.d_model}, {md.dtype}",
         f"files        {n_files} of up to {md.examples_per_shard:,} examples, {nbytes / 1e6:,.1f} MB",
         f"checksums    {'yes' if has_checksums else 'none'}",
     ]
+
+
+def _list(layers: tuple[int, ...]) -> str:
+    if len(layers) <= _N_LAYERS_NAMED:
+        return ", ".join(map(str, layers))
+    first, last = layers[: _N_LAYERS_NAMED - 3], layers[-2:]
+    return f"{', '.join(map(str, first))} ... {', '.join(map(str, last))} ({len(layers)})"
 
 
 def _sample(shards_dir: Path, layer: int) -> tuple[npt.NDArray[np.float32], str]:
@@ -90,6 +104,15 @@ def _sample(shards_dir: Path, layer: int) -> tuple[npt.NDArray[np.float32], str]
         f"layer {layer:<6} norm {norms.mean():.4g} (from {norms.min():.4g} to {norms.max():.4g}), "
         f"values {acts.mean():.4g} +- {acts.std():.4g}, {counted(len(norms), 'token')}{spoilt}"
     )
+
+
+def _describe_next(shards_dir: Path, md: Metadata) -> list[str]:
+    """What people do with a directory that they have just been given."""
+    shown, layer = shlex.quote(str(shards_dir)), f"--layer={md.layers[-1]}"
+    return [
+        f"next         are all bytes as written: python -m saev_torch verify {shown}",
+        f"             which options to train with: python -m saev_torch plan {shown} {layer}",
+    ]
 
 
 def _describe_labels(md: Metadata, counts: npt.NDArray[np.int64]) -> list[str]:
