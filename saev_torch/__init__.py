@@ -29,6 +29,8 @@ from saev_torch.order.mixing import batch_metrics
 from saev_torch.order.selection import Index, IndexMap
 from saev_torch.resume.state import StreamDigest
 from saev_torch.stats.statistics import Statistics, compute_statistics
+from saev_torch.tools.export import export_array
+from saev_torch.tools.importing.arrays import import_arrays
 from saev_torch.tools.mask import MaskReport, make_mask
 from saev_torch.tools.repack import repack
 from saev_torch.tools.verify import verify
@@ -80,6 +82,8 @@ __all__ = [
     "__version__",
     "batch_metrics",
     "compute_statistics",
+    "export_array",
+    "import_arrays",
     "make_mask",
     "make_ordered_config",
     "pixel_to_token_labels",
