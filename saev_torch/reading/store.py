@@ -26,7 +26,9 @@ from saev_torch.format.files import open_regular
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes, identify
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
+from saev_torch.processes.undone import close_with
 
 LABELS_IDX = -1
 """Stands for labels.bin where the number of a shard is expected, as the last of all files."""
@@ -72,7 +74,7 @@ class _Descriptor:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
+        close_with(self, fd)
         _descriptors.add(self)
 
 
@@ -174,7 +176,7 @@ class ShardStore:
                 self._keep(key, held)
         if held is None:
             # Not under the lock: opening may hang, and then `close` must not.
-            opened = _Descriptor(self._open_again(shard_idx, direct))
+            opened = whole(lambda: _Descriptor(self._open_again(shard_idx, direct)))
             with self._lock:
                 held = self._open.setdefault(key, opened)
                 self._keep(key, held)
