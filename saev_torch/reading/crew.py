@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 from saev_torch.errors import ReadError
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
 from saev_torch.reading.reader import Pace, Reader, Spot
 
@@ -47,6 +48,10 @@ def guarded(target: Callable[[], None], on_error: Callable[[BaseException], None
 
 def start_threads(threads: list[threading.Thread]) -> None:
     """Start threads, of which `threads` keeps those that could be started; a `ReadError` unless it is all."""
+    whole(functools.partial(_start, threads))
+
+
+def _start(threads: list[threading.Thread]) -> None:
     n_wanted, waiting = len(threads), threads.copy()
     threads.clear()
     try:
@@ -79,7 +84,8 @@ class Crew:
         more: Iterator[Task] | None = None,
     ) -> None:
         self._pace, self._open_reader, self._on_error, self._more = pace, open_reader, on_error, more
-        lock = renewed(threading.RLock())
+        # Taken by itself: an interrupt in a condition's own `__enter__` would leave it held.
+        self._lock = lock = renewed(threading.RLock())
         self._has_task, self._may_look = threading.Condition(lock), threading.Condition(lock)
         # Of those that wait for their turn, the one that looks at the clock. If all did, they would take time from
         # those that read.
@@ -94,14 +100,14 @@ class Crew:
 
     def put(self, tasks: Iterable[Task]) -> None:
         """Add tasks to the queue, unless the threads are to end."""
-        with self._has_task:
+        with self._lock:
             if not self._stopped:
                 self._tasks.extend(tasks)
                 self._has_task.notify_all()
 
     def stop(self) -> None:
         """Let the threads end with the task that they are at."""
-        with self._has_task:
+        with self._lock:
             self._stopped = True
             self._tasks.clear()
             self._wake_all()
@@ -128,12 +134,12 @@ class Crew:
             task.run(reader)
             del task
             if self._pace.is_slow and not was_slow:
-                with self._has_task:
+                with self._lock:
                     self._wake_all()
 
     def _take(self, number: int) -> Task | None:
         """Wait for a task, and for its turn to be this thread's; None where the thread is to end."""
-        with self._has_task:
+        with self._lock:
             while not self._stopped:
                 if not self._tasks and self._more is not None:
                     self._tasks.extend(itertools.islice(self._more, 1))
@@ -158,7 +164,7 @@ class Crew:
 
     def _announce(self, reader: Reader) -> None:
         """Announce one of the next tasks. Only where reads are slow, because it takes time of its own."""
-        with self._has_task:
+        with self._lock:
             task = next((one for one in itertools.islice(self._tasks, _N_ANNOUNCED) if one.announce), None)
             if task is None:
                 return

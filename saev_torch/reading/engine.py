@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
@@ -166,6 +167,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads, and give unused memory and descriptors back. May be called twice."""
+        whole(self._close)
+
+    def _close(self) -> None:
         if self._pid != os.getpid():
             # Here are no threads, and locks may be held for ever by those of the parent.
             return

@@ -27,7 +27,9 @@ from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import ShardInfo, check_nbytes, identify
 from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
+from saev_torch.processes.undone import close_with
 
 LABELS_IDX = sidecar_idx(LABELS)
 """Stands for labels.bin where the number of a shard is expected."""
@@ -73,7 +75,7 @@ class _Descriptor:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
+        close_with(self, fd)
         _descriptors.add(self)
 
 
@@ -207,7 +209,7 @@ class ShardStore:
                 self._keep(key, held)
         if held is None:
             # Not under the lock: opening may hang, and then `close` must not.
-            opened = _Descriptor(self._open_again(shard_idx, direct))
+            opened = whole(lambda: _Descriptor(self._open_again(shard_idx, direct)))
             with self._lock:
                 held = self._open.setdefault(key, opened)
                 self._keep(key, held)
