@@ -487,6 +487,7 @@ def test_inspect_shows_the_text_of_an_example(shards, tokenizer_json, capsys):
     ("arguments", "message"),
     [
         (["--tokenizer", "{json}", "--example", "40"], "--example: expected an integer from 0 to 39, got 40"),
+        (["--example", "3"], "--tokenizer: expected the one of the model, because of --example"),
         (["--tokenizer", "{shards}/metadata.json"], "--tokenizer: expected a tokenizer of transformers or"),
     ],
 )
