@@ -28,6 +28,7 @@ from saev_torch import (
 from saev_torch.__main__ import main
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.predict import predict
+from saev_torch.order.steps import N_COLUMNS
 from saev_torch.reading import converting, engine, slots, source
 from saev_torch.reading import direct as staging
 from saev_torch.reading import reader as reading
@@ -443,7 +444,7 @@ def test_a_slot_holds_what_is_handed_out(
     cfg = config(path, batch_size=64, act_dtype=act_dtype)
     loader = ShuffledDataLoader(cfg, num_workers=num_workers)
     batch = next(iter(loader))
-    columns = 64 * 4 * 8
+    columns = 64 * N_COLUMNS * 8
     assert batch["act"].element_size() == nbytes
     # A shared one has a page for counters, and ends with a whole page.
     assert 0 <= batch.memory.nbytes - 64 * 512 * nbytes - columns <= 2 * 4096

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import default_collate
 
 from saev_torch.config import IndexedConfig
+from saev_torch.errors import ConfigError
 from saev_torch.format.checksums import CHECKSUMS_NAME
 from saev_torch.format.files import counted
 from saev_torch.format.metadata import Metadata
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, help="shard directory, <shards_root>/<hash>")
     shown = "also show the text of an example, with a tokenizer of transformers: a name, a folder, or a tokenizer.json"
     parser.add_argument("--tokenizer", metavar="NAME_OR_PATH", help=shown)
-    parser.add_argument("--example", type=at_least(0), default=0, metavar="N", help="which (default: %(default)s)")
+    parser.add_argument("--example", type=at_least(0), metavar="N", help="which (default: 0)")
     parser.add_argument("--examples", type=examples, metavar="A:B", help=EXAMPLES_HELP)
     parser.add_argument("--mask", type=Path, metavar="MASK.npy", help="look at tokens only that a mask keeps")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw norms and labels into this file")
@@ -49,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     """Print what is in a directory: all labels, and a few hundred activations of each layer."""
     check_new_file("--plot", args.plot)
     store = ShardStore(args.dir)
-    text = None if args.tokenizer is None else show_text(store, args.tokenizer, args.example)
+    if args.example is not None and args.tokenizer is None:
+        raise ConfigError("--tokenizer: expected the one of the model, because of --example, got none; give it.")
+    example = args.example or 0
+    text = None if args.tokenizer is None else show_text(store, args.tokenizer, example)
     md = store.metadata
     norms, lines = {}, _describe(store)
     chosen = {"examples": args.examples, "mask": args.mask}
@@ -68,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     lines.append(f"token ids    {'yes' if store.has_token_ids else 'none'}")
     if ATTENTION_MASK in store.sidecars:
         lines.append(f"padding      left out with mask={str(_mask(store))!r}")
-    lines += [] if text is None else [f"text         example {args.example}", *textwrap.indent(text, "  ").splitlines()]
+    lines += [] if text is None else [f"text         example {example}", *textwrap.indent(text, "  ").splitlines()]
     print("\n".join([*lines, *_describe_next(args.dir, md)]))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.

@@ -156,16 +156,16 @@ def record(
         options: dict[str, Any] = {"check_finite": check_finite, "on_overflow": on_overflow}
         writer = ShardWriter(Path(shards_root), md, resume, example_range=example_range, **options)
         with writer:
-            if token_ids is None and writer.sidecars is not None and TOKEN_IDS not in writer.sidecars:
-                # What is on disk was begun without them.
-                tokens.token_ids = False
+            # What is on disk may have been begun without them.
+            begun = writer.sidecars
+            lacks_ids = token_ids is None and begun is not None and TOKEN_IDS not in begun
             todo = loader.touching(mine, writer.missing())
             # The first is computed already, and the writer looks whether what it has on disk is of these data.
             todo = todo if todo[:1] == [mine[0]] else [mine[0], *todo]
             bar.skip(stop - start - sum(high - low for low, high in map(loader.span, todo)))
             with Stream(writer, source.device, found if dtype is None else None) as stream:
                 for i, recorded in source.compute(todo):
-                    stream.write(recorded, loader.span(i))
+                    stream.write(recorded._replace(token_ids=None) if lacks_ids else recorded, loader.span(i))
                     bar.update(len(recorded.acts))
         bar.conclude(_overhead(time.monotonic() - began, source.clock.read()))
     if tokens.n_content:

@@ -108,7 +108,8 @@ _WHOLE = {"OptimizedModule", "ScriptModule", "DataParallel", "FullyShardedDataPa
 
 def _may_leave(model: nn.Module) -> bool:
     return not any(
-        module._compiled_call_impl is not None or _WHOLE & {base.__name__ for base in type(module).__mro__}
+        getattr(module, "_compiled_call_impl", None) is not None
+        or _WHOLE & {base.__name__ for base in type(module).__mro__}
         for module in model.modules()
     )
 

@@ -94,8 +94,6 @@ def record_corpora(shards_root: Path, corpora: dict[str, Corpus], dtype: str = "
 
     transformers_logging.disable_progress_bar()
     model = AutoModel.from_pretrained(get_model_path(), local_files_only=True)
-    # What comes after the last recorded block would be computed for nothing.
-    model.encoder.layer = model.encoder.layer[: max(LAYERS)]
     shards_dirs = {}
     for name, corpus in corpora.items():
         # The model expects [SEP] behind a text; it is not stored, as it means nothing here.
