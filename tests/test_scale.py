@@ -169,7 +169,7 @@ def test_what_is_no_scale(shards, bad):
 
 @pytest.mark.parametrize("bad", ["mean", "Median", 1, None, 0.5])
 def test_what_is_no_scale_norm(shards, bad):
-    with pytest.raises(ConfigError, match="ShuffledConfig.scale_norm: expected True, False or 'median', got"):
+    with pytest.raises(ConfigError, match=r"ShuffledConfig\.scale_norm: expected True, False or 'median', got"):
         config(shards, scale_norm=bad)
 
 
