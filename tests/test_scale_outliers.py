@@ -1,7 +1,10 @@
 """Tokens with huge norms are told of, with the mask that leaves them out; and commands take examples and masks."""
 
 import logging
+import runpy
 import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,6 +129,21 @@ def test_a_meter_looks_at_some_of_a_large_batch():
     assert meter._histograms[0].counts.sum() == 40000
     # None of nothing.
     assert not NormMeter(1).advise("d", (5,))
+
+
+def test_the_example_shows_what_they_do(tmp_path, capsys, monkeypatch):
+    values = np.random.default_rng(0).standard_normal((200, 1, 16, 16)).astype(np.float32)
+    values[:, 0, 0] = 300
+    made = make_shards(tmp_path, Spec(n_examples=200, content_tokens=16, d_model=16, cls=False, layers=(15,)))
+    write_acts(made, values)
+    options = ["x", str(tmp_path / "out"), "--shards", str(made), "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", options)
+    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "massive_activations.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert "drops 200 of 3,200 tokens" in lines[0]
+    words = [line.partition(":")[0] for line in lines[1:]]
+    assert words == [f"{which} tokens, scale_norm={by}" for which, by in
+                     (("all", "True"), ("all", "'median'"), ("masked", "'median'"))]  # fmt: skip
 
 
 # Examples and masks
