@@ -30,7 +30,7 @@ COMMANDS = {
         "tools.demo.command", "record a real model, train a sparse autoencoder on it, draw what it found", "demo"
     ),
     "inspect": Command("tools.inspect", "say what is in a shard directory, with a picture if wanted", "demo"),
-    "mask": Command("tools.mask", "choose tokens to train on, by position, norm and label"),
+    "mask": Command("tools.mask", "choose tokens to train on, by position, norm, label and token id"),
     "plan": Command("tools.plan", "predict how well a configuration mixes, reads and fits in memory", "plot"),
     "repack": Command("tools.repack", "write a shard directory again: fewer layers, other files, some examples"),
     "verify": Command("tools.verify", "check sizes, checksums and values of a shard directory"),

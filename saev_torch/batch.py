@@ -38,6 +38,7 @@ class ActivationBatch(dict[str, torch.Tensor]):
         example_idx: `[batch] int64`.
         token_idx: `[batch] int64`, content token from 0; -1 for a special token.
         token_labels: `[batch] int64`, where the shards have labels; -1 for a special token.
+        token_ids: `[batch] int64`, index in the model's vocabulary, where the shards have them; -1 for a special token.
         layer: `[batch] int64`, the recorded layer, with `layer="all"`.
 
     Its tensors are valid and unchanged for as long as somebody holds them. `len(batch)` is the number of keys.
@@ -151,6 +152,8 @@ def make_batch(opened: OpenBatch, selection: Selection, label_key: str = "token_
     columns = {"example_idx": examples, "token_idx": tokens - selection.n_special}
     if opened.labels is not None:
         columns[label_key] = np.where(columns["token_idx"] < 0, -1, opened.labels.astype(np.int64))
+    if opened.token_ids is not None:
+        columns["token_ids"] = np.where(columns["token_idx"] < 0, -1, opened.token_ids.astype(np.int64))
     if selection.layer_is_all:
         columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)

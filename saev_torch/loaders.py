@@ -37,7 +37,7 @@ _NOTED = "__pl_attrs_record"
 
 
 class _Now:
-    """What a loader does in this process; on an object of its own, which nobody who looks at loaders keeps or copies."""
+    """What a loader does in this process; on an object of its own, which nobody who looks at loaders keeps."""
 
     def __init__(self) -> None:
         # How far the latest iteration came, which stays known when the user breaks off.

@@ -295,7 +295,7 @@ def test_what_the_user_chose_wins(cfg: ShuffledConfig, epochs: list[list[int]]) 
     loader.shutdown()
 
 
-@pytest.fixture()
+@pytest.fixture
 def untouched() -> Iterator[None]:
     """Undo what Lightning leaves on the classes of loaders where it failed to make one."""
     yield

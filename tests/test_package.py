@@ -105,7 +105,7 @@ def test_order_is_integers_only(module: str) -> None:
 def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = imports_of(module)
     # These do without where it is not installed.
-    is_exempt = module in ("reading.compiled", "writing.progress")
+    is_exempt = module in ("reading.compiled", "tools.text", "writing.progress")
     is_exempt |= module.startswith(("tools.demo.", "lightning")) or module.endswith("figure")
     own = {"psutil"} if module.startswith("bench.") else set()
     assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own

@@ -17,7 +17,7 @@ Plan: TypeAlias = OrderedPlan | ShufflePlan | UniformPlan
 """The order of one epoch."""
 
 _ALIGN = 64
-N_COLUMNS = 4
+N_COLUMNS = 5
 """Columns of a batch beside its activations, at most."""
 
 

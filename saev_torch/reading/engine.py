@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
+from saev_torch.format.sidecars import TOKEN_IDS
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
+from saev_torch.reading.columns import Column
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
 from saev_torch.reading.direct import reads_past_cache
 from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
@@ -66,6 +68,7 @@ class Engine:
     ) -> None:
         self._pid = os.getpid()
         self._labels, self._store = labels, labels.store
+        self._token_ids = Column(self._store, TOKEN_IDS)
         self._selection, self._plan, self._options = selection, plan, options
         self._steps = make_steps(plan, share)
         self._source = Source(self._store, scale=options.scale, loaded=selection.act_type)
@@ -96,8 +99,9 @@ class Engine:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
                 return
+            has = self._store.has_labels, self._store.has_token_ids
             for batch in new:
-                self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), self._store.has_labels)
+                self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), *has)
             running = Running(step, 0)
             tasks = list(self._divide(step, running))
             running.n_tasks = len(tasks)
@@ -114,6 +118,8 @@ class Engine:
         self._check(placed)
         if self._store.has_labels:
             yield Task(functools.partial(self._read_labels, placed, running))
+        if self._store.has_token_ids:
+            yield Task(functools.partial(self._read_token_ids, placed, running))
         for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
             wished = int(extents.nbytes.sum()) // (_TASKS_PER_THREAD * self._options.n_threads)
             for start, stop in extents.cut(max(_TASK_NBYTES, min(wished, _MAX_TASK_NBYTES))):
@@ -144,6 +150,10 @@ class Engine:
 
     def _read_labels(self, placed: Placed, running: Running, reader: Reader) -> None:
         placed.deal_labels(self._labels.of_cells(self._selection, placed.cells, reader.spot))
+        self.batches.finish_task(running)
+
+    def _read_token_ids(self, placed: Placed, running: Running, reader: Reader) -> None:
+        placed.deal_token_ids(self._token_ids.of_cells(self._selection, placed.cells, reader.spot))
         self.batches.finish_task(running)
 
     # The consumer

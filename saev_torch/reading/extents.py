@@ -2,7 +2,9 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -164,11 +166,19 @@ class Placed:
 
     def deal_labels(self, labels: NDArray[np.uint8]) -> None:
         """Give the labels `[n] uint8` to the batches."""
-        dealt = np.empty(self.n_positions, dtype=np.uint8)
-        dealt[self.positions] = labels
+        self._deal(labels, operator.attrgetter("labels"))
+
+    def deal_token_ids(self, token_ids: NDArray[np.int32]) -> None:
+        """Give the token ids `[n] int32` to the batches."""
+        self._deal(token_ids, operator.attrgetter("token_ids"))
+
+    def _deal(self, values: NDArray[Any], column: Callable[[OpenBatch], NDArray[Any] | None]) -> None:
+        dealt = np.empty(self.n_positions, dtype=values.dtype)
+        dealt[self.positions] = values
         for opened, positions, rows in self.targets:
-            if opened.labels is not None:
-                opened.labels[rows] = dealt[positions]
+            into = column(opened)
+            if into is not None:
+                into[rows] = dealt[positions]
 
 
 def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection) -> Placed:

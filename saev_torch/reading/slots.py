@@ -108,12 +108,14 @@ class OpenBatch:
     Attributes:
         cells: `[size] int64`, the cell of each row; see `Selection`.
         labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
+        token_ids: `[size] int32`, the token id of each row (anything for a special token), where they are read.
     """
 
     slot: Slot
     size: int
     cells: NDArray[np.int64]
     labels: NDArray[np.uint8] | None
+    token_ids: NDArray[np.int32] | None = None
 
 
 _sent: set[Slot] = set()

@@ -25,11 +25,12 @@ from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
-from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes, identify
+from saev_torch.format.shards import ShardInfo, check_nbytes, identify
+from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
 from saev_torch.processes.locks import renewed
 
-LABELS_IDX = -1
-"""Stands for labels.bin where the number of a shard is expected, as the last of all files."""
+LABELS_IDX = sidecar_idx(LABELS)
+"""Stands for labels.bin where the number of a shard is expected."""
 
 _log = logging.getLogger("saev_torch")
 
@@ -96,7 +97,7 @@ class ShardStore:
 
     It is checked: `ShardsNotFoundError` where a file is missing, `FormatError` where one does not follow the format or
     has the wrong size. With tables that were loaded before, no file is looked at until it is opened. With `allow_links`
-    its files may be symbolic links to regular files.
+    its files may be symbolic links to regular files. `sidecars` are those that are there.
 
     With `is_local` it reads a copy under `$TMPDIR`, which stays there as long as this object lives; see `local_copy`.
 
@@ -124,8 +125,10 @@ class ShardStore:
         # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
         self.advice = "RANDOM"
         # What comes after the check is left to the next one who checks.
-        has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
-        self.has_labels = has_labels if self.identities is None else bool((self.identities[LABELS_IDX] != -1).any())
+        self.sidecars = tuple(sidecar for sidecar in SIDECARS if os.path.lexists(self.shards_dir / sidecar.name))
+        if self.identities is not None:
+            is_there = (self.identities != -1).any(axis=1)
+            self.sidecars = tuple(sidecar for sidecar in SIDECARS if is_there[sidecar_idx(sidecar)])
         self._forget()
 
     def _forget(self) -> None:
@@ -148,6 +151,16 @@ class ShardStore:
         self.__dict__.update(state)
         self._forget()
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are labels."""
+        return LABELS in self.sidecars
+
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether there are token ids."""
+        return TOKEN_IDS in self.sidecars
+
     def clone(self) -> "ShardStore":
         """Another store on the same directory, with descriptors of its own; nothing is checked again yet."""
         return copy.copy(self)
@@ -157,7 +170,7 @@ class ShardStore:
         return self.shards_dir / self._name(shard_idx)
 
     def _name(self, shard_idx: int) -> str:
-        return LABELS_NAME if shard_idx == LABELS_IDX else self.shards[shard_idx].name
+        return SIDECARS[-1 - shard_idx].name if shard_idx < 0 else self.shards[shard_idx].name
 
     @contextlib.contextmanager
     def opened(self, shard_idx: int, direct: bool = False) -> Iterator[int]:
@@ -247,7 +260,7 @@ class ShardStore:
             if stat.st_dev not in self._devices:
                 self.answers_short = self.answers_short or _file_system(fd) in _SHORT
                 self._devices.add(stat.st_dev)
-            if shard_idx != LABELS_IDX:
+            if shard_idx >= 0:
                 advise(fd, self.advice)
                 if direct:
                     with contextlib.suppress(OSError, AttributeError):
@@ -258,7 +271,7 @@ class ShardStore:
         return fd
 
     def _check(self, shard_idx: int, stat: os.stat_result) -> None:
-        if shard_idx != LABELS_IDX and self.shards[shard_idx].n_examples:
+        if shard_idx >= 0 and self.shards[shard_idx].n_examples:
             check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, stat.st_size)
         known = (-1, -1) if self.identities is None else tuple(self.identities[shard_idx].tolist())
         # One of the two alone proves nothing: `touch` changes the time, and some file systems number anew.

@@ -24,7 +24,7 @@ import torch
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, lock, write_atomic, writing
-from saev_torch.format.shards import LABELS_NAME
+from saev_torch.format.sidecars import LABELS
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
@@ -236,7 +236,7 @@ def _digest_of(store: ShardStore, selection: Selection, sample: list[int]) -> st
     if selection.mask_digest is not None:
         what.append(f"mask {selection.mask_digest}")
     what += sample
-    names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
+    names = [shard.name for shard in store.shards] + [LABELS.name] * store.has_labels
     return fingerprint(store.shards_dir, names, f"{store.metadata.hash}\0{what!r}".encode())[:32]
 
 

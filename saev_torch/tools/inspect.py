@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from saev_torch.config import IndexedConfig
 from saev_torch.format.checksums import CHECKSUMS_NAME
 from saev_torch.format.files import counted
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.sidecars import ATTENTION_MASK
 from saev_torch.indexed import IndexedDataset
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.outliers import advise_mask
-from saev_torch.tools.arguments import EXAMPLES_HELP, check_new_file, examples
+from saev_torch.tools.arguments import EXAMPLES_HELP, at_least, check_new_file, examples
+from saev_torch.tools.text import show_text
 
 _N_SAMPLED = 512
 # Some megabytes of each layer.
@@ -31,6 +34,9 @@ _EXAMPLES_PER_READ = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options to its parser."""
     parser.add_argument("dir", type=Path, help="shard directory, <shards_root>/<hash>")
+    shown = "also show the text of an example, with a tokenizer of transformers: a name, a folder, or a tokenizer.json"
+    parser.add_argument("--tokenizer", metavar="NAME_OR_PATH", help=shown)
+    parser.add_argument("--example", type=at_least(0), default=0, metavar="N", help="which (default: %(default)s)")
     parser.add_argument("--examples", type=examples, metavar="A:B", help=EXAMPLES_HELP)
     parser.add_argument("--mask", type=Path, metavar="MASK.npy", help="look at tokens only that a mask keeps")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw norms and labels into this file")
@@ -40,15 +46,22 @@ def run(args: argparse.Namespace) -> int:
     """Print what is in a directory: all labels, and a few hundred activations of each layer."""
     check_new_file("--plot", args.plot)
     store = ShardStore(args.dir)
+    text = None if args.tokenizer is None else show_text(store, args.tokenizer, args.example)
     md = store.metadata
     norms, lines = {}, _describe(store)
     chosen = {"examples": args.examples, "mask": args.mask}
     lines += _describe_chosen(md, IndexedConfig(args.dir, layer=md.layers[0], **chosen))
     for layer in md.layers:
-        norms[layer], found = _sample(IndexedConfig(args.dir, layer=layer, **chosen), layer)
+        # Padding is no token, whoever asks.
+        sampled = IndexedConfig(args.dir, layer=layer, **{**chosen, "mask": args.mask or _mask(store)})
+        norms[layer], found = _sample(sampled, layer)
         lines += found
     labels = count_labels(store) if store.has_labels else None
     lines += ["labels       none"] if labels is None else _describe_labels(md, labels)
+    lines.append(f"token ids    {'yes' if store.has_token_ids else 'none'}")
+    if ATTENTION_MASK in store.sidecars:
+        lines.append(f"padding      left out with mask={str(_mask(store))!r}")
+    lines += [] if text is None else [f"text         example {args.example}", *textwrap.indent(text, "  ").splitlines()]
     print("\n".join(lines))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.
@@ -85,6 +98,11 @@ def _describe(store: ShardStore) -> list[str]:
         f"files        {n_files} of up to {md.examples_per_shard:,} examples, {nbytes / 1e6:,.1f} MB",
         f"checksums    {'yes' if has_checksums else 'none'}",
     ]
+
+
+def _mask(store: ShardStore) -> Path | None:
+    """The mask that tells tokens from padding, where there is one."""
+    return store.shards_dir / ATTENTION_MASK.name if ATTENTION_MASK in store.sidecars else None
 
 
 def _describe_chosen(md: Metadata, cfg: IndexedConfig) -> list[str]:

@@ -21,9 +21,10 @@ from saev_torch.format.examples import Examples
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
+from saev_torch.format.sidecars import SIDECARS
 from saev_torch.order.examples import make_subset
+from saev_torch.reading.columns import Column
 from saev_torch.reading.extents import make_extents
-from saev_torch.reading.labels import Labels
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.arguments import at_least, integers, positions
@@ -106,11 +107,11 @@ def _copy(
     n_fit = max(1, _BATCH_NBYTES // max(old.example_nbytes, new.example_nbytes))
     for start in range(0, len(numbers), n_fit):
         some = numbers[start : start + n_fit]
-        acts, labels = source.read(some)
+        acts, beside = source.read(some)
         if new.dtype != old.dtype:
             # Not by the writer, which has another number for an example.
             acts = _convert(acts, new, some, writer.on_overflow, meter)
-        writer.write_batch(acts, start, labels)
+        writer.write_batch(acts, start, *beside)
         bar.update(len(some) * new.example_nbytes)
 
 
@@ -180,12 +181,13 @@ class _Examples:
 
     def __init__(self, store: ShardStore, layer_idxs: list[int]) -> None:
         self._store, self._md, self._layer_idxs = store, store.metadata, layer_idxs
-        self._reader, self._labels = Source(store).open_reader(), Labels(store)
+        self._reader = Source(store).open_reader()
+        self._columns = [Column(store, sidecar) if sidecar in store.sidecars else None for sidecar in SIDECARS]
         has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
         self._checksums = Checksums.load(store.shards_dir, self._md) if has_checksums else None
 
-    def read(self, examples: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.uint8] | None]:
-        """Read the activations of examples, `[n, n_layers, tokens_per_example, d_model]`, and their labels."""
+    def read(self, examples: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[npt.NDArray[Any] | None]]:
+        """Read the activations of examples, `[n, n_layers, tokens_per_example, d_model]`, and those of sidecars."""
         md = self._md
         shape = (len(examples), len(self._layer_idxs), md.tokens_per_example, md.d_model)
         acts = np.empty(shape, dtype=md.value_type.storage)
@@ -198,12 +200,12 @@ class _Examples:
         self._reader.read(extents, 0, len(extents.nbytes))
         if self._checksums is not None:
             self._compare(self._checksums, examples, acts)
-        labels = self._labels.of_examples(examples) if self._store.has_labels else None
-        return as_tensor(acts, md.value_type), labels
+        beside = [None if column is None else column.of_examples(examples) for column in self._columns]
+        return as_tensor(acts, md.value_type), beside
 
     def _compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[Any]) -> None:
         expected = checksums.acts[examples][:, self._layer_idxs]
-        got = np.frombuffer(block_checksums(acts, None, checksums.algorithm), ">u4").reshape(expected.shape)
+        got = np.frombuffer(block_checksums(acts, (), checksums.algorithm), ">u4").reshape(expected.shape)
         if (expected != got).any():
             i, j = (int(x) for x in np.argwhere(expected != got)[0])
             layer = self._md.layers[self._layer_idxs[j]]
