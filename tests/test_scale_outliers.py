@@ -131,19 +131,13 @@ def test_a_meter_looks_at_some_of_a_large_batch():
     assert not NormMeter(1).advise("d", (5,))
 
 
-def test_the_example_shows_what_they_do(tmp_path, capsys, monkeypatch):
-    values = np.random.default_rng(0).standard_normal((200, 1, 16, 16)).astype(np.float32)
-    values[:, 0, 0] = 300
-    made = make_shards(tmp_path, Spec(n_examples=200, content_tokens=16, d_model=16, cls=False, layers=(15,)))
-    write_acts(made, values)
-    options = ["x", str(tmp_path / "out"), "--shards", str(made), "--epochs", "1"]
-    monkeypatch.setattr(sys, "argv", options)
-    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "massive_activations.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert "drops 200 of 3,200 tokens" in lines[0]
-    words = [line.partition(":")[0] for line in lines[1:]]
-    assert words == [f"{which} tokens, scale_norm={by}" for which, by in
-                     (("all", "True"), ("all", "'median'"), ("masked", "'median'"))]  # fmt: skip
+def test_the_example_has_arguments(capsys, monkeypatch):
+    """It takes minutes, and the weights of a model: docs/massive-activations.md says what it showed."""
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    path = Path(__file__).parent.parent / "examples" / "massive_activations.py"
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(path), run_name="__main__")
+    assert "--epochs" in capsys.readouterr().out
 
 
 # Examples and masks
