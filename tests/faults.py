@@ -5,7 +5,7 @@ forks a process that is the leader of a session, in which the fault happens. It 
 
     LD_PRELOAD=faults.so python faults.py
 
-`python faults.py --table` prints the table as it stands in the README.
+`python faults.py --table` prints the table as it stands in docs/faults.md.
 """
 
 import ctypes
@@ -119,8 +119,8 @@ class Fault:
 
     Attributes:
         name: Its name.
-        what: What happens, for the README.
-        sees: What the user sees, for the README.
+        what: What happens, for that page.
+        sees: What the user sees, for that page.
         error: Name of the exception; None if all batches are delivered.
         says: Patterns that its message contains, in this order.
         act: How the fault begins.
@@ -534,7 +534,7 @@ BY_NAME = {fault.name: fault for fault in FAULTS}
 
 
 def table() -> str:
-    """The table of the README."""
+    """The table of docs/faults.md."""
     rows = [f"| {fault.what} | {fault.sees} | {fault.within_s:.0f} s |" for fault in FAULTS]
     return "\n".join(["| what happens | what you see | within |", "|---|---|---|", *rows])
 

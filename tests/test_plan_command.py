@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 
 import pytest
 from test_planner import make_metadata
@@ -131,8 +132,18 @@ def test_the_figures_show_what_they_are_given() -> None:
     for axes, mixture in zip(figure.axes, mixtures, strict=True):
         assert axes.get_title(loc="left").startswith(mixture.name)
         assert f"{mixture.distance.mean():.3f}" in axes.get_title(loc="left")
+        # From the first batch to the last, without a gap at either end.
+        (xs, _), (xe, _) = axes.collections[0].get_datalim(axes.transData).get_points()
+        assert (xs, xe) == (0, 1)
     others = [predict(md, dataclasses.replace(cfg, block_size=b)) for b in (1, 16)]
-    assert len(draw_plan(others[0], others).axes[0].lines) == 3
+    figure = draw_plan(others[0], others)
+    assert len(figure.axes[0].lines) == 3
+    figure.draw_without_rendering()
+    # Names of minor ticks would stand over those of major ones.
+    assert not any(label.get_text() for label in figure.axes[0].get_xticklabels(minor=True))
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert 2 <= len(names) <= 9
+    assert all(re.fullmatch(r"[\d.,]+", name) for name in names)
 
 
 def test_buffers_that_take_the_same_memory_are_drawn() -> None:

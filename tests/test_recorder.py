@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from saev_torch.config import OrderedConfig
 from saev_torch.errors import ConfigError, ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata
-from saev_torch.iterable import OrderedActivations
+from saev_torch.iterable.activations import OrderedActivations
 from saev_torch.writing.recorder import record, token_windows
 from saev_torch.writing.source import find_blocks
 

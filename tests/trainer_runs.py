@@ -1,5 +1,7 @@
 """Runs of trainers, for `test_trainers.py`; as a script under torchrun, the ranks train and write what they saw.
 
+What `examples/` do, `test_trainer_examples.py` runs: these do it in other ways.
+
 torchrun ... trainer_runs.py '{"shards": ..., "fields": {...}, "out": ...}'
 """
 
@@ -74,16 +76,15 @@ def _train_in_turn(make: dict[str, Callable[[], Any]], cfg: ShuffledConfig, out:
     found: dict[str, Any] = {}
     fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
-    for name in make:
-        layer = torch.nn.Linear(4, 1)
-        model, optimizer = fabric.setup(layer, torch.optim.SGD(layer.parameters(), lr=1e-3))
-        loader, seen = fabric.setup_dataloaders(make[name]()), []
-        for _ in range(2):
-            for batch in loader:
-                fabric.backward(model(batch["act"] / 1e5).mean())
-                optimizer.step()
-                seen.append(samples(batch))
-        found[f"fabric, {name}"] = seen
+    layer = torch.nn.Linear(4, 1)
+    model, optimizer = fabric.setup(layer, torch.optim.SGD(layer.parameters(), lr=1e-3))
+    loader, seen = fabric.setup_dataloaders(make["plain"]()), []
+    for _ in range(2):
+        for batch in loader:
+            fabric.backward(model(batch["act"] / 1e5).mean())
+            optimizer.step()
+            seen.append(samples(batch))
+    found["fabric, plain"] = seen
     for package in (lightning, pytorch_lightning):
 
         class Trainee(package.LightningModule):
@@ -102,7 +103,6 @@ def _train_in_turn(make: dict[str, Callable[[], Any]], cfg: ShuffledConfig, out:
             found[f"{package.__name__}, {name}"] = [digest for *_, digest in model.seen]
     alone = ShuffledActivations(cfg, rank=0, world_size=1)
     for name, data, options in (
-        ("ready-made", ShuffledDataLoader(cfg, num_workers=1), {"kind": ReadyMade}),
         ("rank 0 of 1", alone, {}),
         ("rank 0 of 1, not dispatched", alone, {"accelerator_config": {"dispatch_batches": False}}),
     ):

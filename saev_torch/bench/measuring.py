@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from saev_torch.bench.sides import Loader, Side, make_loader
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.iterable import ShuffledActivations
+from saev_torch.iterable.activations import ShuffledActivations
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
 
@@ -119,7 +119,7 @@ class _Clock:
 
 def measure_warm(side: Side, seconds: float, touch: bool) -> Measured:
     """Measure the steady state for so many seconds at least; see the module and `_Clock`."""
-    with _running(side.make()) as loader:
+    with running(side.make()) as loader:
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
         for _ in range(side.n_before):
             next(batches)
@@ -136,7 +136,7 @@ def measure_cold(side: Side, limit_s: float, touch: bool) -> Measured:
 
     After `limit_s` it is stopped. A side with a buffer then counts from the batch after which it was full.
     """
-    with _running(side.make()) as loader:
+    with running(side.make()) as loader:
         clocks = [_Clock(side.sample_nbytes, touch)]
         for n_taken, batch in enumerate(loader, 1):
             for clock in clocks:
@@ -184,7 +184,7 @@ def first_batch_s(cfg: ShuffledConfig) -> float:
 
 
 @contextlib.contextmanager
-def _running(loader: Loader) -> Iterator[Loader]:
+def running(loader: Loader) -> Iterator[Loader]:
     """End the workers at once, not when the garbage collector comes by."""
     try:
         yield loader

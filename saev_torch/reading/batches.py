@@ -194,7 +194,12 @@ class Batches:
             self._has_batch.notify_all()
 
     def release(self, is_quiet: bool) -> None:
-        """Forget the open batches; give their memory back if `is_quiet`, so that nobody writes to it any more."""
-        for opened in self.open.values() if is_quiet else ():
-            opened.slot.release()
+        """Forget the open batches; their memory is used again if `is_quiet`, so that nobody writes to it any more."""
+        for opened in self.open.values():
+            if is_quiet:
+                opened.slot.release()
+            else:
+                self._pool.forget(opened.slot)
         self.open.clear()
+        if not self._pool.shared:
+            self._pool.shrink(self._max_open + _N_SPARE)

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
@@ -27,7 +27,9 @@ from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import ShardInfo, check_nbytes, identify
 from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
+from saev_torch.processes.undone import close_with
 
 LABELS_IDX = sidecar_idx(LABELS)
 """Stands for labels.bin where the number of a shard is expected."""
@@ -73,7 +75,7 @@ class _Descriptor:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
+        close_with(self, fd)
         _descriptors.add(self)
 
 
@@ -90,6 +92,26 @@ def _limit_open(most: int, store: "ShardStore") -> None:
         if other is not store and other._lock.acquire(blocking=False):
             other._kept.clear()
             other._lock.release()
+
+
+class Files(Protocol):
+    """What readers need of a store, or of several: files by number, each open while it is held."""
+
+    @property
+    def answers_short(self) -> bool:
+        """Whether reads may return fewer bytes than there are."""
+
+    def path(self, shard_idx: int) -> Path:
+        """Path of a file, for messages."""
+
+    def opened(self, shard_idx: int, direct: bool = False) -> contextlib.AbstractContextManager[int]:
+        """Hold a file open: yields its descriptor."""
+
+    def drop(self, shard_idx: int) -> None:
+        """Forget the descriptor of a file."""
+
+    def may_pass(self, path: Path, offset: int | None, code: int | None, tries: int) -> bool:
+        """Whether to try once more after an error."""
 
 
 class ShardStore:
@@ -187,7 +209,7 @@ class ShardStore:
                 self._keep(key, held)
         if held is None:
             # Not under the lock: opening may hang, and then `close` must not.
-            opened = _Descriptor(self._open_again(shard_idx, direct))
+            opened = whole(lambda: _Descriptor(self._open_again(shard_idx, direct)))
             with self._lock:
                 held = self._open.setdefault(key, opened)
                 self._keep(key, held)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from saev_torch.tools.text import show_text
 _N_SAMPLED = 512
 # Some megabytes of each layer.
 _N_RUNS, _MAX_RUN = 16, 256
-_N_LABELS_SHOWN = 10
+# With these all fits a screen of 24 lines.
+_N_LAYERS_SHOWN, _N_LABELS_SHOWN = 4, 7
+_N_LAYERS_NAMED = 12
 _EXAMPLES_PER_READ = 4096
 
 
@@ -51,21 +54,26 @@ def run(args: argparse.Namespace) -> int:
     norms, lines = {}, _describe(store)
     chosen = {"examples": args.examples, "mask": args.mask}
     lines += _describe_chosen(md, IndexedConfig(args.dir, layer=md.layers[0], **chosen))
-    for layer in md.layers:
+    # The figure has all layers.
+    layers = md.layers if args.plot is not None else md.layers[:_N_LAYERS_SHOWN]
+    for layer in layers:
         # Padding is no token, whoever asks.
         sampled = IndexedConfig(args.dir, layer=layer, **{**chosen, "mask": args.mask or _mask(store)})
         norms[layer], found = _sample(sampled, layer)
-        lines += found
+        lines += found if len(norms) <= _N_LAYERS_SHOWN else []
+    if md.n_layers > _N_LAYERS_SHOWN:
+        lines.append(f"  and {md.n_layers - _N_LAYERS_SHOWN} more")
     labels = count_labels(store) if store.has_labels else None
     lines += ["labels       none"] if labels is None else _describe_labels(md, labels)
     lines.append(f"token ids    {'yes' if store.has_token_ids else 'none'}")
     if ATTENTION_MASK in store.sidecars:
         lines.append(f"padding      left out with mask={str(_mask(store))!r}")
     lines += [] if text is None else [f"text         example {args.example}", *textwrap.indent(text, "  ").splitlines()]
-    print("\n".join(lines))
+    print("\n".join([*lines, *_describe_next(args.dir, md)]))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.
-        from saev_torch.tools.figure import draw_overview, save
+        from saev_torch.tools.figure import draw_overview
+        from saev_torch.tools.style import save
 
         save(draw_overview(md, norms, labels), args.plot)
         print(f"figure       {args.plot}")
@@ -94,10 +102,17 @@ def _describe(store: ShardStore) -> list[str]:
         f"model        {md.family}, {md.ckpt}",
         f"data         {md.dataset}",
         f"examples     {md.n_examples:,} x {md.content_tokens_per_example} content tokens, {kind}",
-        f"layers       {', '.join(map(str, md.layers))}; d_model {md.d_model}, {md.dtype}",
+        f"layers       {_list(md.layers)}; d_model {md.d_model}, {md.dtype}",
         f"files        {n_files} of up to {md.examples_per_shard:,} examples, {nbytes / 1e6:,.1f} MB",
         f"checksums    {'yes' if has_checksums else 'none'}",
     ]
+
+
+def _list(layers: tuple[int, ...]) -> str:
+    if len(layers) <= _N_LAYERS_NAMED:
+        return ", ".join(map(str, layers))
+    first, last = layers[: _N_LAYERS_NAMED - 3], layers[-2:]
+    return f"{', '.join(map(str, first))} ... {', '.join(map(str, last))} ({len(layers)})"
 
 
 def _mask(store: ShardStore) -> Path | None:
@@ -145,6 +160,15 @@ def _read(data: IndexedDataset, samples: npt.NDArray[np.int64]) -> torch.Tensor:
     # As a DataLoader does it: whole columns, and no sample on its own.
     acts: torch.Tensor = default_collate(found)["act"]
     return acts
+
+
+def _describe_next(shards_dir: Path, md: Metadata) -> list[str]:
+    """What people do with a directory that they have just been given."""
+    shown, layer = shlex.quote(str(shards_dir)), f"--layer={md.layers[-1]}"
+    return [
+        f"next         are all bytes as written: python -m saev_torch verify {shown}",
+        f"             which options to train with: python -m saev_torch plan {shown} {layer}",
+    ]
 
 
 def _describe_labels(md: Metadata, counts: npt.NDArray[np.int64]) -> list[str]:

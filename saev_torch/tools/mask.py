@@ -19,7 +19,7 @@ from saev_torch.config import OrderedConfig, is_integer
 from saev_torch.errors import ConfigError
 from saev_torch.format.files import short, sync_dir, writing
 from saev_torch.format.sidecars import ATTENTION_MASK, LABELS, TOKEN_IDS, Sidecar
-from saev_torch.iterable import OrderedActivations
+from saev_torch.iterable.activations import OrderedActivations
 from saev_torch.reading.columns import Column
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.statistics import compute_statistics

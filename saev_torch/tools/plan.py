@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     sys.stdout.write(_describe(chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
-        from saev_torch.tools.figure import draw_mixtures, draw_plan, save
+        from saev_torch.tools.figure import draw_mixtures, draw_plan
+        from saev_torch.tools.style import save
 
         if args.plot:
             save(draw_plan(chosen, _others(md, cfg, args.readers)), args.plot)

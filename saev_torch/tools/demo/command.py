@@ -20,7 +20,7 @@ from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES, FLOAT32
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
 from saev_torch.tools.arguments import at_least
 from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
 from saev_torch.tools.demo.figure import Firings, draw, find_meanings
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         # Ends its workers: the files are removed next.
         del loader
         firings = _find_firings(sae, make_ordered_config(cfg))
-    dead = (firings.frequencies == 0).mean()
+    n_dead = int((firings.frequencies == 0).sum())
     variance = curve[-1][1]
     print(f"loss: {losses[0]:.3f} -> {losses[-1]:.3f} (squared error per dimension, 1 is the data's variance)")
     print(f"explained variance on held-out activations: {variance:.3f}  (1 - sum ||x - x_hat||^2 / sum ||x - mean||^2)")
@@ -86,7 +86,11 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"rounding to {args.dtype} cost {before - variance:+.4f} of it: {before:.4f} as float32, on the same text"
         )
-    print(f"dead latents: {100 * dead:.1f} % of {firings.n_latents:,} fire on none of {firings.n_tokens:,} tokens")
+    print(
+        f"dead latents: {n_dead or 'none'} of {firings.n_latents:,}"
+        + (f" ({n_dead / firings.n_latents:.1%})" if n_dead else "")
+        + f"; a dead one fires on none of the {firings.n_tokens:,} tokens"
+    )
     draw(
         args.out,
         title=f"A sparse autoencoder explains {100 * variance:.0f} % of the variance of MiniLM's layer {args.layer}",

@@ -26,8 +26,7 @@ _RARE, _COMMON = 2e-4, 1e-2
 _N_LEFT, _N_RIGHT = 52, 60
 _N_COLUMNS = _N_LEFT + _N_RIGHT
 _LINES_PER_LATENT = _N_HITS_SHOWN + 2.0
-_TITLES = {"location": "left", "weight": "bold", "size": 11, "pad": 10}
-_INK, _MUTED, _BLUE, _ORANGE = "#22262b", "#7d858f", "#2f6db5", "#d9731a"
+_INK, _MUTED, _BLUE, _ORANGE = "#22262b", "#6b737d", "#2f6db5", "#d9731a"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +111,12 @@ def draw(
     meanings: Sequence[tuple[int, float, list[Hit]]],
 ) -> None:
     """Draw the figure: the loss of each step, the explained variance by step, the frequencies, and the meanings."""
-    # Not pyplot: it would look for a screen and keep the figure.
-    from matplotlib import rc_context
+    # Only now: to ask the demo for --help takes no matplotlib.
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    style |= {f"axes.title{key}": value for key, value in _TITLES.items()}
-    style |= dict.fromkeys(("text.color", "axes.labelcolor"), _INK)
-    style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _MUTED)
-    with rc_context(style):
+    from saev_torch.tools.style import in_style
+
+    with in_style():
         figure = Figure(figsize=(16, 10.4), dpi=110, facecolor="white")
         figure.text(0.04, 0.957, title, fontsize=18, fontweight="bold")
         figure.text(0.04, 0.927, subtitle, fontsize=11, color=_MUTED)
