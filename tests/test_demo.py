@@ -41,6 +41,8 @@ def test_demo(tmp_path: Path) -> None:
     assert re.search(r"^shards: \d+ MB of bfloat16, ", done.stdout, re.MULTILINE)
     cost = re.search(r"^rounding to bfloat16 cost ([+-]0\.\d{4}) of it: 0\.\d{4} as float32", done.stdout, re.MULTILINE)
     assert abs(float(cost[1])) < 0.003
+    # Two layers of 40 windows of [CLS] and 127 tokens, 384 wide.
+    assert "\nbfloat16 saved 8 of 16 MB\n" in done.stdout
     for line in ("loader alone: ", "loss: ", "explained variance on held-out activations: 0.", "dead latents: "):
         assert f"\n{line}" in done.stdout
     assert "recording: 100%" in done.stderr

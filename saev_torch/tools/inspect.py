@@ -144,17 +144,19 @@ def _sample(cfg: IndexedConfig, layer: int) -> tuple[npt.NDArray[np.float32], li
         f"layer {layer:<6} norm {norms.mean():.4g} (from {norms.min():.4g} to {norms.max():.4g}), "
         f"values {acts.mean():.4g} +- {acts.std():.4g}, {counted(len(norms), 'token')}{spoilt}"
     )
-    advice = advise_mask(cfg.shards, layer, float(np.median(norms)), max(float(norms.max()), _find_largest(data)))
+    in_runs = _measure_runs(data)
+    largest = float(max(norms.max(), in_runs.max()))
+    advice = advise_mask(cfg.shards, layer, float(np.median(in_runs)), largest)
     return norms, [line] if advice is None else [line, f"  {advice}"]
 
 
-def _find_largest(data: IndexedDataset) -> float:
-    """The largest norm of some runs of samples, each as long as an example: a token may be huge at one place only."""
+def _measure_runs(data: IndexedDataset) -> npt.NDArray[np.float32]:
+    """Norms of runs of samples, each as long as an example: a token may be huge at one place only."""
     n_samples, length = len(data), min(data.metadata.content_tokens_per_example, len(data), _MAX_RUN)
     starts = np.linspace(0, n_samples - length, min(_N_RUNS, -(-n_samples // length))).astype(np.int64)
     runs = (_read(data, np.arange(start, start + length)) for start in starts)
-    norms = (torch.linalg.vector_norm(acts, dim=1).nan_to_num(0.0, 0.0) for acts in runs)
-    return max(float(found.max()) for found in norms)
+    # What is not finite is told where it is found.
+    return np.concatenate([torch.linalg.vector_norm(acts, dim=1).nan_to_num(0.0, 0.0).numpy() for acts in runs])
 
 
 def _read(data: IndexedDataset, samples: npt.NDArray[np.int64]) -> torch.Tensor:

@@ -102,6 +102,9 @@ def run(args: argparse.Namespace) -> int:
         meanings=find_meanings(firings, corpus),
     )
     print(f"figure: {args.out}")
+    if args.dtype != FLOAT32.name:
+        as_float32 = n_bytes * FLOAT32.nbytes / DTYPES[args.dtype].nbytes
+        print(f"{args.dtype} saved {(as_float32 - n_bytes) / 1e6:.0f} of {as_float32 / 1e6:.0f} MB")
     print(f"done in {time.perf_counter() - started:.0f} s")
     return 0
 
