@@ -59,17 +59,14 @@ class JointSelection:
     def cells(self, samples: _Int64s) -> _Int64s:
         """Map sample numbers `[m]` to cells `[m]`; see `Selection.cells`."""
         cells = np.empty_like(samples)
-        for i, (part, (low, high)) in enumerate(zip(self.parts, itertools.pairwise(self._samples), strict=True)):
-            at = np.flatnonzero((samples >= low) & (samples < high))
-            cells[at] = part.cells(samples[at] - low) + self._cells[i]
+        for i, at in _split(samples, self._samples):
+            cells[at] = self.parts[i].cells(samples[at] - self._samples[i]) + self._cells[i]
         return cells
 
     def divide(self, cells: _Int64s) -> Iterator[Division]:
         """Divide cells `[m]` by the selections that they are of."""
-        for i, (part, (low, high)) in enumerate(zip(self.parts, itertools.pairwise(self._cells), strict=True)):
-            at = np.flatnonzero((cells >= low) & (cells < high))
-            if len(at):
-                yield Division(i, part, at, cells[at] - low, self._shards[i])
+        for i, at in _split(cells, self._cells):
+            yield Division(i, self.parts[i], at, cells[at] - self._cells[i], self._shards[i])
 
     def columns(self, cells: _Int64s) -> dict[str, _Int64s]:
         """What a batch says of cells `[m]`: as `Selection.columns`, and the number of each one's selection, `source`.
@@ -102,6 +99,18 @@ def divide(selection: AnySelection, cells: _Int64s) -> Iterator[Division]:
     if isinstance(selection, JointSelection):
         return selection.divide(cells)
     return iter((Division(0, selection, slice(None), cells, 0),))
+
+
+def _split(numbers: _Int64s, bounds: Sequence[int]) -> Iterator[tuple[int, _Int64s | slice]]:
+    """Where the numbers in each range between bounds are, of ranges that have some: a slice, where that does."""
+    start = 0
+    for i, (low, high) in enumerate(itertools.pairwise(bounds)):
+        stop = int(np.count_nonzero(numbers < high))
+        if stop > start:
+            part = numbers[start:stop]
+            is_together = low <= part.min() and part.max() < high
+            yield i, slice(start, stop) if is_together else np.flatnonzero((numbers >= low) & (numbers < high))
+        start = stop
 
 
 def _bounds(sizes: Sequence[int]) -> list[int]:
