@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that share the files of tests among them; each needs some 2 GB of memory.
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
@@ -21,7 +23,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m saev_torch demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
@@ -57,5 +59,5 @@ $(VENV)/.demo: $(VENV)/.torch setup.cfg pyproject.toml
 # The tests run the demo, too.
 $(VENV)/.test: $(VENV)/.demo
 	@echo "installing what the tests need"
-	@$(PIP) --editable '.[bench,demo,docs,fast,lightning,notebooks,test,dev]'
+	@$(PIP) --editable '.[bench,demo,docs,fast,importers,lightning,notebooks,test,dev]'
 	@touch $@

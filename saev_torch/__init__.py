@@ -22,12 +22,15 @@ from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata, PixelAgg
 from saev_torch.format.shards import Shard, ShardInfo
 from saev_torch.indexed import IndexedDataset, UniformBatches
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.mixed import MixedActivations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
 from saev_torch.order.selection import Index, IndexMap
 from saev_torch.resume.state import StreamDigest
 from saev_torch.stats.statistics import Statistics, compute_statistics
+from saev_torch.tools.export import export_array
+from saev_torch.tools.importing.arrays import import_arrays
 from saev_torch.tools.mask import MaskReport, make_mask
 from saev_torch.tools.repack import repack
 from saev_torch.tools.verify import verify
@@ -53,6 +56,7 @@ __all__ = [
     "LayerSpec",
     "MaskReport",
     "Metadata",
+    "MixedActivations",
     "OrderedActivations",
     "OrderedConfig",
     "OrderedDataLoader",
@@ -78,6 +82,8 @@ __all__ = [
     "__version__",
     "batch_metrics",
     "compute_statistics",
+    "export_array",
+    "import_arrays",
     "make_mask",
     "make_ordered_config",
     "pixel_to_token_labels",

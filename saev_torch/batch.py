@@ -13,7 +13,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from saev_torch.errors import ConfigError, ReadError
 from saev_torch.format.dtypes import DTYPES
-from saev_torch.order.selection import Selection
+from saev_torch.order.joint import AnySelection
 from saev_torch.order.steps import N_COLUMNS, slot_nbytes
 from saev_torch.processes.leaving import come_by
 from saev_torch.reading.leases import Lease
@@ -38,7 +38,9 @@ class ActivationBatch(dict[str, torch.Tensor]):
         example_idx: `[batch] int64`.
         token_idx: `[batch] int64`, content token from 0; -1 for a special token.
         token_labels: `[batch] int64`, where the shards have labels; -1 for a special token.
+        token_ids: `[batch] int64`, index in the model's vocabulary, where the shards have them; -1 for a special token.
         layer: `[batch] int64`, the recorded layer, with `layer="all"`.
+        source: `[batch] int64`, the number of the source, of `MixedActivations`.
 
     Its tensors are valid and unchanged for as long as somebody holds them. `len(batch)` is the number of keys.
     """
@@ -144,15 +146,16 @@ def _make_tensors(memory: NDArray[np.uint8], fields: tuple[_Field, ...]) -> Acti
     return batch
 
 
-def make_batch(opened: OpenBatch, selection: Selection, label_key: str = "token_labels") -> ActivationBatch:
+def make_batch(opened: OpenBatch, selection: AnySelection, label_key: str = "token_labels") -> ActivationBatch:
     """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result."""
     n, md = opened.size, selection.md
-    examples, layers, tokens = selection.split(opened.cells)
-    columns = {"example_idx": examples, "token_idx": tokens - selection.n_special}
+    found = selection.columns(opened.cells)
+    columns = {key: found.pop(key) for key in ("example_idx", "token_idx")}
     if opened.labels is not None:
         columns[label_key] = np.where(columns["token_idx"] < 0, -1, opened.labels.astype(np.int64))
-    if selection.layer_is_all:
-        columns["layer"] = np.array(md.layers, dtype=np.int64)[layers]
+    if opened.token_ids is not None:
+        columns["token_ids"] = np.where(columns["token_idx"] < 0, -1, opened.token_ids.astype(np.int64))
+    columns |= found
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
     act_nbytes = slot_nbytes(n, selection.act_nbytes) - N_COLUMNS * 8 * n
     fields: list[_Field] = [("act", selection.act_type.name, 0, shape)]

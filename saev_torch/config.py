@@ -4,7 +4,7 @@ Field names, defaults and meanings are those of the published `saev.data` API; f
 """
 
 import dataclasses
-import difflib
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,8 @@ from typing import Any, Literal, Self, TypeAlias
 from saev_torch.errors import ConfigError
 from saev_torch.format import plain
 from saev_torch.format.examples import Examples
+
+_log = logging.getLogger("saev_torch")
 
 ActDtype: TypeAlias = Literal["float32", "stored"]
 """What activations are in memory: float32 whatever is stored, or what is stored."""
@@ -27,6 +29,9 @@ LayerSpec: TypeAlias = int | Literal["all"] | tuple[int, ...]
 
 OrderKind: TypeAlias = Literal["blocks", "uniform"]
 """How an epoch is shuffled: blocks of samples that a buffer mixes, or one permutation of all samples."""
+
+ScaleNorm: TypeAlias = bool | Literal["median"]
+"""What is scaled to sqrt(d_model): no norm, the mean norm (True), or the median norm."""
 
 
 def is_integer(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
@@ -58,6 +63,11 @@ def _count(most: int = 2**31 - 1) -> _Rule:
 
 _FLAG: _Rule = "True or False", lambda value: isinstance(value, bool)
 _SECONDS: _Rule = "a number above 0.0", lambda value: _is_number(value) and value > 0
+# What float32 rounds to a normal number.
+_SCALE: _Rule = (
+    "a number above 0.0 that float32 holds",
+    lambda value: _is_number(value) and 2**-126 <= value < 2**128 - 2**103,
+)
 # By the name of the field, which means the same in every config.
 _RULES: dict[str, _Rule] = {
     "tokens": ("'special', 'content' or 'all'", lambda value: value in ("special", "content", "all")),
@@ -74,7 +84,8 @@ _RULES: dict[str, _Rule] = {
     "batch_timeout_s": _SECONDS,
     "log_every_s": _SECONDS,
     "drop_last": _FLAG,
-    "scale_norm": _FLAG,
+    "scale": _SCALE,
+    "scale_norm": ("True, False or 'median'", lambda value: isinstance(value, bool) or value == "median"),
     "debug": _FLAG,
     "use_tmpdir": _FLAG,
     "examples": ("Examples", lambda value: isinstance(value, Examples)),
@@ -113,7 +124,7 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields with JSON's types only, for `from_dict`: a path as a string, infinity as "inf"."""
-        return {field.name: _as_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {field.name: plain.as_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
@@ -125,7 +136,7 @@ class _Config:
         if not isinstance(fields, Mapping):
             raise ConfigError(f"{cls.__name__}.from_dict: expected a dict of fields, got {type(fields).__name__}.")
         names = [field.name for field in dataclasses.fields(cls)]
-        unknown = [_name_unknown(key, names) for key in fields if key not in names]
+        unknown = [plain.name_unknown(key, names) for key in fields if key not in names]
         if unknown:
             raise ConfigError(
                 f"{cls.__name__}.from_dict: expected the fields of {cls.__name__}, got unknown {', '.join(unknown)}; "
@@ -162,23 +173,8 @@ class _Config:
         return ConfigError(f"{type(self).__name__}.{field}: expected {expected}, got {got!r}; change that field.")
 
 
-def _as_json(value: Any) -> Any:
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    if isinstance(value, tuple | list):
-        return [_as_json(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return "inf" if value == math.inf else value
-
-
 def _from_json(field: str, value: Any) -> Any:
     return math.inf if value == "inf" and _RULES.get(field) is _SECONDS else value
-
-
-def _name_unknown(key: Any, names: list[str]) -> str:
-    near = difflib.get_close_matches(key, names, 1) if isinstance(key, str) else []
-    return f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key)
 
 
 @plain.told_simply
@@ -218,6 +214,7 @@ class OrderedConfig(_Config):
         buffer_size: Batches that may be read ahead by the whole job.
         batch_size, batch_timeout_s, drop_last, debug, log_every_s: As in `ShuffledConfig`.
         allow_links: As in `IndexedConfig`.
+        scale: As in `ShuffledConfig`.
 
     Errors are those of `IndexedConfig`.
     """
@@ -232,6 +229,7 @@ class OrderedConfig(_Config):
     examples: Examples | None = None
     mask: Path | None = None
     allow_links: bool = False
+    scale: float | None = None
 
 
 @plain.told_simply
@@ -244,7 +242,8 @@ class ShuffledConfig(_Config):
             -1 is recorded.
         batch_size: Samples in a batch.
         drop_last: Leave out the last batch where it is not full.
-        scale_norm: Scale by one number so that the mean L2 norm of the selected samples is sqrt(d_model).
+        scale_norm: Scale by one number so that the mean L2 norm of the selected samples is sqrt(d_model); with "median"
+            the median norm, to 0.1%, which a few huge norms do not move. `dataset.scale` is the number.
         ignore_labels: Content tokens with these labels (0..255) are left out.
         n_threads: Reading threads per process.
         buffer_size: Batches held for shuffling by the whole job, however many workers and ranks it has.
@@ -266,6 +265,8 @@ class ShuffledConfig(_Config):
         act_dtype: "float32", or "stored" for the type that the shards have: 16 bits take half the memory.
         examples, mask: Which examples and tokens to use; see `IndexedConfig`. With `ignore_labels` both must keep it.
         allow_links: As in `IndexedConfig`.
+        scale: Multiply activations with this number, rounded to float32, and measure none: `dataset.scale` of another
+            run, so that held-out data are scaled as training was. None for what `scale_norm` says.
 
     Errors are those of `IndexedConfig`.
     """
@@ -273,7 +274,7 @@ class ShuffledConfig(_Config):
     layer: LayerSpec = -1
     batch_size: int = 1024 * 16
     drop_last: bool = False
-    scale_norm: bool = False
+    scale_norm: ScaleNorm = False
     ignore_labels: Sequence[int] = dataclasses.field(default_factory=list)
     n_threads: int = 4
     buffer_size: int = 64
@@ -291,9 +292,15 @@ class ShuffledConfig(_Config):
     examples: Examples | None = None
     mask: Path | None = None
     allow_links: bool = False
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scale is not None and self.scale_norm:
+            raise ConfigError(
+                f"ShuffledConfig.scale: expected None with scale_norm={self.scale_norm!r}, which measures a number of "
+                f"its own, got {self.scale!r}; set scale_norm=False to scale by that number."
+            )
         if self.ignore_labels and self.tokens == "special":
             raise ConfigError(
                 "ShuffledConfig.ignore_labels: expected an empty list with tokens='special', "
@@ -307,6 +314,10 @@ BatchConfig: TypeAlias = OrderedConfig | ShuffledConfig
 
 def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> OrderedConfig:
     """Make the config that reads the same samples in file order.
+
+    A `scale` goes with it. What `scale_norm` measures is known to the data set only, so give its number:
+    `make_ordered_config(cfg, scale=dataset.scale)`, for held-out data too; without it activations are not scaled, and a
+    line of the log says so.
 
     Args:
         shuffled_cfg: Where to take the fields from that both configs have.
@@ -324,4 +335,10 @@ def make_ordered_config(shuffled_cfg: ShuffledConfig, **overrides: Any) -> Order
         raise ConfigError(f"make_ordered_config: expected a config of type ShuffledConfig, got {got}; give it one.")
     names = {field.name for field in dataclasses.fields(OrderedConfig)}
     shared = {f.name: getattr(shuffled_cfg, f.name) for f in dataclasses.fields(shuffled_cfg) if f.name in names}
+    if shuffled_cfg.scale_norm and "scale" not in overrides:
+        _log.warning(
+            "make_ordered_config: expected scale= for a config with scale_norm=%r, got none, so activations are not "
+            "scaled; give it the number of the data set: make_ordered_config(cfg, scale=dataset.scale)",
+            shuffled_cfg.scale_norm,
+        )
     return OrderedConfig(**{**shared, **overrides})

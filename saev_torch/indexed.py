@@ -18,12 +18,14 @@ from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
 from saev_torch.format.plain import as_plain
+from saev_torch.format.sidecars import TOKEN_IDS
 from saev_torch.order.selection import IndexMap
 from saev_torch.order.steps import slot_nbytes
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.order.weighted import WeightedDraw
 from saev_torch.processes.counters import log_to_stderr
 from saev_torch.processes.leaving import come_by
+from saev_torch.reading.columns import Column
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
@@ -40,7 +42,7 @@ _N_THREADS = 4
 _N_SLOTS = 4
 _MIN_PARALLEL = 512
 # What a copy in another process makes for itself.
-_OF_PROCESS = ("_labels", "_source", "_pace", "_pool")
+_OF_PROCESS = ("_labels", "_token_ids", "_source", "_pace", "_pool")
 
 
 def _read_to(slot: Slot, extents: Extents, start: int, stop: int, reader: Reader) -> None:
@@ -52,8 +54,8 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     """Random access to samples by number, in the order of the bytes on disk.
 
     `ds[i]` is a dict of `act` (`[d_model]`, as in a batch), `example_idx`, `token_idx`, and where a batch has such a
-    column `token_label` (-1 for a special token) and `layer`. `DataLoader(ds, batch_size=16384, shuffle=True)` reads a
-    whole batch at once through `__getitems__`.
+    column `token_label` and `token_ids` (-1 for a special token) and `layer`. `DataLoader(ds, batch_size=16384,
+    shuffle=True)` reads a whole batch at once through `__getitems__`.
 
     Args:
         cfg: What to read.
@@ -83,6 +85,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
     def _begin(self) -> None:
         self._source = Source(self._store, loaded=self._selection.act_type)
         self._labels, self._pace = Labels(self._store), Pace(1)
+        self._token_ids = Column(self._store, TOKEN_IDS)
         self._pool: SlotPool | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -181,12 +184,13 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             back = np.empty_like(order)
             back[order] = np.arange(n)
             labels = self._labels.of_cells(selection, cells)[back] if self._store.has_labels else None
+            token_ids = self._token_ids.of_cells(selection, cells)[back] if self._store.has_token_ids else None
         except BaseException:
             # Threads that were not waited for may still read to it: the memory lives as long as their tasks.
             if self._pool is not None:
                 self._pool.forget(slot)
             raise
-        batch = make_batch(OpenBatch(slot, n, cells[back], labels), selection, label_key="token_label")
+        batch = make_batch(OpenBatch(slot, n, cells[back], labels, token_ids), selection, label_key="token_label")
         finish(batch["act"])
         return Samples(batch)
 

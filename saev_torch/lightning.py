@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from saev_torch.config import BatchConfig, ShuffledConfig, is_integer
 from saev_torch.errors import ConfigError
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import Activations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics
 from saev_torch.resume.state import Position, StreamDigest, dump_state, load_state
@@ -201,7 +201,7 @@ class ActivationsCheckpoint(Callback):
         dataset: The data set to train on, the one that the loader has.
     """
 
-    def __init__(self, dataset: OrderedActivations | ShuffledActivations) -> None:
+    def __init__(self, dataset: Activations) -> None:
         self.dataset = dataset
         self._n_batches = 0
 

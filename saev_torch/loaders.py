@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig
 from saev_torch.errors import EndedError, ReadError, SaevTorchError
-from saev_torch.iterable import Batched, OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.batched import Batched
 from saev_torch.processes.callers import EpochListener
 from saev_torch.processes.counters import Reservoir
 from saev_torch.processes.epochs import PLACE
 from saev_torch.processes.inherited import register
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.leaving import come_by
 from saev_torch.processes.locks import members, renewed
 from saev_torch.processes.page import SharedPage
@@ -26,9 +28,8 @@ from saev_torch.resume.cursor import Iteration
 from saev_torch.resume.state import StreamDigest, dump_state
 
 _SAMPLERS = ("sampler", "batch_sampler")
-_START_S, _MAX_TIMEOUT_S = 60.0, 1e6
-# How long another thread may wait for the batch that it is about to take.
-_LET_GO_S = 5.0
+# The last is how long another thread may wait for the batch that it is about to take.
+_START_S, _MAX_TIMEOUT_S, _LET_GO_S = 60.0, 1e6, 5.0
 _FORKED = "expected an iteration of its own, got one whose workers are of the process that forked it; iterate anew."
 _INTERRUPTED = "{}: expected to take a batch, got interrupted; load_state_dict(state_dict()), and iterate again."
 
@@ -37,7 +38,7 @@ _NOTED = "__pl_attrs_record"
 
 
 class _Now:
-    """What a loader does in this process; on an object of its own, which nobody who looks at loaders keeps or copies."""
+    """What a loader does in this process; on an object of its own, which nobody who looks at loaders keeps."""
 
     def __init__(self) -> None:
         # How far the latest iteration came, which stays known when the user breaks off.
@@ -148,7 +149,6 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             try:
                 iterator = super().__iter__()
             except BaseException as err:
-                self._iterator = None
                 end_unfinished(err, children)
                 raise
         # What is counted is what is taken, also where this process makes the batches.
@@ -163,6 +163,15 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         return WorkerBatches(self, self.counters)
 
     def __iter__(self) -> Any:
+        # What torch has half done nobody can undo; and persistent workers would go on behind an interrupt.
+        try:
+            return whole(self._iterate)
+        except BaseException:
+            iterator, self._iterator = self._iterator, None
+            end_iterator(iterator)
+            raise
+
+    def _iterate(self) -> Any:
         if self.persistent_workers:
             # There is one set of workers, which is about to begin anew.
             for other in members(self._now.running):
@@ -202,8 +211,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         for batches in running:
             if not batches.shut_down() and batches.iterator is iterator:
                 iterator = None
-        if iterator is not None:
-            end_iterator(iterator)
+        end_iterator(iterator)
         make_up()
 
 
@@ -268,8 +276,7 @@ class CountedBatches(Iterator[ActivationBatch]):
 
     def _end(self) -> None:
         iterator, self.iterator = self.iterator, None
-        if iterator is not None:
-            end_iterator(iterator)
+        end_iterator(iterator)
 
     def give_way(self) -> None:
         """Let another iteration have the workers."""

@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 from torchdata.nodes import BaseNode
 
 from saev_torch.batch import ActivationBatch
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import Activations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 
-Source: TypeAlias = OrderedActivations | ShuffledActivations | OrderedDataLoader | ShuffledDataLoader
+Source: TypeAlias = Activations | OrderedDataLoader | ShuffledDataLoader
 
 
 class ActivationsNode(BaseNode[ActivationBatch]):  # type: ignore[misc]

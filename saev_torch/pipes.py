@@ -9,7 +9,7 @@ from torch.utils.data.graph_settings import get_all_graph_pipes
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.errors import ConfigError
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import Activations
 
 
 class ActivationsPipe(IterDataPipe[ActivationBatch]):
@@ -22,7 +22,7 @@ class ActivationsPipe(IterDataPipe[ActivationBatch]):
         dataset: What to yield.
     """
 
-    def __init__(self, dataset: OrderedActivations | ShuffledActivations) -> None:
+    def __init__(self, dataset: Activations) -> None:
         super().__init__()
         self.dataset = dataset
         self._begun: Iterator[ActivationBatch] | None = None

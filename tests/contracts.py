@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from saev_torch import (
     ActivationBatch,
+    MixedActivations,
     OrderedActivations,
     OrderedConfig,
     OrderedDataLoader,
@@ -113,7 +114,7 @@ def to_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
-def find_rows(batches: Batches, samples: Samples) -> np.ndarray:
+def find_rows(batches: Sequence[Mapping[str, torch.Tensor]], samples: Samples) -> np.ndarray:
     """Return which of `samples` each row of the batches is, -1 for none of them."""
     keys = [key for key in ("example_idx", "layer", "token_idx") if key in samples.columns]
     rows = {row: i for i, row in enumerate(zip(*(samples.columns[key].tolist() for key in keys), strict=True))}
@@ -161,6 +162,42 @@ def check_attributes(loader: Any, spec: factory.Spec, cfg: Config) -> None:
     assert loader.n_batches == len(loader) == n_batches
     assert loader.batch_size == size
     assert loader.drop_last is cfg.drop_last
+
+
+def check_mixture(batches: Batches, specs: list[factory.Spec], mixed: MixedActivations) -> None:
+    """Check one epoch of a mixture: the right values; of each source whole epochs, one after the other, and a part."""
+    cfg, n, size = mixed.cfg, mixed.n_samples, mixed.batch_size
+    sizes = [size] * (n // size) + ([n % size] if n % size and not cfg.drop_last else [])
+    assert [len(b["act"]) for b in batches] == sizes
+    is_whole = []
+    for i, (spec, own) in enumerate(zip(specs, cfg.sources, strict=True)):
+        samples = expected_for(spec, own)
+        n_given = len(samples)
+        if any(other.labels for other in specs) and not spec.labels:
+            samples.columns["token_labels"] = np.full(n_given, -1)
+        if any(other.layer == "all" for other in cfg.sources) and own.layer != "all":
+            samples.columns["layer"] = np.full(n_given, spec.layers[positions(spec.layers, own.layer)])
+        mine = [{key: tensor[b["source"] == i] for key, tensor in b.items() if key != "source"} for b in batches]
+        assert all(set(part) == set(samples.columns) for part in mine)
+        rows = find_rows(mine, samples)
+        assert (rows >= 0).all(), "a sample that was not selected"
+        n_epochs = len(rows) // n_given
+        for epoch in range(n_epochs):
+            assert len(np.unique(rows[epoch * n_given : (epoch + 1) * n_given])) == n_given, "a sample twice"
+        rest = rows[n_epochs * n_given :]
+        assert len(np.unique(rest)) == len(rest), "a sample twice"
+        is_whole.append((n_epochs, len(rest)))
+        for key, column in samples.columns.items():
+            wanted = torch.from_numpy(column[rows]).to(batches[0][key].dtype)
+            assert b"".join(to_bytes(part[key]) for part in mine) == to_bytes(wanted), key
+    if cfg.drop_last:
+        return
+    if cfg.until == "shortest":
+        assert all(n_epochs == 0 or (n_epochs, n_rest) == (1, 0) for n_epochs, n_rest in is_whole)
+        assert (1, 0) in is_whole
+    else:
+        assert all(n_epochs for n_epochs, _ in is_whole)
+        assert (1, 0) in is_whole
 
 
 def assert_same(got: Batches, wanted: Batches) -> None:

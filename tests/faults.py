@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 from saev_torch import OrderedConfig, ShuffledConfig
 from saev_torch.processes.notices import Notices
-from saev_torch.reading import labels
+from saev_torch.reading import columns
 from saev_torch.reading.kernels import find_convert_kernels
 
 AFTER = 3
@@ -552,7 +552,7 @@ def _run(case: str, shards: str, out: str) -> None:
         os.environ["FAULT_NO_RING"] = "1"
     if "labels" in case:
         # A small one is in memory when the fault begins, and nothing happens.
-        labels._MAX_KEPT_NBYTES = 0
+        columns._MAX_KEPT_NBYTES = 0
     with open(run.out / "stderr", "wb") as file:
         os.dup2(file.fileno(), 2)
     logging.basicConfig()

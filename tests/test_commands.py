@@ -1,7 +1,9 @@
 """inspect, verify and repack, through the real command line."""
 
 import base64
+import contextlib
 import dataclasses
+import io
 import pickle
 import re
 import subprocess
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from factory import Spec, oracle, oracle_labels
 
+from saev_torch.__main__ import main
 from saev_torch.errors import ConfigError, FormatError, WriteError
 from saev_torch.format.metadata import Metadata
 from saev_torch.tools.repack import repack
@@ -23,6 +26,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*args):
+    """Run a command in this process, as torch takes two seconds to come; `run_apart` is what a user does."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*map(str, args)])
+    return code, out.getvalue(), err.getvalue()
+
+
+def run_apart(*args):
     command = [sys.executable, "-m", "saev_torch", *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     return done.returncode, done.stdout, done.stderr
@@ -52,7 +63,7 @@ def flip(path, offset):
 
 def test_inspect(shards_dir, tmp_path):
     figure = tmp_path / "figure.png"
-    code, out, err = run("inspect", shards_dir, "--plot", figure)
+    code, out, err = run_apart("inspect", shards_dir, "--plot", figure)
     assert (code, err) == (0, "")
     assert f"directory    {shards_dir} (protocol 2.1, hash {shards_dir.name})\n" in out
     assert "examples     11 x 6 content tokens, with [CLS]\n" in out
@@ -98,7 +109,8 @@ def test_verify(shards_dir):
         ),
     ],
 )
-def test_errors_are_one_line(args, message):
+def test_errors_are_one_line(args, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
     code, out, err = run(*args)
     assert (code, out) == (2, "")
     assert re.fullmatch(rf"saev_torch: {re.escape(message)}.*\n", err)

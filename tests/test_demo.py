@@ -103,8 +103,8 @@ class Batches:
     def __init__(self, n_batches: int, d_model: int = 16) -> None:
         generator = torch.Generator().manual_seed(1)
         directions = torch.nn.functional.normalize(torch.randn(24, d_model, generator=generator), dim=1)
-        codes = torch.rand(n_batches, 256, 24, generator=generator)
-        codes *= torch.rand(n_batches, 256, 24, generator=generator) < 0.1
+        codes = torch.rand(n_batches, 64, 24, generator=generator)
+        codes *= torch.rand(n_batches, 64, 24, generator=generator) < 0.1
         self.batches = [{"act": 5 * code @ directions + 3} for code in codes]
 
     def __len__(self) -> int:
@@ -129,7 +129,7 @@ def test_training_finds_a_planted_dictionary() -> None:
     assert explained_variance(sae, loader.batches[0]["act"]) > 0.8
     assert_allclose(sae.decoder.norm(dim=1).detach().numpy(), 1, atol=1e-5)
     values, latents = sae.encode(sae.normalise(loader.batches[0]["act"]))
-    assert values.shape == latents.shape == (256, 4)
+    assert values.shape == latents.shape == (64, 4)
     assert values.min() >= 0
 
 

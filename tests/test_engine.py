@@ -18,9 +18,10 @@ from saev_torch.processes import world
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading import engine
 from saev_torch.reading import reader as reading
+from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.engine import Engine
 from saev_torch.reading.extents import place
-from saev_torch.reading.reader import Reader
+from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.ring import Ring
 
 SPEC = Spec(n_examples=60, content_tokens=20, layers=(3, 7), d_model=64, examples_per_shard=17)
@@ -113,6 +114,28 @@ def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
     monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert len(set(readers)) > 1
+
+
+def test_one_looks_for_all_whether_help_is_needed():
+    """Each look takes the interpreter lock from those that read."""
+    looks, slept = [], threading.Event()
+
+    class Looked(Pace):
+        def wait_s(self, number):
+            looks.append(number)
+            return super().wait_s(number)
+
+    def run(reader):
+        # Always in time, so that nobody is needed.
+        for _ in range(20):
+            slept.wait(0.002)
+            reader.pace._done_at = time.monotonic()
+
+    pace = Looked(1)
+    tasks = (Task(run) for _ in range(10))
+    run_tasks("reader", 16, pace, lambda pace: SimpleNamespace(pace=pace, spot=Spot()), tasks)
+    # Each of 15 when it begins and when it ends, and every 20 ms of 0.4 s one of them; 300 looks if all did.
+    assert sum(number > 0 for number in looks) < 15 + 80
 
 
 def test_without_a_ring_reads_are_announced_however_large_the_data(cfg, monkeypatch):

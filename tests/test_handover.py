@@ -7,6 +7,7 @@ from pathlib import Path
 
 import contracts
 import pytest
+from conftest import wait_until
 from torch.utils.data import DataLoader
 
 from saev_torch import OrderedActivations, OrderedConfig
@@ -95,7 +96,8 @@ def run(tmp_path, code, shards, *args, wrap=()):
     assert done.returncode == 0, done.stderr
     *found, left = done.stdout.splitlines()
     assert left == "[]"
-    assert {name for name in os.listdir("/dev/shm") if "saev" in name} <= before
+    # Another process of tests may be at the same.
+    wait_until(lambda: {name for name in os.listdir("/dev/shm") if "saev" in name} <= before)
     return found
 
 

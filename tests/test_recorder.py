@@ -1,6 +1,7 @@
 import contextlib
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from saev_torch.config import OrderedConfig
 from saev_torch.errors import ConfigError, ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata
-from saev_torch.iterable import OrderedActivations
+from saev_torch.iterable.activations import OrderedActivations
 from saev_torch.writing.recorder import record, token_windows
 from saev_torch.writing.source import find_blocks
 
@@ -127,7 +128,7 @@ def test_a_first_batch_of_minutes_is_not_silent(tmp_path, monkeypatch):
         rank_records.make_model(), DataLoader(rank_records.make_data(), batch_size=22), layers=[0], cls_token=True,
         shards_root=tmp_path, forward=forward, **NAMES,
     )  # fmt: skip
-    assert stderr.getvalue().endswith("recording: 100% (22 of 22 examples, 0:00:00 left)\n")
+    assert re.search(r"\nrecording: 100% \(22 of 22 examples, 0:00:00 left; [^\n]*\)\n$", stderr.getvalue())
 
 
 def by_hand(model, x):
@@ -212,11 +213,16 @@ def test_the_model_is_left_as_it_was(tmp_path):
     before = [module.training for module in model.modules()]
     loader = DataLoader(rank_records.make_data(), batch_size=8)
     grads = []
+
+    def forward(model, batch):
+        grads.append("left early")
+        grads[-1] = model(batch[0]).requires_grad, model.training
+
     record(
         model, loader, layers=[0], shards_root=tmp_path, cls_token=False,
-        forward=lambda model, batch: grads.append((model(batch[0]).requires_grad, model.training)), **NAMES,
+        forward=forward, **NAMES,
     )  # fmt: skip
-    assert grads == [(False, False)] * 3
+    assert grads == [(False, False), "left early", "left early"]
     assert [module.training for module in model.modules()] == before
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -444,7 +450,8 @@ def test_not_a_number_on_request(tmp_path):
 
 def test_progress(tmp_path, capfd):
     rank_records.main(tmp_path, progress=True)
-    assert capfd.readouterr().err == "recording: 100% (22 of 22 examples, 0:00:00 left)\n"
+    line = r"recording: 100% \(22 of 22 examples, 0:00:00 left; \d+\.\d s, [\d,]+% over the forward passes\)\n"
+    assert re.fullmatch(line, capfd.readouterr().err)
 
 
 def test_find_blocks():

@@ -13,7 +13,7 @@ from factory import Spec, oracle_labels
 from torch.utils.data import DataLoader
 
 from saev_torch import FormatError, ShuffledActivations, ShuffledConfig
-from saev_torch.reading import labels
+from saev_torch.reading import columns
 
 SPEC = Spec(n_examples=40, content_tokens=6, examples_per_shard=7)
 MESSAGE = r"labels\.bin: expected the (file|labels) .*start again"
@@ -73,7 +73,7 @@ def cfg(make_shards: Callable[..., Path]) -> ShuffledConfig:
 @pytest.fixture(params=["small", "large"])
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "large":
-        monkeypatch.setattr(labels, "_MAX_KEPT_NBYTES", 0)
+        monkeypatch.setattr(columns, "_MAX_KEPT_NBYTES", 0)
     return str(request.param)
 
 
@@ -119,7 +119,7 @@ def test_before_workers_start(cfg: ShuffledConfig, how: str, method: str) -> Non
 def test_before_forked_workers_read_what_is_large(
     cfg: ShuffledConfig, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labels, "_MAX_KEPT_NBYTES", 0)
+    monkeypatch.setattr(columns, "_MAX_KEPT_NBYTES", 0)
     test_before_workers_start(cfg, how, "fork")
 
 

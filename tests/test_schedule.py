@@ -15,20 +15,7 @@ many = settings(deadline=None, max_examples=60)
 @given(plans.any_plans(), st.data())
 def test_all_readers_together_make_the_sequence(plan, data):
     """From any batch on and padded: each batch by one reader, as `locate` has it, in order, in bounded memory."""
-    found = {}
-    shares = data.draw(plans.shares(plan))
-    for share in shares:
-        filled, order, n_open = plans.carry_out(plan, share)
-        assert order == list(range(share.first, share.stop, share.stride))
-        assert filled.keys() == set(order)
-        assert not found.keys() & filled.keys()
-        found |= filled
-        if order:
-            assert n_open <= count_open_slots(plan, share, getattr(plan, "buffer_size", 64))
-    start = min(share.first for share in shares)
-    assert sorted(found) == list(range(start, shares[0].stop))
-    for batch, samples in found.items():
-        assert samples.tolist() == plan.locate(batch % plan.n_batches).tolist()
+    plans.check_readers(plan, data.draw(plans.shares(plan)))
 
 
 @many

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from saev_torch.errors import FormatError, ReadError, SaevTorchError, ShardsNotFoundError, WriteError
 from saev_torch.format.metadata import Metadata
-from saev_torch.format.shards import Shard, ShardInfo, check_nbytes, labels_nbytes, shard_name, shard_nbytes
+from saev_torch.format.shards import Shard, ShardInfo, check_nbytes, shard_name, shard_nbytes
+from saev_torch.format.sidecars import LABELS
 
 # What saev 0.1 wrote, byte for byte: no newline at the end.
 TRAILING_EMPTY = """\
@@ -103,7 +104,7 @@ def test_names_and_sizes():
     md = metadata()
     assert shard_nbytes(md, 3) == 3 * 2 * 7 * 8 * 4
     assert shard_nbytes(md, 0) == 0
-    assert labels_nbytes(md) == 11 * 6
+    assert LABELS.nbytes(md) == 11 * 6
 
 
 @pytest.mark.parametrize("n_examples", [1, 3])

@@ -8,7 +8,7 @@ from conftest import Resources
 from factory import Spec, oracle_labels
 
 from saev_torch import ConfigError, FormatError, ReadError, ShardsNotFoundError
-from saev_torch.reading import labels
+from saev_torch.reading import columns
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.store import ShardStore
 
@@ -212,7 +212,7 @@ def test_small_labels_that_became_shorter_before_they_were_read(store):
 
 @pytest.fixture
 def large_labels(monkeypatch):
-    monkeypatch.setattr(labels, "_MAX_KEPT_NBYTES", 0)
+    monkeypatch.setattr(columns, "_MAX_KEPT_NBYTES", 0)
 
 
 def test_large_labels_are_read_in_runs(store, large_labels):

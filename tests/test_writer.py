@@ -217,7 +217,7 @@ def test_pieces_of_a_large_write(tmp_path, make_shards, monkeypatch):
 
     md = metadata()
     with monkeypatch.context() as patch:
-        patch.setattr("saev_torch.writing.unfinished._MAX_PWRITE_BYTES", 1000)
+        patch.setattr("saev_torch.writing.parts._MAX_PWRITE_BYTES", 1000)
         patch.setattr(os, "pwrite", some)
         with ShardWriter(tmp_path, md) as writer:
             writer.write_batch(oracle(md), 0, oracle_labels(md))

@@ -109,8 +109,8 @@ def table(report: dict[str, Any]) -> str:
     rows.append(f"| *the machine, at most* | {most} | *{data['distinct_in_a_uniform_draw']:,}* |")
     about = (
         f"{data['nbytes'] / 1e9:.1f} GB of {data['d_model']} float32 in batches of {data['batch_size']:,}, a buffer of "
-        f"{data['buffer_size']}, {report['machine']['cores']:g} cores, medians of {report['rounds']} "
-        f"interleaved rounds, {report['date']}."
+        f"{data['buffer_size']}, {report['machine']['cores']:g} cores, medians of {report['rounds']} interleaved "
+        f"rounds, {report['date']}."
     )
     return "\n".join([*rows, "", about])
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from saev_torch.bench.sides import Loader, Side, make_loader
 from saev_torch.config import OrderedConfig, ShuffledConfig
-from saev_torch.iterable import ShuffledActivations
+from saev_torch.iterable.activations import ShuffledActivations
 from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.stats.statistics import compute_statistics
 

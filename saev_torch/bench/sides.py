@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from saev_torch.bench.data import BenchData
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.indexed import IndexedDataset
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
 from saev_torch.order.selection import resolve_layers
 
 FAMILIES = {

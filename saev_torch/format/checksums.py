@@ -3,6 +3,7 @@
     {"version": 1, "algorithm": "xxh3" (its low 32 bits) or "crc32",
      "acts": "<8 hex digits for each example and layer, in the order of the bytes>",
      "labels": "<8 hex digits for each example>" or null,
+     "token_ids", "attention_mask": the same, only where there are such,
      "files": {"metadata.json": "<CRC-32>", "shards.json": "<CRC-32>"},
      "crc32": "<of this object without this key, as compact JSON with sorted keys>"}
 
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from saev_torch.errors import ConfigError, FormatError, SaevTorchError
 from saev_torch.format.files import open_regular, read_json, short, write_atomic
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import SHARDS_NAME
+from saev_torch.format.sidecars import LABELS, SIDECARS, Sidecar
 
 try:
     from xxhash import xxh3_64_intdigest
@@ -37,7 +39,8 @@ CHECKSUMS_NAME = "checksums.json"
 ALGORITHM = "crc32" if xxh3_64_intdigest is None else "xxh3"
 _VERSION = 1
 _END_NBYTES = 64
-_KEYS = {"version", "algorithm", "acts", "labels", "files", "crc32"}
+_KEYS = {"version", "algorithm", "acts", LABELS.key, "files", "crc32"}
+_ALL_KEYS = _KEYS | {sidecar.key for sidecar in SIDECARS}
 
 
 def find_algorithm(name: str) -> Callable[[memoryview], int]:
@@ -52,42 +55,45 @@ def find_algorithm(name: str) -> Callable[[memoryview], int]:
     return lambda block: xxh3_64_intdigest(block) & 0xFFFFFFFF
 
 
-def block_checksums(acts: npt.NDArray[Any], labels: npt.NDArray[np.uint8] | None, algorithm: str = ALGORITHM) -> bytes:
-    """Compute the checksums of examples, packed as big-endian 32-bit numbers: of all layers, then of the labels.
+def block_checksums(
+    acts: npt.NDArray[Any], beside: Iterable[npt.NDArray[Any]] = (), algorithm: str = ALGORITHM
+) -> bytes:
+    """Compute the checksums of examples, packed as big-endian 32-bit numbers: of all layers, then of each sidecar.
 
-    `acts` are `[batch, n_layers, tokens_per_example, d_model]`, `labels` `[batch, content_tokens_per_example]` or None,
-    both contiguous: batch x n_layers numbers, and batch more if there are labels.
+    `acts` are `[batch, n_layers, tokens_per_example, d_model]`, the values of each sidecar, in the order of `SIDECARS`,
+    `[batch, content_tokens_per_example]`, all contiguous: batch x n_layers numbers, and batch more for each sidecar.
     """
     blocks = acts.reshape(acts.shape[0] * acts.shape[1], -1)
     checksum = find_algorithm(algorithm)
     sums = [checksum(block.data) for block in blocks]
-    if labels is not None:
-        sums += [checksum(row.data) for row in labels]
+    for values in beside:
+        sums += [checksum(row.data) for row in values]
     return np.array(sums, dtype=">u4").tobytes()
 
 
 @dataclasses.dataclass
 class Checksums:
-    """The checksums of a directory: `acts` `[n_examples, n_layers]`, `labels` `[n_examples]`, and CRC-32 of `files`."""
+    """The checksums of a directory: `acts` `[n_examples, n_layers]`, of sidecars `[n_examples]`, CRC-32 of `files`."""
 
     acts: npt.NDArray[np.uint32]
-    labels: npt.NDArray[np.uint32] | None
+    beside: dict[Sidecar, npt.NDArray[np.uint32]]
     files: dict[str, int] = dataclasses.field(default_factory=dict)
     algorithm: str = ALGORITHM
 
     @classmethod
-    def make(cls, md: Metadata, has_labels: bool) -> "Checksums":
+    def make(cls, md: Metadata, sidecars: Iterable[Sidecar]) -> "Checksums":
         """Make those of a directory, all zero yet."""
         acts = np.zeros((md.n_examples, md.n_layers), dtype=np.uint32)
-        return cls(acts, np.zeros(md.n_examples, dtype=np.uint32) if has_labels else None)
+        return cls(acts, {sidecar: np.zeros(md.n_examples, dtype=np.uint32) for sidecar in sidecars})
 
     def fill(self, start: int, stop: int, packed: bytes) -> None:
         """Fill in examples `start..stop` from what `block_checksums` returned for them."""
         sums = np.frombuffer(packed, dtype=">u4")
-        n_acts = (stop - start) * self.acts.shape[1]
-        self.acts[start:stop] = sums[:n_acts].reshape(stop - start, -1)
-        if self.labels is not None:
-            self.labels[start:stop] = sums[n_acts:].reshape(stop - start)
+        n, at = stop - start, (stop - start) * self.acts.shape[1]
+        self.acts[start:stop] = sums[:at].reshape(n, -1)
+        for found in self.beside.values():
+            found[start:stop] = sums[at : at + n]
+            at += n
 
     def dump(self, shards_dir: Path, metadata_json: bytes) -> None:
         """Write checksums.json, with those of shards.json, which is there, and of metadata.json, which will be."""
@@ -96,7 +102,8 @@ class Checksums:
             "version": _VERSION,
             "algorithm": self.algorithm,
             "acts": _to_hex(self.acts),
-            "labels": None if self.labels is None else _to_hex(self.labels),
+            LABELS.key: None,
+            **{sidecar.key: _to_hex(sums) for sidecar, sums in self.beside.items()},
             "files": {name: f"{zlib.crc32(data):08x}" for name, data in files.items()},
         }
         obj["crc32"] = _own_crc(obj)
@@ -106,23 +113,24 @@ class Checksums:
     def load(cls, shards_dir: Path, md: Metadata, allow_links: bool = False) -> "Checksums":
         """Load them; `FormatError` if they are damaged, of another version, or not for this metadata."""
         path = shards_dir / CHECKSUMS_NAME
-        n_blocks = md.n_examples * (md.n_layers + 1)
+        n_blocks = md.n_examples * (md.n_layers + len(SIDECARS))
         obj = read_json(shards_dir, CHECKSUMS_NAME, max_bytes=8 * n_blocks + 4096, allow_links=allow_links)
-        if not isinstance(obj, dict) or set(obj) != _KEYS or obj["crc32"] != _own_crc(obj):
+        if not isinstance(obj, dict) or not _KEYS <= set(obj) <= _ALL_KEYS or obj["crc32"] != _own_crc(obj):
             raise FormatError(f"{path}: expected what the writer left, got a file that was changed; copy it again")
         if obj["version"] != _VERSION or obj["algorithm"] not in ("crc32", "xxh3"):
             got = short((obj["version"], obj["algorithm"]))
             raise FormatError(f"{path}: expected version {_VERSION} with crc32 or xxh3, got {got}; update saev_torch")
         try:
             acts = _from_hex(obj["acts"]).reshape(md.n_examples, md.n_layers)
-            labels = None if obj["labels"] is None else _from_hex(obj["labels"]).reshape(md.n_examples)
+            given = {sidecar: obj[sidecar.key] for sidecar in SIDECARS if obj.get(sidecar.key) is not None}
+            beside = {sidecar: _from_hex(text).reshape(md.n_examples) for sidecar, text in given.items()}
             files = {name: int(crc, 16) for name, crc in obj["files"].items()}
         except (ValueError, TypeError, AttributeError) as err:
             raise FormatError(
                 f"{path}: expected checksums of {md.n_examples} examples x {md.n_layers} layers, got others; "
                 "it is of another data set"
             ) from err
-        return cls(acts, labels, files, obj["algorithm"])
+        return cls(acts, beside, files, obj["algorithm"])
 
 
 def checksums_digest(shards_dir: Path, allow_links: bool = False) -> str | None:

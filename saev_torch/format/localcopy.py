@@ -24,7 +24,8 @@ from saev_torch.errors import ConfigError, ReadError, WriteError
 from saev_torch.format.checksums import CHECKSUMS_NAME
 from saev_torch.format.files import LOCKLESS, fingerprint, open_regular, sync_dir
 from saev_torch.format.metadata import METADATA_NAME
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo
+from saev_torch.format.shards import SHARDS_NAME, ShardInfo
+from saev_torch.format.sidecars import SIDECARS
 
 _log = logging.getLogger("saev_torch")
 
@@ -97,7 +98,8 @@ def local_copy(shards_dir: Path, shards: ShardInfo, allow_links: bool = False) -
 
 def _list(shards_dir: Path, shards: ShardInfo, allow_links: bool) -> list[str]:
     """The names of the files to copy."""
-    others = [name for name in (LABELS_NAME, CHECKSUMS_NAME) if os.path.lexists(shards_dir / name)]
+    others = [*(sidecar.name for sidecar in SIDECARS), CHECKSUMS_NAME]
+    others = [name for name in others if os.path.lexists(shards_dir / name)]
     for name in others:
         # It may be no file at all: nobody has looked yet.
         os.close(open_regular(shards_dir, name, allow_links))

@@ -1,9 +1,12 @@
 """Values that come from elsewhere as plain Python has them, and types of fields as other packages understand them."""
 
+import difflib
 import inspect
+import math
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 _TEXT = (str, bytes, bytearray, memoryview)
@@ -38,6 +41,23 @@ def _as_scalar(value: Any) -> Any:
     return value
 
 
+def as_json(value: Any) -> Any:
+    """Return the value of a field with JSON's types only: a path as text, infinity as "inf"."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return "inf" if value == math.inf else value
+
+
+def name_unknown(key: Any, names: list[str]) -> str:
+    """Name a key that is none of these names, and the one that may have been meant."""
+    near = difflib.get_close_matches(key, names, 1) if isinstance(key, str) else []
+    return f"{key!r} (did you mean {near[0]!r}?)" if near else repr(key)
+
+
 def told_simply(cls: type[_Class]) -> type[_Class]:
     """Let `typing.get_type_hints` tell simple types of a dataclass, whose module has to import this one as `plain`.
 
@@ -67,4 +87,26 @@ def told(cls: str, field: str) -> Any:
     simple, kind = _simplified[cls, field]
     # Who asks for types without what they are annotated with, as OmegaConf does, never sees it.
     tyro = sys.modules.get("tyro")
-    return simple if tyro is None else Annotated[simple, tyro.conf.arg(constructor=kind)]
+    if tyro is None:
+        return simple
+    is_flag = bool in get_args(kind)
+    return Annotated[simple, _as_flag(tyro, kind) if is_flag else tyro.conf.arg(constructor=kind)]
+
+
+def _as_flag(tyro: types.ModuleType, kind: Any) -> Any:
+    """A flag for tyro, as that of a bool, that may be followed by one of the words of a union with bool."""
+    words = [word for one in get_args(kind) for word in get_args(one)]
+    values = {(): True, ("True",): True, ("False",): False, **{(word,): word for word in words}}
+
+    def parse(args: list[str]) -> Any:
+        if (given := tuple(args)) not in values:
+            raise ValueError(f"expected nothing, True, False or {' or '.join(words)}, got {' '.join(args)}")
+        return values[given]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{{True,False,{','.join(words)}}}]",
+        instance_from_str=parse,
+        is_instance=lambda value: value in values.values(),
+        str_from_instance=lambda value: [str(value)],
+    )

@@ -15,9 +15,9 @@ from saev_torch.errors import EmptyShardError, FormatError
 from saev_torch.format.files import check_name, first_repeated, open_regular, read_json, short, write_atomic
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.protocols import COUNT_NAMES
+from saev_torch.format.sidecars import SIDECARS, sidecar_idx
 
 SHARDS_NAME = "shards.json"
-LABELS_NAME = "labels.bin"
 
 MAX_SHARDS = 40_000
 """Most files that may be written to one directory: their shards.json stays below what `read_json` accepts."""
@@ -31,11 +31,6 @@ def shard_name(shard_idx: int) -> str:
 def shard_nbytes(md: Metadata, n_examples: int) -> int:
     """Size in bytes of `n_examples` examples in a shard file."""
     return n_examples * md.example_nbytes
-
-
-def labels_nbytes(md: Metadata) -> int:
-    """Size in bytes of labels.bin, uint8 [n_examples, content_tokens_per_example]."""
-    return md.n_examples * md.content_tokens_per_example
 
 
 def check_nbytes(path: Path, md: Metadata, n_examples: int, nbytes: int) -> None:
@@ -179,30 +174,22 @@ class ShardInfo(Sequence[Shard]):
     def check_files(self, shards_dir: Path, md: Metadata, allow_links: bool = False) -> NDArray[np.int64]:
         """Do what `validate` does, with metadata that were loaded before; links may be followed.
 
-        Returns `[len(self) + 1, 2] int64`: what `identify` says of each file, of labels.bin last; -1 where none is.
+        Returns `[len(self) + len(SIDECARS), 2] int64`: what `identify` says of each file, of sidecars by their negative
+        numbers; -1 where none is.
         """
         self.check(md, shards_dir / SHARDS_NAME)
-        identities = np.full((len(self) + 1, 2), -1, dtype=np.int64)
+        identities = np.full((len(self) + len(SIDECARS), 2), -1, dtype=np.int64)
         for i, shard in enumerate(self.shards):
             if shard.n_examples > 0:
                 stat = stat_regular(shards_dir, shard.name, allow_links)
                 check_nbytes(shards_dir / shard.name, md, shard.n_examples, stat.st_size)
                 identities[i] = identify(stat)
-        if os.path.lexists(shards_dir / LABELS_NAME):
-            stat = stat_regular(shards_dir, LABELS_NAME, allow_links)
-            check_labels(shards_dir, md, stat.st_size)
-            identities[-1] = identify(stat)
+        for sidecar in SIDECARS:
+            if os.path.lexists(shards_dir / sidecar.name):
+                stat = stat_regular(shards_dir, sidecar.name, allow_links)
+                sidecar.check(shards_dir, md, stat.st_size)
+                identities[sidecar_idx(sidecar)] = identify(stat)
         return identities
-
-
-def check_labels(shards_dir: Path, md: Metadata, nbytes: int) -> None:
-    """Refuse a labels.bin that has not one byte for each content token."""
-    expected = labels_nbytes(md)
-    if nbytes != expected:
-        raise FormatError(
-            f"{shards_dir / LABELS_NAME}: expected {expected} bytes ({md.n_examples} examples x "
-            f"{md.content_tokens_per_example} content tokens), got {nbytes}; copy or write it again"
-        )
 
 
 def stat_regular(directory: Path, name: str, allow_links: bool = False) -> os.stat_result:

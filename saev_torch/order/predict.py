@@ -121,9 +121,12 @@ def _predict_uniform(selection: Selection, cfg: ShuffledConfig, n_readers: int, 
 
 
 def _scatter(n_rows: float, share: float, max_gap: int) -> tuple[float, float]:
-    """Reads for rows that are a share of all, drawn at random, and the rows in gaps that are read over."""
-    joined = sum(gap * share * (1 - share) ** gap for gap in range(1, max_gap + 1))
-    return n_rows * (1 - share) ** (max_gap + 1), n_rows * joined
+    """Reads for rows of one run that are a share of it, drawn at random, and the rows in gaps that are read over."""
+    run = n_rows / share
+    gaps = np.arange(max(0, min(max_gap, math.ceil(run) - 2)) + 1)
+    # Of each length, how many gaps there are; each saves a read.
+    n_gaps = np.maximum(0.0, run - 1 - gaps) * share**2 * (1 - share) ** gaps
+    return n_rows - float(n_gaps.sum()), float((n_gaps * gaps).sum())
 
 
 def _predict_distinct(plan: ShufflePlan, n_examples: int, per_example: int) -> float:
@@ -166,18 +169,28 @@ def _predict_reads(selection: Selection, plan: ShufflePlan, n_readers: int) -> t
     # Places in a run where rows of an example, or layer, end.
     n_ends = (run - 1) / per_example
     over, n_reads = (n_ends * gap, 1.0) if gap <= max_gap else (0.0, 1 + n_ends)
-    wanted = float(run)
-    part = common / n_readers
-    if part < 1:
-        # Several readers serve a lane, and each reads the rows that its own batches need.
-        wanted = run * part
-        broken, joined = _scatter(wanted, part, max_gap)
-        n_reads += broken
-        over = over * part + joined
+    wanted = total_over = total_reads = 0.0
+    for weight, share in _visits(plan, common / n_readers):
+        n_first, joined = _scatter(run * share, share, max_gap)
+        wanted += weight * run * share
+        total_over += weight * (over * share + joined)
+        total_reads += weight * (n_reads - 1 + n_first)
     most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
-    n_rows = max(1.0, wanted + over)
-    n_reads = min(max(n_reads, n_rows / most), n_rows)
+    n_rows = max(1.0, wanted + total_over)
+    n_reads = min(max(total_reads, n_rows / most), n_rows)
     return n_rows * row_nbytes / n_reads, n_rows / max(1.0, wanted)
+
+
+def _visits(plan: ShufflePlan, part: float) -> list[tuple[float, float]]:
+    """Visits to the chunks of a lane, by readers that own a part of its turns: a weight, and the share they want."""
+    n_turns, depth = plan.n_turns(0), plan.depth(0)
+    if part < 1 or depth >= n_turns:
+        # A chunk deals to `depth` turns, of which a reader owns at least the one for which it reads.
+        share = min(1.0, max(part, 1 / depth))
+        return [(1.0, share)]
+    # Those around the end are read for some turns when the lane is filled, and for the others at its end.
+    around = [(1 / n_turns, d / depth) for d in range(1, depth)]
+    return [((n_turns - depth + 1) / n_turns, 1.0), *around, *around]
 
 
 def _candidates(md: Metadata, cfg: ShuffledConfig, n_readers: int, min_read_nbytes: float) -> Iterator[Prediction]:

@@ -53,9 +53,17 @@ class Batching:
         """Batches in an epoch, the last perhaps not full."""
         return -(-self.n_samples // self.batch_size)
 
+    def start(self, batch: int) -> int:
+        """Samples before a batch."""
+        return batch * self.batch_size
+
     def size(self, batch: int) -> int:
         """Samples in a batch."""
         return min(self.batch_size, self.n_samples - batch * self.batch_size)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """The batch that a position in the sequence of samples is in, and its row."""
+        return divmod(position, self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +131,25 @@ class ShufflePlan(Batching):
         """
         return self.buffer_size // self.n_lanes >= _MIN_PART_TO_SPARE
 
-    @functools.cached_property
-    def _streams(self) -> Streams:
+    def _lengths(self) -> list[int]:
+        """Samples of each lane."""
         lengths = [self.n_turns(lane) * self.batch_size for lane in range(self.n_lanes)]
         # The last batch may not be full.
         lengths[(self.n_batches - 1) % self.n_lanes] -= self.n_batches * self.batch_size - self.n_samples
-        return Streams(self.n_samples, self.block_size, tuple(lengths), self.seed, self.epoch)
+        return lengths
+
+    @functools.cached_property
+    def _streams(self) -> Streams:
+        return Streams(self.n_samples, self.block_size, tuple(self._lengths()), self.seed, self.epoch)
+
+    def turns_of(self, lane: int, chunk: int) -> list[int]:
+        """The turns that a chunk of a lane deals to, in this order."""
+        n_turns = self.n_turns(lane)
+        return [(chunk + d) % n_turns for d in range(self.depth(lane))]
 
     def _rows(self, lane: int, chunk: int) -> dict[int, _Int64s]:
         """The turns that a chunk deals to, and the rows of the batch that the samples go to."""
-        depth, n_turns = self.depth(lane), self.n_turns(lane)
-        turns = [(chunk + d) % n_turns for d in range(depth)]
+        depth, turns = self.depth(lane), self.turns_of(lane, chunk)
         return {turn: _interleaved(self.size(turn * self.n_lanes + lane), depth)[d] for d, turn in enumerate(turns)}
 
     def _chunk_start(self, lane: int, chunk: int) -> int:
@@ -141,6 +157,14 @@ class ShufflePlan(Batching):
         regular = min(chunk, max(0, self.n_turns(lane) - self.depth(lane)))
         irregular = sum(len(rows) for i in range(regular, chunk) for rows in self._rows(lane, i).values())
         return regular * self.batch_size + irregular
+
+    def _chunk_at(self, lane: int, position: int) -> int:
+        """The chunk that a position in the stream of a lane is in."""
+        n_turns = self.n_turns(lane)
+        index = min(position // self.batch_size, max(0, n_turns - self.depth(lane)))
+        while index + 1 < n_turns and self._chunk_start(lane, index + 1) <= position:
+            index += 1
+        return index
 
     def chunk(self, lane: int, chunk: int) -> Chunk:
         """Work out one chunk of a lane, `0 <= chunk < n_turns(lane)`."""
@@ -164,10 +188,7 @@ class ShufflePlan(Batching):
     def find(self, sample: int) -> tuple[int, int]:
         """The inverse of `locate`: batch and row of a sample. Nothing is read."""
         lane, position = self._streams.find(sample)
-        n_turns = self.n_turns(lane)
-        index = min(position // self.batch_size, max(0, n_turns - self.depth(lane)))
-        while index + 1 < n_turns and self._chunk_start(lane, index + 1) <= position:
-            index += 1
+        index = self._chunk_at(lane, position)
         chunk = self.chunk(lane, index)
         (at,) = np.flatnonzero(chunk.dealt == position - self._chunk_start(lane, index)).tolist()
         d = bisect.bisect_right(chunk.bounds, at) - 1

@@ -5,19 +5,21 @@ lanes that are congruent to it modulo gcd(R * W, n_lanes). It reads only the row
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
+from saev_torch.order.mixture import MixturePlan, Pass
 from saev_torch.order.runs import Chunk
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
 
-Plan: TypeAlias = OrderedPlan | ShufflePlan | UniformPlan
+Plan: TypeAlias = OrderedPlan | ShufflePlan | UniformPlan | MixturePlan
 """The order of one epoch."""
 
 _ALIGN = 64
-N_COLUMNS = 4
+N_COLUMNS = 6
 """Columns of a batch beside its activations, at most."""
 
 
@@ -60,13 +62,21 @@ def make_steps(plan: Plan, share: Share) -> Iterator[Step]:
         begin = max(share.first, start + (share.first - start) % share.stride)
         own = range(begin - start, min(share.stop - start, n), share.stride)
         if len(own):
-            yield from (
-                _ShuffledSteps(plan, own, start) if isinstance(plan, ShufflePlan) else _one_by_one(plan, own, start)
-            )
+            yield from _make_steps(plan, own, start)
+
+
+def _make_steps(plan: Plan, own: range, offset: int) -> Iterator[Step]:
+    """The steps of batches of one pass over a plan; `offset` counts the batches of the padded sequence before it."""
+    if isinstance(plan, MixturePlan):
+        return _mixed(plan, own, offset)
+    return iter(_ShuffledSteps(plan, own, offset)) if isinstance(plan, ShufflePlan) else _one_by_one(plan, own, offset)
 
 
 def count_open_slots(plan: Plan, share: Share, buffer_size: int) -> int:
     """Batches that a reader may hold at a time: its part of the buffer."""
+    if isinstance(plan, MixturePlan):
+        # A batch has a slot once, for all of its sources.
+        return max(count_open_slots(made.plan, share, buffer_size) for made in plan.first_passes())
     if not isinstance(plan, ShufflePlan):
         return min(3, max(2, buffer_size))
     turns = max(plan.depth(lane) for lane in range(plan.n_lanes)) + plan.reads_lanes_together
@@ -146,21 +156,72 @@ class _ShuffledSteps:
 
     def _wanted(self, lane: int, chunk: int, low: int, high: int) -> Iterator[Load]:
         """The chunk, where it deals to turns low..high-1 that the reader owns; else nothing."""
-        part, mine = self._plan.chunk(lane, chunk), self._turns[lane]
+        plan, mine = self._plan, self._turns[lane]
         targets = tuple(
-            (self._offset + turn * self._plan.n_lanes + lane, d)
-            for d, turn in enumerate(part.turns)
+            (self._offset + turn * plan.n_lanes + lane, d)
+            for d, turn in enumerate(plan.turns_of(lane, chunk))
             if low <= turn < high and turn in mine
         )
+        # Of many readers, each owns few turns; then most chunks are not for it.
         if targets:
-            yield Load(part, targets)
+            yield Load(plan.chunk(lane, chunk), targets)
 
     def _step(self, loads: list[Load], batches: list[int], fills: int = 0) -> Step:
         return Step(tuple(loads), tuple(self._offset + batch for batch in batches), fills)
 
 
+def _mixed(plan: MixturePlan, own: range, offset: int) -> Iterator[Step]:
+    """The steps of all sources together: a batch follows when each source has read its part of it."""
+    sources = [_steps_of_source(plan, source, own, offset) for source in range(len(plan.sources))]
+    # All batches before these have been read, of each source.
+    complete, at, nothing = [0] * len(sources), 0, Step((), (), 0)
+    while at < len(own):
+        steps = []
+        for i, source in enumerate(sources):
+            if complete[i] <= own[at]:
+                step, complete[i] = next(source, (nothing, own.stop))
+                steps.append(step)
+        done = at
+        while done < len(own) and own[done] < min(complete):
+            done += 1
+        loads = tuple(load for step in steps for load in step.loads)
+        yield Step(loads, tuple(offset + batch for batch in own[at:done]), sum(step.fills for step in steps))
+        at = done
+
+
+def _steps_of_source(plan: MixturePlan, source: int, own: range, offset: int) -> Iterator[tuple[Step, int]]:
+    """The steps of one source, pass after pass; with each, the first batch of which its part is not complete then."""
+    passes = plan.passes(source, own[0], own[-1] + 1)
+    for made, following in itertools.pairwise(itertools.chain(passes, [None])):
+        if made is None:
+            return
+        # The last batch of a pass may be the first of the next, too.
+        complete, most = made.first, own.stop if following is None else following.first
+        first, stop = (max(0, -(-(n - own.start) // own.step)) for n in (made.first, made.first + made.plan.n_batches))
+        mine = own[first:stop]
+        local = range(mine.start - made.first, mine.stop - made.first, own.step)
+        for step in _make_steps(made.plan, local, offset + made.first) if len(mine) else ():
+            if step.batches:
+                complete = min(step.batches[-1] - offset + 1, most)
+            loads = tuple(_moved(plan, made, load, offset) for load in step.loads)
+            yield dataclasses.replace(step, loads=loads), complete
+
+
+def _moved(plan: MixturePlan, made: Pass, load: Load, offset: int) -> Load:
+    """A load of a source, to where its samples are in the batches of the mixture."""
+    chunk = load.chunk
+    rows = chunk.rows.copy()
+    for number, d in load.targets:
+        part = slice(chunk.bounds[d], chunk.bounds[d + 1])
+        rows[part] = plan.rows(made, number - offset)[rows[part]]
+    starts = chunk.starts + plan.first_samples[made.source]
+    return Load(dataclasses.replace(chunk, starts=starts, rows=rows), load.targets)
+
+
 def advise_lanes(plan: Plan, share: Share) -> str | None:
     """Say what would avoid that lanes are read by several readers; None where it is so already."""
+    if isinstance(plan, MixturePlan):
+        return next(filter(None, (advise_lanes(made.plan, share) for made in plan.first_passes())), None)
     if not isinstance(plan, ShufflePlan) or plan.n_lanes % share.stride == 0 or plan.n_lanes < plan.max_lanes:
         return None
     good = [n for n in range(1, plan.n_lanes + 1) if plan.n_lanes % n == 0]

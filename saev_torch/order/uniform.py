@@ -31,13 +31,13 @@ class UniformPlan(Batching):
 
     def locate(self, batch: int) -> _Int64s:
         """The samples of a batch, row by row: `[size] int64`. Nothing is read."""
-        start = batch * self.batch_size
+        start = self.start(batch)
         return self._permutation(np.arange(start, start + self.size(batch), dtype=np.int64))
 
     def find(self, sample: int) -> tuple[int, int]:
         """The inverse of `locate`: batch and row of a sample. Nothing is read."""
         position = int(self._permutation.inverse(np.array([sample], dtype=np.int64))[0])
-        return divmod(position, self.batch_size)
+        return self.at(position)
 
     def whole(self, batch: int) -> Chunk:
         """A batch as one chunk, in the order of the disk."""

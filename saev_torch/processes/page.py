@@ -1,6 +1,7 @@
 """A page of memory that a process shares with the workers that it starts."""
 
 import fcntl
+import functools
 import mmap
 import os
 import threading
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import memory_file
+from saev_torch.processes.undone import close_with
 
 _SHEET_NBYTES = 1 << 20
 _ALIGN = 64
@@ -29,7 +32,7 @@ class _Sheet:
 
     def __init__(self, nbytes: int, fd: int | None = None) -> None:
         self.fd = memory_file(nbytes) if fd is None else fd
-        weakref.finalize(self, os.close, self.fd).atexit = False
+        close_with(self, self.fd)
         self.memory = mmap.mmap(self.fd, nbytes)
         self._n_used = 0
         _sheets[os.fstat(self.fd).st_ino] = self
@@ -75,7 +78,7 @@ class _Here:
             sheet = None if self._sheet is None else self._sheet()
             start = None if sheet is None else sheet.take(nbytes)
             if sheet is None or start is None:
-                sheet, start = _Sheet(max(_SHEET_NBYTES, nbytes)), 0
+                sheet, start = whole(functools.partial(_Sheet, max(_SHEET_NBYTES, nbytes))), 0
                 sheet.take(nbytes)
                 self._sheet = weakref.ref(sheet)
             return sheet, start

@@ -15,6 +15,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from saev_torch.processes.counters import Counters
 from saev_torch.processes.idling import Idle
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.leaving import come_by, end_processes
 
 _log = logging.getLogger("saev_torch")
@@ -65,8 +66,11 @@ class WorkerBatches(_MultiProcessingDataLoaderIter):
         return self._counters.beats([worker.pid or 0 for worker in self._workers])
 
     def _shutdown_workers(self) -> None:
-        if getattr(self, "_shutdown", True):
-            return
+        # One that was interrupted or failed while it was made has none yet.
+        if not getattr(self, "_shutdown", True) and hasattr(self, "_workers"):
+            whole(self._end)
+
+    def _end(self) -> None:
         workers: list[Any] = self._workers
         deadline = time.monotonic() + _LEAVE_S
         self._workers = [_Leaving(worker, deadline) for worker in workers]  # type: ignore[misc]
@@ -91,11 +95,11 @@ def end_workers(workers: list[BaseProcess]) -> None:
 
 
 def end_iterator(iterator: Any) -> None:
-    """End an iterator of torch, with its workers or threads."""
-    if not hasattr(iterator, "_shutdown_workers"):
-        iterator._dataset_fetcher.dataset_iter.close()
-    else:
+    """End an iterator of torch, if there is one, with its workers or threads."""
+    if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
+    elif iterator is not None:
+        iterator._dataset_fetcher.dataset_iter.close()
 
 
 def children_here() -> set[int]:

@@ -82,13 +82,14 @@ class Batches:
         n_held = len(self.open) + min(len(self._taken), _MAX_TAKEN)
         return None if n_held + n_new <= self._max_open + _N_SPARE else _POLL_S
 
-    def open_one(self, number: int, size: int, has_labels: bool) -> None:
+    def open_one(self, number: int, size: int, has_labels: bool, has_token_ids: bool = False) -> None:
         """Open a batch of `size` samples."""
         labels = np.empty(size, dtype=np.uint8) if has_labels else None
+        token_ids = np.empty(size, dtype=np.int32) if has_token_ids else None
         slot = self._pool.acquire(self._max_open + _N_SPARE)
         with self._lock:
             self._batch_size = max(self._batch_size, size)
-            self.open[number] = OpenBatch(slot, size, np.empty(size, dtype=np.int64), labels)
+            self.open[number] = OpenBatch(slot, size, np.empty(size, dtype=np.int64), labels, token_ids)
 
     def begin(self, running: Running) -> None:
         """A step begins; its batches have been opened."""
@@ -193,7 +194,12 @@ class Batches:
             self._has_batch.notify_all()
 
     def release(self, is_quiet: bool) -> None:
-        """Forget the open batches; give their memory back if `is_quiet`, so that nobody writes to it any more."""
-        for opened in self.open.values() if is_quiet else ():
-            opened.slot.release()
+        """Forget the open batches; their memory is used again if `is_quiet`, so that nobody writes to it any more."""
+        for opened in self.open.values():
+            if is_quiet:
+                opened.slot.release()
+            else:
+                self._pool.forget(opened.slot)
         self.open.clear()
+        if not self._pool.shared:
+            self._pool.shrink(self._max_open + _N_SPARE)

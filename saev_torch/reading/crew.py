@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 from saev_torch.errors import ReadError
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
 from saev_torch.reading.reader import Pace, Reader, Spot
 
@@ -47,6 +48,10 @@ def guarded(target: Callable[[], None], on_error: Callable[[BaseException], None
 
 def start_threads(threads: list[threading.Thread]) -> None:
     """Start threads, of which `threads` keeps those that could be started; a `ReadError` unless it is all."""
+    whole(functools.partial(_start, threads))
+
+
+def _start(threads: list[threading.Thread]) -> None:
     n_wanted, waiting = len(threads), threads.copy()
     threads.clear()
     try:
@@ -79,7 +84,12 @@ class Crew:
         more: Iterator[Task] | None = None,
     ) -> None:
         self._pace, self._open_reader, self._on_error, self._more = pace, open_reader, on_error, more
-        self._has_task = threading.Condition(renewed(threading.RLock()))
+        # Taken by itself: an interrupt in a condition's own `__enter__` would leave it held.
+        self._lock = lock = renewed(threading.RLock())
+        self._has_task, self._may_look = threading.Condition(lock), threading.Condition(lock)
+        # Of those that wait for their turn, the one that looks at the clock. If all did, they would take time from
+        # those that read.
+        self._lookout: int | None = None
         self._tasks: collections.deque[Task] = collections.deque()
         self.spots: list[Spot] = []
         self._stopped = False
@@ -90,17 +100,21 @@ class Crew:
 
     def put(self, tasks: Iterable[Task]) -> None:
         """Add tasks to the queue, unless the threads are to end."""
-        with self._has_task:
+        with self._lock:
             if not self._stopped:
                 self._tasks.extend(tasks)
                 self._has_task.notify_all()
 
     def stop(self) -> None:
         """Let the threads end with the task that they are at."""
-        with self._has_task:
+        with self._lock:
             self._stopped = True
             self._tasks.clear()
-            self._has_task.notify_all()
+            self._wake_all()
+
+    def _wake_all(self) -> None:
+        self._has_task.notify_all()
+        self._may_look.notify_all()
 
     def _run(self, number: int) -> None:
         guarded(functools.partial(self._work, number), self._on_error)
@@ -120,26 +134,37 @@ class Crew:
             task.run(reader)
             del task
             if self._pace.is_slow and not was_slow:
-                with self._has_task:
-                    self._has_task.notify_all()
+                with self._lock:
+                    self._wake_all()
 
     def _take(self, number: int) -> Task | None:
         """Wait for a task, and for its turn to be this thread's; None where the thread is to end."""
-        with self._has_task:
+        with self._lock:
             while not self._stopped:
                 if not self._tasks and self._more is not None:
                     self._tasks.extend(itertools.islice(self._more, 1))
                     if not self._tasks:
                         break
-                wait_s = self._pace.wait_s(number) if self._tasks else None
+                wait_s = self._pace.wait_s(number)
                 if self._tasks and wait_s is None:
+                    self._look_no_more(number)
                     return self._tasks.popleft()
-                self._has_task.wait(wait_s)
+                if wait_s is not None and self._lookout not in (None, number):
+                    self._may_look.wait()
+                    continue
+                if wait_s is not None:
+                    self._lookout = number
+                self._has_task.wait(wait_s if self._tasks else None)
             return None
+
+    def _look_no_more(self, number: int) -> None:
+        if self._lookout == number:
+            self._lookout = None
+            self._may_look.notify()
 
     def _announce(self, reader: Reader) -> None:
         """Announce one of the next tasks. Only where reads are slow, because it takes time of its own."""
-        with self._has_task:
+        with self._lock:
             task = next((one for one in itertools.islice(self._tasks, _N_ANNOUNCED) if one.announce), None)
             if task is None:
                 return

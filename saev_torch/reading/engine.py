@@ -13,18 +13,16 @@ import time
 from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
-from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
-from saev_torch.reading.direct import reads_past_cache
 from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
-from saev_torch.reading.labels import Labels
+from saev_torch.reading.feeds import AnyFeed
 from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
-from saev_torch.reading.slots import OpenBatch, make_pool
-from saev_torch.reading.source import Source
+from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
 _TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
@@ -38,7 +36,7 @@ class EngineOptions:
     """How to read.
 
     The whole job may hold `buffer_size` batches. `n_fills` steps that fill a lane are complete before the first batch.
-    Data that `is_only` may not be read again. `scale` is what to multiply by; None for nothing.
+    Data that `is_only` may not be read again.
     """
 
     buffer_size: int
@@ -46,36 +44,34 @@ class EngineOptions:
     timeout_s: float
     n_fills: int = 0
     is_only: bool = False
-    scale: float | None = None
 
 
 class Engine:
-    """Reads the batches of one reader ahead, from the store of `labels`, which is closed with the engine.
+    """Reads the batches of one reader ahead, from a feed whose store is closed with the engine.
 
     `start` starts its threads; `next_batch` then returns batches in order, then None, and `finish` converts what the
-    readers did not. `close` must be called, whatever interrupts `start`.
+    readers did not. `close` must be called, whatever interrupts `start`. Memory comes from `pools`, and stays there.
     """
 
     def __init__(
         self,
-        labels: Labels,
-        selection: Selection,
+        feed: AnyFeed,
         plan: Plan,
         share: Share,
         options: EngineOptions,
+        pools: Pools,
     ) -> None:
         self._pid = os.getpid()
-        self._labels, self._store = labels, labels.store
-        self._selection, self._plan, self._options = selection, plan, options
+        self._store, self._selection = feed.store, feed.selection
+        self._plan, self._options = plan, options
         self._steps = make_steps(plan, share)
-        self._source = Source(self._store, scale=options.scale, loaded=selection.act_type)
-        self.finish = self._source.finish
+        self._feed, self.finish = feed, feed.finish
         self._scheduler_spot = Spot()
-        pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), selection.act_nbytes))
+        pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
         max_open = count_open_slots(plan, share, options.buffer_size)
         self.batches = Batches(pool, max_open, options.n_fills)
         pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
-        self._crew = Crew("saev_torch reader", options.n_threads, pace, self._source.open_reader, fail)
+        self._crew = Crew("saev_torch reader", options.n_threads, pace, feed.open_reader, fail)
         self._crew.spots.append(self._scheduler_spot)
         self._reads = Reads(self._store, self._crew.spots, self.batches.waits)
         guard = functools.partial(guarded, self._schedule, fail)
@@ -90,14 +86,15 @@ class Engine:
 
     def _schedule(self) -> None:
         spot, is_only = self._scheduler_spot, self._options.is_only
-        self._source.past_cache = reads_past_cache(self._store, self._selection, is_only, spot)
+        self._feed.choose(is_only, spot)
         spot.clear()
         for step in self._steps:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
                 return
+            has = self._store.has_labels, self._store.has_token_ids
             for batch in new:
-                self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), self._store.has_labels)
+                self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), *has)
             running = Running(step, 0)
             tasks = list(self._divide(step, running))
             running.n_tasks = len(tasks)
@@ -114,6 +111,8 @@ class Engine:
         self._check(placed)
         if self._store.has_labels:
             yield Task(functools.partial(self._read_labels, placed, running))
+        if self._store.has_token_ids:
+            yield Task(functools.partial(self._read_token_ids, placed, running))
         for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
             wished = int(extents.nbytes.sum()) // (_TASKS_PER_THREAD * self._options.n_threads)
             for start, stop in extents.cut(max(_TASK_NBYTES, min(wished, _MAX_TASK_NBYTES))):
@@ -143,7 +142,11 @@ class Engine:
         self.batches.finish_task(running, int(extents.nbytes[start:stop].sum()))
 
     def _read_labels(self, placed: Placed, running: Running, reader: Reader) -> None:
-        placed.deal_labels(self._labels.of_cells(self._selection, placed.cells, reader.spot))
+        placed.deal_labels(self._feed.labels_of(placed.cells, reader.spot))
+        self.batches.finish_task(running)
+
+    def _read_token_ids(self, placed: Placed, running: Running, reader: Reader) -> None:
+        placed.deal_token_ids(self._feed.token_ids_of(placed.cells, reader.spot))
         self.batches.finish_task(running)
 
     # The consumer
@@ -164,6 +167,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads, and give unused memory and descriptors back. May be called twice."""
+        whole(self._close)
+
+    def _close(self) -> None:
         if self._pid != os.getpid():
             # Here are no threads, and locks may be held for ever by those of the parent.
             return

@@ -2,13 +2,15 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.order.joint import AnySelection, divide
 from saev_torch.order.runs import MAX_GAP_NBYTES, MAX_READ_NBYTES, MAX_READ_ROWS, expand_runs
-from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Step
 from saev_torch.reading.slots import OpenBatch
 
@@ -128,19 +130,21 @@ def _join_places(places: _Int64s, begins: _Int64s, row_nbytes: int) -> tuple[_In
     return vectors, np.searchsorted(heads, begins)
 
 
-def make_sample_extents(selection: Selection, cells: _Int64s, places: _Int64s) -> list[Extents]:
+def make_sample_extents(selection: AnySelection, cells: _Int64s, places: _Int64s) -> list[Extents]:
     """Work out the reads for samples: extents for each of the layers that a sample holds, in any order.
 
     `cells`, `[n] int64`, are in the order of the disk; `places` are the addresses that the samples go to. Rows that
     become wider in memory are read to the back of their place, see `converting`.
     """
-    row_nbytes, act_nbytes = selection.md.row_nbytes, selection.act_nbytes // selection.n_parts
-    places = places + (act_nbytes - row_nbytes)
-    shards, rows = selection.disk_rows(cells)
-    extents = []
-    for part in range(selection.n_parts):
-        shift = (selection.layer_idxs[part] - selection.layer_idxs[0]) * selection.md.tokens_per_example
-        extents.append(make_extents(shards, rows + shift, places + part * act_nbytes, row_nbytes))
+    extents, act_nbytes = [], selection.act_nbytes // selection.n_parts
+    for one in divide(selection, cells):
+        own, md = one.selection, one.selection.md
+        backs = places[one.at] + (act_nbytes - md.row_nbytes)
+        shards, rows = own.disk_rows(one.cells)
+        for part in range(own.n_parts):
+            shift = (own.layer_idxs[part] - own.layer_idxs[0]) * md.tokens_per_example
+            backs_of_part = backs + part * act_nbytes
+            extents.append(make_extents(shards + one.first_shard, rows + shift, backs_of_part, md.row_nbytes))
     return extents
 
 
@@ -164,14 +168,22 @@ class Placed:
 
     def deal_labels(self, labels: NDArray[np.uint8]) -> None:
         """Give the labels `[n] uint8` to the batches."""
-        dealt = np.empty(self.n_positions, dtype=np.uint8)
-        dealt[self.positions] = labels
+        self._deal(labels, operator.attrgetter("labels"))
+
+    def deal_token_ids(self, token_ids: NDArray[np.int32]) -> None:
+        """Give the token ids `[n] int32` to the batches."""
+        self._deal(token_ids, operator.attrgetter("token_ids"))
+
+    def _deal(self, values: NDArray[Any], column: Callable[[OpenBatch], NDArray[Any] | None]) -> None:
+        dealt = np.empty(self.n_positions, dtype=values.dtype)
+        dealt[self.positions] = values
         for opened, positions, rows in self.targets:
-            if opened.labels is not None:
-                opened.labels[rows] = dealt[positions]
+            into = column(opened)
+            if into is not None:
+                into[rows] = dealt[positions]
 
 
-def place(step: Step, opened: Mapping[int, OpenBatch], selection: Selection) -> Placed:
+def place(step: Step, opened: Mapping[int, OpenBatch], selection: AnySelection) -> Placed:
     """Work out where every row of a step with loads goes, and tell each open batch which cells it holds."""
     starts = np.concatenate([load.chunk.starts for load in step.loads])
     lengths = np.concatenate([load.chunk.lengths for load in step.loads])

@@ -18,6 +18,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.processes.undone import close_with
+
 
 class Lease:
     """The right to use a piece of memory: numpy arrays and tensors made from it keep it alive.
@@ -46,13 +48,10 @@ class _Child:
 
     def __init__(self, fd: int | None) -> None:
         self._fd, self._is_over = fd, False
-        self._close = weakref.finalize(self, os.close, -1 if fd is None else fd)
-        self._close.atexit = False
-        if fd is None:
-            self._close.detach()
+        self._close = None if fd is None else close_with(self, fd)
 
     def is_holding(self) -> bool:
-        if self._fd is not None and not self._is_over:
+        if self._fd is not None and self._close is not None and not self._is_over:
             poll = select.poll()
             poll.register(self._fd, 0)
             # Another thread may close it meanwhile, but never takes back that it is over.
@@ -66,7 +65,7 @@ class _End:
     """The end of a child: closed when no lease that it inherited refers to it any more."""
 
     def __init__(self, fd: int) -> None:
-        weakref.finalize(self, os.close, fd).atexit = False
+        close_with(self, fd)
 
 
 class _Loan:

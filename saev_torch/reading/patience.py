@@ -8,13 +8,13 @@ from saev_torch.errors import StalledReadError
 from saev_torch.processes.counters import Waits
 from saev_torch.processes.idling import Idle
 from saev_torch.reading.reader import Spot
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import Files
 
 
 class Reads:
     """What some threads are reading from a store, each at its spot; `waits` counts what they have read."""
 
-    def __init__(self, store: ShardStore, spots: list[Spot], waits: Waits) -> None:
+    def __init__(self, store: Files, spots: list[Spot], waits: Waits) -> None:
         self._store, self._spots, self.waits = store, spots, waits
 
     def look(self) -> Any:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.store import ShardStore, advise
+from saev_torch.reading.store import Files, advise
 
 _Int64s = NDArray[np.int64]
 
@@ -101,7 +101,7 @@ class Reader(abc.ABC):
 
     has_ring: bool = False
 
-    def __init__(self, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
+    def __init__(self, store: Files, pace: Pace | None = None, spot: Spot | None = None) -> None:
         self.store, self.pace, self.spot = store, pace, spot or Spot()
 
     def read(self, extents: Extents, start: int, stop: int) -> None:

@@ -15,16 +15,16 @@ import mmap
 import os
 import sys
 import time
-import weakref
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ReadError
+from saev_torch.processes.undone import close_with
 from saev_torch.reading.extents import Extents
 from saev_torch.reading.reader import CallReader, Pace, Spot
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import Files
 
 _Int64s = NDArray[np.int64]
 
@@ -65,7 +65,7 @@ class Ring:
     """Reads for one thread at a time; see `open`. Its descriptor is closed when it is gone."""
 
     def __init__(self, fd: int, params: Any) -> None:
-        weakref.finalize(self, os.close, fd).atexit = False
+        close_with(self, fd)
         self._fd = fd
         self.n_entries = int(params["sq_entries"])
         results_at, n_results = int(params["cq_cqes"]), int(params["cq_entries"])
@@ -188,7 +188,7 @@ class RingReader(CallReader):
 
     has_ring = True
 
-    def __init__(self, ring: Ring, store: ShardStore, pace: Pace | None = None, spot: Spot | None = None) -> None:
+    def __init__(self, ring: Ring, store: Files, pace: Pace | None = None, spot: Spot | None = None) -> None:
         super().__init__(store, pace, spot)
         self.ring = ring
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 
+from saev_torch.order.mixture import MixturePlan
 from saev_torch.order.shuffle import ShufflePlan
 from saev_torch.order.steps import Plan, Share, count_open_slots, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
@@ -37,6 +38,8 @@ def advise_room(plan: Plan, share: Share, buffer_size: int, sample_nbytes: int, 
 
 def advise_order(plan: Plan, sample_nbytes: int) -> str | None:
     """Say what suits data that memory cannot hold where samples are read one by one; None where all is well."""
+    if isinstance(plan, MixturePlan):
+        return next(filter(None, (advise_order(made.plan, sample_nbytes) for made in plan.first_passes())), None)
     nbytes = plan.n_samples * sample_nbytes
     if not isinstance(plan, UniformPlan) or fits_page_cache(nbytes):
         return None
@@ -53,7 +56,9 @@ def count_ranks_here(world_size: int) -> int:
 
 
 def _needed_with(plan: Plan, share: Share, buffer_size: int, sample_nbytes: int) -> int:
-    if isinstance(plan, ShufflePlan):
+    if isinstance(plan, MixturePlan):
+        plan = plan.with_buffer(buffer_size)
+    elif isinstance(plan, ShufflePlan):
         plan = dataclasses.replace(plan, buffer_size=buffer_size)
     return _needed_nbytes(plan, share, buffer_size, sample_nbytes)
 

@@ -2,11 +2,14 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
+from saev_torch.format.sidecars import ATTENTION_MASK
 from saev_torch.order.selection import Selection
+from saev_torch.processes.notices import Notices
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.mask import Mask
 from saev_torch.reading.store import ShardStore
@@ -25,7 +28,13 @@ def open_store(taker: str, cfg: Any, *kinds: type[Any], may_copy: bool = True) -
     """
     _require_config(taker, cfg, *kinds)
     is_local = may_copy and isinstance(cfg, ShuffledConfig) and cfg.use_tmpdir
-    return ShardStore(cfg.shards, is_local=is_local, allow_links=cfg.allow_links)
+    store = ShardStore(cfg.shards, is_local=is_local, allow_links=cfg.allow_links)
+    mask = Path(cfg.shards) / ATTENTION_MASK.name
+    # Others may look at padding on purpose.
+    is_training = isinstance(cfg, ShuffledConfig) and cfg.mask is None and ATTENTION_MASK in store.sidecars
+    if is_training and Notices.of_process().may_say(f"padding {mask}"):
+        _log.warning("mask: expected one, as there may be padding, got none; leave it out with mask=%r", str(mask))
+    return store
 
 
 def _require_config(taker: str, cfg: Any, *kinds: type[Any]) -> None:

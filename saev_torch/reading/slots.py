@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from saev_torch.errors import ReadError
+from saev_torch.processes import inherited
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import has_memory_files
 from saev_torch.reading.leases import Lease, settle
@@ -108,12 +109,14 @@ class OpenBatch:
     Attributes:
         cells: `[size] int64`, the cell of each row; see `Selection`.
         labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
+        token_ids: `[size] int32`, the token id of each row (anything for a special token), where they are read.
     """
 
     slot: Slot
     size: int
     cells: NDArray[np.int64]
     labels: NDArray[np.uint8] | None
+    token_ids: NDArray[np.int32] | None = None
 
 
 _sent: set[Slot] = set()
@@ -188,6 +191,15 @@ class SlotPool:
             return Slot(self.nbytes, shared=True, region=region)
         return Slot(self.nbytes, shared=True)
 
+    def shrink(self, keep: int) -> None:
+        """Keep at most so many slots, free ones first; another lives as long as its memory is used."""
+        with self._lock:
+            self._slots = sorted(self._slots, key=lambda slot: not slot.is_free)[:keep]
+
+    def leave_to_parent(self) -> None:
+        """Forget all slots, in a child that is forked: those are its parent's."""
+        self._begin()
+
     def forget(self, slot: Slot) -> None:
         """Never hand a slot out again: somebody may still write to it."""
         with self._lock, contextlib.suppress(ValueError):
@@ -196,15 +208,25 @@ class SlotPool:
 
 os.register_at_fork(after_in_child=_sent.clear)
 
-_worker_pools: dict[int, SlotPool] = {}
+Pools = dict[int, SlotPool]
+"""Pools by the size of a slot."""
+
+_worker_pools: Pools = {}
 os.register_at_fork(after_in_child=_worker_pools.clear)
 
 
-def make_pool(nbytes: int) -> SlotPool:
-    """Memory for batches: in a worker shared with the parent, and kept for the next epoch."""
-    if not can_share():
-        return SlotPool(nbytes, shared=False)
-    return _worker_pools.setdefault(nbytes, SlotPool(nbytes, shared=True))
+def make_pool(nbytes: int, kept: Pools) -> SlotPool:
+    """Memory for batches, used again in the next epoch: in a worker shared with its parent, else private, and `kept`.
+
+    A child that is forked has none of what is kept, so that its parent need not copy what it writes to from then on.
+    """
+    if can_share():
+        return _worker_pools.setdefault(nbytes, SlotPool(nbytes, shared=True))
+    pool = kept.get(nbytes)
+    if pool is None:
+        pool = kept.setdefault(nbytes, SlotPool(nbytes, shared=False))
+        inherited.register(pool)
+    return pool
 
 
 def can_share() -> bool:

@@ -14,7 +14,7 @@ from saev_torch.reading.extents import Extents
 from saev_torch.reading.kernels import ConvertKernels, find_convert_kernels
 from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.ring import Ring, RingReader
-from saev_torch.reading.store import ShardStore
+from saev_torch.reading.store import Files, ShardStore
 
 # No number of bytes, and no error.
 _PENDING = np.iinfo(np.int64).min
@@ -83,6 +83,17 @@ def _n_pending(got: NDArray[np.int64]) -> int:
     return int(np.count_nonzero(got == _PENDING))
 
 
+def open_plain(store: Files, pace: Pace | None) -> CallReader:
+    """Make a reader for one thread: with a ring, where there is one to be had."""
+    ring = Ring.open()
+    return CallReader(store, pace) if ring is None else RingReader(ring, store, pace)
+
+
+def past_cache_of(reader: CallReader) -> Reader:
+    """A reader past the page cache, on the ring of another; that one, where it has none."""
+    return DirectReader(reader) if isinstance(reader, RingReader) else reader
+
+
 @dataclasses.dataclass
 class Source:
     """A store, what its values are to be in memory, and whether to read past the page cache where the system can.
@@ -107,15 +118,22 @@ class Source:
 
     def open_reader(self, pace: Pace | None = None) -> Reader:
         """Make a reader for one thread. It converts where a compiler is installed; else `finish` does that."""
-        ring = Ring.open()
-        reader: Reader = CallReader(self.store, pace) if ring is None else RingReader(ring, self.store, pace)
-        if self.past_cache and isinstance(reader, RingReader):
-            reader = DirectReader(reader)
+        reader = open_plain(self.store, pace)
+        return self.wrap(past_cache_of(reader) if self.past_cache else reader)
+
+    def wrap(self, reader: Reader) -> Reader:
+        """A reader that converts what another one reads; that one, where there is nothing to convert, or no way."""
         return reader if self._kernels is None else ConvertingReader(reader, self.scale or 1.0, self._kernels)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether what the readers read is still to be converted."""
+        is_same = self.scale is None and self.loaded in (None, self.store.metadata.value_type)
+        return self._kernels is None and not is_same
 
     def finish(self, act: torch.Tensor) -> None:
         """Convert activations that were read, see `convert_batch`, unless the readers did."""
-        if self._kernels is None:
+        if self.is_unfinished:
             self.convert(act)
 
     def convert(self, act: torch.Tensor) -> None:

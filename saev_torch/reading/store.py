@@ -19,17 +19,20 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
-from saev_torch.format.shards import LABELS_NAME, ShardInfo, check_nbytes, identify
+from saev_torch.format.shards import ShardInfo, check_nbytes, identify
+from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
+from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
+from saev_torch.processes.undone import close_with
 
-LABELS_IDX = -1
-"""Stands for labels.bin where the number of a shard is expected, as the last of all files."""
+LABELS_IDX = sidecar_idx(LABELS)
+"""Stands for labels.bin where the number of a shard is expected."""
 
 _log = logging.getLogger("saev_torch")
 
@@ -72,7 +75,7 @@ class _Descriptor:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        weakref.finalize(self, os.close, fd).atexit = False
+        close_with(self, fd)
         _descriptors.add(self)
 
 
@@ -91,12 +94,32 @@ def _limit_open(most: int, store: "ShardStore") -> None:
             other._lock.release()
 
 
+class Files(Protocol):
+    """What readers need of a store, or of several: files by number, each open while it is held."""
+
+    @property
+    def answers_short(self) -> bool:
+        """Whether reads may return fewer bytes than there are."""
+
+    def path(self, shard_idx: int) -> Path:
+        """Path of a file, for messages."""
+
+    def opened(self, shard_idx: int, direct: bool = False) -> contextlib.AbstractContextManager[int]:
+        """Hold a file open: yields its descriptor."""
+
+    def drop(self, shard_idx: int) -> None:
+        """Forget the descriptor of a file."""
+
+    def may_pass(self, path: Path, offset: int | None, code: int | None, tries: int) -> bool:
+        """Whether to try once more after an error."""
+
+
 class ShardStore:
     """A shard directory with its metadata and its table of shards.
 
     It is checked: `ShardsNotFoundError` where a file is missing, `FormatError` where one does not follow the format or
     has the wrong size. With tables that were loaded before, no file is looked at until it is opened. With `allow_links`
-    its files may be symbolic links to regular files.
+    its files may be symbolic links to regular files. `sidecars` are those that are there.
 
     With `is_local` it reads a copy under `$TMPDIR`, which stays there as long as this object lives; see `local_copy`.
 
@@ -124,8 +147,10 @@ class ShardStore:
         # Blocks are read in random order: what the kernel would read ahead is not wanted yet.
         self.advice = "RANDOM"
         # What comes after the check is left to the next one who checks.
-        has_labels = os.path.lexists(self.shards_dir / LABELS_NAME)
-        self.has_labels = has_labels if self.identities is None else bool((self.identities[LABELS_IDX] != -1).any())
+        self.sidecars = tuple(sidecar for sidecar in SIDECARS if os.path.lexists(self.shards_dir / sidecar.name))
+        if self.identities is not None:
+            is_there = (self.identities != -1).any(axis=1)
+            self.sidecars = tuple(sidecar for sidecar in SIDECARS if is_there[sidecar_idx(sidecar)])
         self._forget()
 
     def _forget(self) -> None:
@@ -148,6 +173,16 @@ class ShardStore:
         self.__dict__.update(state)
         self._forget()
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are labels."""
+        return LABELS in self.sidecars
+
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether there are token ids."""
+        return TOKEN_IDS in self.sidecars
+
     def clone(self) -> "ShardStore":
         """Another store on the same directory, with descriptors of its own; nothing is checked again yet."""
         return copy.copy(self)
@@ -157,7 +192,7 @@ class ShardStore:
         return self.shards_dir / self._name(shard_idx)
 
     def _name(self, shard_idx: int) -> str:
-        return LABELS_NAME if shard_idx == LABELS_IDX else self.shards[shard_idx].name
+        return SIDECARS[-1 - shard_idx].name if shard_idx < 0 else self.shards[shard_idx].name
 
     @contextlib.contextmanager
     def opened(self, shard_idx: int, direct: bool = False) -> Iterator[int]:
@@ -174,7 +209,7 @@ class ShardStore:
                 self._keep(key, held)
         if held is None:
             # Not under the lock: opening may hang, and then `close` must not.
-            opened = _Descriptor(self._open_again(shard_idx, direct))
+            opened = whole(lambda: _Descriptor(self._open_again(shard_idx, direct)))
             with self._lock:
                 held = self._open.setdefault(key, opened)
                 self._keep(key, held)
@@ -247,7 +282,7 @@ class ShardStore:
             if stat.st_dev not in self._devices:
                 self.answers_short = self.answers_short or _file_system(fd) in _SHORT
                 self._devices.add(stat.st_dev)
-            if shard_idx != LABELS_IDX:
+            if shard_idx >= 0:
                 advise(fd, self.advice)
                 if direct:
                     with contextlib.suppress(OSError, AttributeError):
@@ -258,7 +293,7 @@ class ShardStore:
         return fd
 
     def _check(self, shard_idx: int, stat: os.stat_result) -> None:
-        if shard_idx != LABELS_IDX and self.shards[shard_idx].n_examples:
+        if shard_idx >= 0 and self.shards[shard_idx].n_examples:
             check_nbytes(self.path(shard_idx), self.metadata, self.shards[shard_idx].n_examples, stat.st_size)
         known = (-1, -1) if self.identities is None else tuple(self.identities[shard_idx].tolist())
         # One of the two alone proves nothing: `touch` changes the time, and some file systems number anew.

@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
@@ -19,18 +20,24 @@ from saev_torch.order.selection import Selection
 from saev_torch.reading.store import ShardStore
 
 MAX_COUNT = (1 << 62) - 1
-_VERSION = 1
+VERSION = 1
+"""Of states."""
+
 _MODULUS = 1 << 64
+_SCALED_BY = "scaled_by"
+PLACE = "epoch", "batch", "digest", "rank", "world_size"
+"""Keys of a state that say where it stands."""
+
 _OF_BUFFER = "buffer_size", "n_lanes", "block_size"
 
 
 def batch_digest(batch: Mapping[str, torch.Tensor]) -> int:
     """Digest which samples a batch holds, and in which rows, as an integer in [0, 2**64).
 
-    It is the first 8 bytes of SHA-256 over `example_idx`, `token_idx` and, where there is one, `layer`.
+    It is the first 8 bytes of SHA-256 over `example_idx`, `token_idx` and, where there are such, `layer` and `source`.
     """
     digest = hashlib.sha256()
-    for key in ("example_idx", "token_idx", "layer"):
+    for key in ("example_idx", "token_idx", "layer", "source"):
         if key in batch:
             digest.update(batch[key].numpy(force=True).astype("<i8", copy=False).tobytes())
     return int.from_bytes(digest.digest()[:8], "little")
@@ -144,7 +151,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _fingerprint(md: Metadata, cfg: BatchConfig) -> dict[str, Any]:
+def fingerprint(md: Metadata, cfg: BatchConfig) -> dict[str, Any]:
     """What decides the order of samples."""
     names = ["tokens", "layer", "batch_size"]
     if isinstance(cfg, ShuffledConfig):
@@ -165,68 +172,122 @@ def _fingerprint(md: Metadata, cfg: BatchConfig) -> dict[str, Any]:
 
 def dump_state(md: Metadata, recording: Recording, cfg: BatchConfig, position: Position) -> dict[str, Any]:
     """Make a state: under 1 KB, of JSON's types only."""
-    fingerprint = _fingerprint(md, cfg) | vars(recording)
-    return {"version": _VERSION, **fingerprint, **vars(position), "digest": str(position.digest)}
+    identity = fingerprint(md, cfg) | vars(recording)
+    place = vars(position) | {"digest": str(position.digest)}
+    return {"version": VERSION, **identity, **place, **dump_scale(cfg, position.scale)}
+
+
+def dump_scale(cfg: BatchConfig, scale: float | None) -> dict[str, Any]:
+    """What a state says of a scale."""
+    way = _scaled_by(cfg)
+    # Of before are states that know no other scale than that of the mean.
+    return {"scale": scale} | ({} if way in (None, "mean") else {_SCALED_BY: way})
 
 
 def load_state(md: Metadata, recording: Recording, cfg: BatchConfig, state: Any) -> Position:
     """Check a state against data and config, and find the place that it names; the `StateError` says what differs."""
-    if not isinstance(state, dict) or "version" not in state:
-        raise StateError(f"state: expected a dict with a version, as state_dict() makes it, got {short(state)}.")
-    version = state["version"]
-    if not is_integer(version, 1):
-        raise StateError(f"state: version: expected {_VERSION}, got {short(version)}; it is no state of saev_torch.")
-    if version > _VERSION:
-        raise StateError(f"state: version: expected at most {_VERSION}, got {version}; use a newer saev_torch.")
-    expected = _fingerprint(md, cfg)
+    require_version(state)
+    expected = fingerprint(md, cfg)
     # States of before do not say which recording they belong to, and there were no subsets.
     later = {"mask": recording.mask, "examples": recording.examples}
     expected |= vars(recording) if any(key in state for key in _RECORDING) else later
     state = dict.fromkeys(later) | state
-    missing = [key for key in (*expected, "epoch", "batch", "digest", "rank", "world_size") if key not in state]
+    require_keys([*expected, *PLACE], state)
+    require_same(differences(expected, state))
+    position = load_position(state, recording.n_samples, cfg.batch_size)
+    return dataclasses.replace(position, scale=load_scale(cfg, state))
+
+
+def require_version(state: Any) -> None:
+    """Make sure that a state is one that this version can read."""
+    if not isinstance(state, dict) or "version" not in state:
+        raise StateError(f"state: expected a dict with a version, as state_dict() makes it, got {short(state)}.")
+    version = state["version"]
+    if not is_integer(version, 1):
+        raise StateError(f"state: version: expected {VERSION}, got {short(version)}; it is no state of saev_torch.")
+    if version > VERSION:
+        raise StateError(f"state: version: expected at most {VERSION}, got {version}; use a newer saev_torch.")
+
+
+def require_keys(keys: Iterable[str], state: Mapping[str, Any]) -> None:
+    """Make sure that a state has these keys."""
+    missing = [key for key in keys if key not in state]
     if missing:
         raise StateError(f"state: expected the keys {missing}, got none of them; it is incomplete.")
+
+
+def differences(expected: Mapping[str, Any], state: Mapping[str, Any], where: str = "") -> list[str]:
+    """Say in which of the expected values a state differs, by names that begin with `where`."""
     # A copy may lack the checksums.
     known = [key for key in expected if key != "checksums" or None not in (expected[key], state[key])]
     # True == 1 in Python.
     different = [key for key in known if type(state[key]) is not type(expected[key]) or state[key] != expected[key]]
+    return [f"{where}{key}: expected {short(expected[key])}, got {short(state[key])}" for key in different]
+
+
+def require_same(different: list[str]) -> None:
+    """Refuse a state that differs."""
     if different:
-        lines = ", ".join(f"{key}: expected {short(expected[key])}, got {short(state[key])}" for key in different)
         raise StateError(
-            f"state: it belongs to other data or another config: {lines}. Use the config that it was saved with, or "
-            "start anew."
+            f"state: it belongs to other data or another config: {', '.join(different)}. Use the config that it was "
+            "saved with, or start anew."
         )
+
+
+def load_position(state: Mapping[str, Any], n_samples: int, batch_size: int) -> Position:
+    """Find the place that a state names, without a scale."""
     counts = {key: state[key] for key in ("epoch", "batch", "rank", "world_size")}
     for key, value in counts.items():
         if not is_integer(value, 0, MAX_COUNT):
             raise StateError(f"state: {key}: expected an integer from 0 on, got {short(value)}; it is damaged.")
-    _check_place(recording, cfg, counts["batch"], counts["rank"], counts["world_size"])
+    _check_place(-(-n_samples // batch_size), counts["batch"], counts["rank"], counts["world_size"])
     try:
         digest = StreamDigest.parse(state["digest"])
     except (ValueError, AttributeError, TypeError) as err:
         raise StateError(f"state: digest: expected 16 hex digits and a count, got {short(state['digest'])}.") from err
-    return Position(digest=digest, scale=_load_scale(cfg, state.get("scale")), **counts)
+    return Position(digest=digest, **counts)
 
 
-def _check_place(recording: Recording, cfg: BatchConfig, batch: int, rank: int, world_size: int) -> None:
+def _check_place(n_batches: int, batch: int, rank: int, world_size: int) -> None:
     if world_size < 1:
         raise StateError(f"state: world_size: expected an integer from 1 on, got {world_size}; it is damaged.")
     if rank >= world_size:
         raise StateError(f"state: rank: expected less than world_size, {world_size}, got {rank}; it is damaged.")
     # A worker stands where its next batch would be, which is behind those of all others.
     info = get_worker_info()
-    most = -(-recording.n_samples // cfg.batch_size) + world_size * (1 if info is None else info.num_workers)
+    most = n_batches + world_size * (1 if info is None else info.num_workers)
     if batch > most:
         raise StateError(f"state: batch: expected at most {most}, the end of an epoch, got {batch}; it is damaged.")
 
 
-def _load_scale(cfg: BatchConfig, scale: Any) -> float | None:
-    wanted = isinstance(cfg, ShuffledConfig) and cfg.scale_norm
+def _scaled_by(cfg: BatchConfig) -> str | None:
+    """Where the scale of a config comes from; None where it has none."""
+    if cfg.scale is not None:
+        return "given"
+    if not isinstance(cfg, ShuffledConfig) or not cfg.scale_norm:
+        return None
+    return "median" if cfg.scale_norm == "median" else "mean"
+
+
+def load_scale(cfg: BatchConfig, state: Mapping[str, Any]) -> float | None:
+    """Check the scale of a state."""
+    scale, wanted = state.get("scale"), _scaled_by(cfg)
     if scale is not None and not (isinstance(scale, float) and 0 < scale < math.inf):
         raise StateError(f"state: scale: expected a number above 0, got {short(scale)}; it is damaged.")
-    if wanted != (scale is not None):
+    got = None if scale is None else state.get(_SCALED_BY, "mean")
+    # Whoever gives the number that was found before goes on with it.
+    given = None if cfg.scale is None else float(np.float32(cfg.scale))
+    if wanted != got if given is None else scale != given:
+        names = {
+            None: "scale_norm=False",
+            "mean": "scale_norm=True",
+            "median": "scale_norm='median'",
+            "given": "scale=",
+        }
+        amount = "none" if wanted is None else "a number" if given is None else f"{given}"
+        of = short(got) if got is not None and got not in list(names) else names[got]
         raise StateError(
-            f"state: scale: expected {'a number' if wanted else 'none'} with scale_norm={wanted}, got {scale}; use the "
-            "config that it was saved with, or start anew."
+            f"state: scale: expected {amount} with {names[wanted]}, got {scale} with {of}; use the config that it was "
+            "saved with, or start anew."
         )
     return scale

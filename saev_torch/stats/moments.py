@@ -153,15 +153,19 @@ class Piece:
 
 
 class NormHistogram:
-    """Counts of norms in bins that are 0.1% wide: the leading bits of a float32, so any magnitude has its bin."""
+    """Counts of norms in bins, 0.1% wide by default: the leading bits of a float32, so any magnitude has its bin.
 
-    def __init__(self) -> None:
-        self.counts = np.zeros(1 << (31 - _HISTOGRAM_SHIFT), dtype=np.int64)
+    The bins leave out the last `shift` of the 23 bits behind the point, so they are at most `2**(shift - 23)` wide.
+    """
+
+    def __init__(self, shift: int = _HISTOGRAM_SHIFT) -> None:
+        self._shift = np.uint32(shift)
+        self.counts = np.zeros(1 << (31 - shift), dtype=np.int64)
 
     def add(self, norms: _Floats) -> None:
         """Count `[n]` norms."""
         with np.errstate(over="ignore"):
-            bins = norms.astype(np.float32).view(np.uint32) >> np.uint32(_HISTOGRAM_SHIFT)
+            bins = norms.astype(np.float32).view(np.uint32) >> self._shift
         np.add.at(self.counts, bins, 1)
 
     def quantile(self, q: float, low: float, high: float) -> float:
@@ -174,7 +178,10 @@ class NormHistogram:
             return high if q else low
         rank = q * (n - 1) + 0.5
         found = int(np.searchsorted(cumulated, rank))
-        edges = (np.array([found, found + 1], dtype=np.uint32) << np.uint32(_HISTOGRAM_SHIFT)).view(np.float32)
+        if not found:
+            # Zeros, and what is hardly more.
+            return low
+        edges = (np.array([found, found + 1], dtype=np.uint32) << self._shift).view(np.float32)
         inside = (rank - (cumulated[found] - self.counts[found])) / self.counts[found]
         return float(np.clip(edges[0] + inside * (edges[1] - edges[0]), low, high))
 

@@ -24,7 +24,7 @@ import torch
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.format.files import fingerprint, lock, write_atomic, writing
-from saev_torch.format.shards import LABELS_NAME
+from saev_torch.format.sidecars import LABELS
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.selection import Selection
 from saev_torch.reading.labels import Labels
@@ -84,14 +84,27 @@ class Statistics:
         Raises:
             FormatError: No such number exists: every vector is zero, or has a value that is not finite.
         """
-        scale = math.sqrt(len(self.total.mean)) / self.total.mean_norm if self.total.mean_norm else math.inf
-        if not 0 < np.float32(scale) < np.inf:
+        return self._scale_to("mean", self.total.mean_norm)
+
+    @property
+    def median_scale(self) -> float:
+        """The number that makes the median L2 norm sqrt(d_model), as `norm_quantiles` knows it, rounded to float32.
+
+        Raises:
+            FormatError: No such number exists: half of the vectors are zero, or none is finite.
+        """
+        return self._scale_to("median", self.total.norm_quantiles[0.5])
+
+    def _scale_to(self, which: str, norm: float) -> float:
+        with np.errstate(over="ignore"):
+            scale = np.float32(math.sqrt(len(self.total.mean)) / norm if norm else math.inf)
+        if not 0 < scale < np.inf:
             raise FormatError(
-                f"scale_norm: expected activations with a mean norm above 0, got {self.total.mean_norm}"
+                f"scale_norm: expected activations with a {which} norm above 0, got {norm}"
                 f"{'' if self.first_nonfinite is None else f' (the first value is {self.first_nonfinite})'}; these "
                 "cannot be scaled, set scale_norm=False."
             )
-        return float(np.float32(scale))
+        return float(scale)
 
     def save(self, path: Path) -> None:
         """Write them to a file, in numpy's npz format without pickled objects.
@@ -178,12 +191,24 @@ def compute_statistics(
         return _compute(store, selection, n_sampled, seed, n_threads, cache, progress)
 
 
-def compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None) -> float:
+def find_scale(cfg: OrderedConfig | ShuffledConfig, store: ShardStore, selection: Selection) -> float | None:
+    """What a config multiplies activations with, None for nothing; measured only where `scale_norm` asks for it.
+
+    Raises:
+        FormatError: The activations cannot be scaled.
+        ConfigError: Scaled, they would be too large for their type in memory.
+    """
+    if cfg.scale is not None:
+        return float(np.float32(cfg.scale))
+    if not isinstance(cfg, ShuffledConfig) or not cfg.scale_norm:
+        return None
+    return _compute_scale(store.clone(), selection, cfg.scale_samples, cfg.scale_norm == "median")
+
+
+def _compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None, is_median: bool) -> float:
     """The number of `scale_norm`, from kept statistics or new ones: the same in every process and on every machine.
 
     Without `n_sampled`, large data are sampled, others are read whole. The store is closed when it is measured.
-    Activations that cannot be scaled raise a `FormatError`, and those that would be too large for their type in memory
-    a `ConfigError`.
     """
     if n_sampled is None:
         md = store.metadata
@@ -192,13 +217,14 @@ def compute_scale(store: ShardStore, selection: Selection, n_sampled: int | None
     with contextlib.closing(store):
         # The epoch that follows finds in the page cache what was read for this.
         found = _compute(store, selection.reading_with(Labels(store, selection).of_examples), n_sampled, is_only=False)
+    scale = found.median_scale if is_median else found.scale
     largest, act_type = max(-found.total.min, found.total.max), selection.act_type
-    if largest * found.scale > torch.finfo(getattr(torch, act_type.name)).max:
+    if largest * scale > torch.finfo(getattr(torch, act_type.name)).max:
         raise ConfigError(
             f"act_dtype: expected activations that {act_type.name} holds when they are scaled, got {largest:.6g} "
-            f"times {found.scale:.6g}; use act_dtype='float32'."
+            f"times {scale:.6g}; use act_dtype='float32'."
         )
-    return found.scale
+    return scale
 
 
 def _digest_of(store: ShardStore, selection: Selection, sample: list[int]) -> str:
@@ -210,7 +236,7 @@ def _digest_of(store: ShardStore, selection: Selection, sample: list[int]) -> st
     if selection.mask_digest is not None:
         what.append(f"mask {selection.mask_digest}")
     what += sample
-    names = [shard.name for shard in store.shards] + [LABELS_NAME] * store.has_labels
+    names = [shard.name for shard in store.shards] + [LABELS.name] * store.has_labels
     return fingerprint(store.shards_dir, names, f"{store.metadata.hash}\0{what!r}".encode())[:32]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from saev_torch.errors import ConfigError
+from saev_torch.format.examples import Examples
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -37,8 +38,25 @@ def integers(least: float = -math.inf) -> Callable[[str], list[int]]:
     return parse
 
 
-def positions(text: str) -> slice | list[int]:
-    """The type of an argument: start:stop, start:stop:step, or a list of integers from 0 on."""
+EXAMPLES_HELP = "examples: start:stop, a list 3,5,8, or a share by hash 0.0:0.9"
+
+
+def examples(text: str) -> Examples:
+    """The type of an argument: start:stop or start:, a list of integers, or a share drawn by hash, as in 0.0:0.9."""
+    low, colon, high = text.partition(":")
+    with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+        if "." in text:
+            return Examples.fraction(float(low), float(high))
+        if colon:
+            return Examples.span(int(low or 0), int(high) if high else None)
+        return Examples.only(integers(0)(text))
+    raise argparse.ArgumentTypeError(f"expected start:stop, a list as in 3,5,8, or a share as in 0.0:0.9, got {text!r}")
+
+
+def positions(text: str) -> slice | list[int] | Examples:
+    """The type of an argument: start:stop, start:stop:step, a list of integers from 0 on, or a share as in 0.0:0.9."""
+    if "." in text:
+        return examples(text)
     if ":" in text:
         with contextlib.suppress(ValueError):
             parts = [int(part) if part else None for part in text.split(":")]

@@ -1,4 +1,4 @@
-"""`python -m saev_torch mask DIR -o keep.npy`: which content tokens to train on, by position, norm and label."""
+"""`python -m saev_torch mask DIR -o keep.npy`: the content tokens to train on, by position, norm, label, token id."""
 
 import argparse
 import contextlib
@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from saev_torch.config import OrderedConfig, is_integer
 from saev_torch.errors import ConfigError
-from saev_torch.format.files import sync_dir, writing
-from saev_torch.iterable import OrderedActivations
-from saev_torch.reading.labels import Labels
+from saev_torch.format.files import short, sync_dir, writing
+from saev_torch.format.sidecars import ATTENTION_MASK, LABELS, TOKEN_IDS, Sidecar
+from saev_torch.iterable.activations import OrderedActivations
+from saev_torch.reading.columns import Column
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.statistics import compute_statistics
 from saev_torch.tools.arguments import check_new_file
@@ -68,7 +69,7 @@ class _Rows:
 
     shape: tuple[int, int]
     norms: NDArray[np.float32]
-    labels: NDArray[np.uint8]
+    beside: dict[Sidecar, NDArray[Any]]
 
 
 _Rules = dict[str, Callable[[_Rows], _Hits]]
@@ -83,11 +84,13 @@ def make_mask(
     norm_above: float | str | None = None,
     norm_below: float | str | None = None,
     labels: Sequence[int] = (),
+    token_ids: Sequence[int] = (),
     progress: bool | None = False,
 ) -> MaskReport:
     """Write a mask of content tokens, for `mask=` of the configs: what any of the rules names is dropped.
 
-    Special tokens are left alone. Activations are read once, in file order, if there is a rule about norms.
+    Special tokens are left alone. Activations are read once, in file order, if there is a rule about norms. Where
+    `record(padding="drop")` has left an attention_mask.npy, padding is dropped in any case.
 
     Args:
         shards: The shard directory.
@@ -99,6 +102,7 @@ def make_mask(
             median is that of all content tokens, or of 262,144 that are drawn with a fixed seed.
         norm_below: The same for tokens whose norm is below.
         labels: Drop tokens with these labels.
+        token_ids: Drop these tokens of the vocabulary.
         progress: Show progress; None for where stderr is a terminal.
 
     Returns:
@@ -117,11 +121,17 @@ def make_mask(
         if needs_norms and layer is None and len(md.layers) > 1:
             raise ConfigError(f"layer: expected one of {list(md.layers)}, whose norms count, got none; choose one.")
         cfg = OrderedConfig(store.shards_dir, layer=md.layers[0] if layer is None else layer)
-        median = _find_median(cfg) if any(str(limit).endswith(_IN_MEDIANS) for limit in by_norm.values()) else None
+        text = store.shards_dir / ATTENTION_MASK.name if ATTENTION_MASK in store.sidecars else None
+        counted = dataclasses.replace(cfg, mask=text)
+        median = _find_median(counted) if any(str(limit).endswith(_IN_MEDIANS) for limit in by_norm.values()) else None
         rules = _position_rules(positions, width) | _norm_rules(by_norm, median) | _label_rules(labels, store)
+        rules |= _token_id_rules(token_ids, store) | _padding_rules(store)
         if not rules:
-            raise ConfigError("make_mask: expected a rule (positions, norm_above, norm_below, labels), got none.")
-        counts, n_dropped = _write(path, store, _read(store, cfg, needs_norms, bool(labels)), rules, progress)
+            names = "positions, norm_above, norm_below, labels, token_ids"
+            raise ConfigError(f"make_mask: expected a rule ({names}), got none.")
+        asked = {LABELS: bool(len(labels)), TOKEN_IDS: bool(len(token_ids)), ATTENTION_MASK: True}
+        beside = [sidecar for sidecar in store.sidecars if asked[sidecar]]
+        counts, n_dropped = _write(path, store, _read(store, cfg, needs_norms, beside), rules, progress)
     return MaskReport(path, md.n_examples * width, n_dropped, counts, median)
 
 
@@ -184,26 +194,44 @@ def _label_rules(labels: Sequence[int], store: ShardStore) -> _Rules:
         raise ConfigError(f"labels: expected integers from 0 to 255, got {list(labels)}.")
     if len(labels) and not store.has_labels:
         raise ConfigError(f"labels: expected shards with labels.bin, got {store.shards_dir} without; leave them out.")
-    return {f"labels {list(labels)}": lambda rows: np.isin(rows.labels, list(labels))} if len(labels) else {}
+    return {f"labels {list(labels)}": lambda rows: np.isin(rows.beside[LABELS], list(labels))} if len(labels) else {}
+
+
+def _token_id_rules(token_ids: Sequence[int], store: ShardStore) -> _Rules:
+    ids = np.array(token_ids) if len(token_ids) else np.empty(0, dtype=np.int64)
+    if ids.dtype.kind not in "iu" or ids.ndim != 1:
+        raise ConfigError(f"token_ids: expected integers, got {short(token_ids)}.")
+    if len(ids) and not store.has_token_ids:
+        raise ConfigError(
+            f"token_ids: expected shards with {TOKEN_IDS.name}, got {store.shards_dir} without; record them anew, or "
+            "leave them out."
+        )
+    return {f"token ids {ids.tolist()}": lambda rows: np.isin(rows.beside[TOKEN_IDS], ids)} if len(ids) else {}
+
+
+def _padding_rules(store: ShardStore) -> _Rules:
+    if ATTENTION_MASK not in store.sidecars:
+        return {}
+    return {"padding": lambda rows: rows.beside[ATTENTION_MASK].view(np.uint8) == 0}
 
 
 def _find_median(cfg: OrderedConfig) -> float:
-    sampled = compute_statistics(dataclasses.replace(cfg), n_sampled=_N_SAMPLED)
+    sampled = compute_statistics(cfg, n_sampled=_N_SAMPLED)
     return sampled.total.norm_quantiles[0.5]
 
 
-def _read(store: ShardStore, cfg: OrderedConfig, norms: bool, labels: bool) -> Iterator[_Rows]:
+def _read(store: ShardStore, cfg: OrderedConfig, norms: bool, beside: Sequence[Sidecar]) -> Iterator[_Rows]:
     """Read what rules look at, some whole examples at a time."""
     md, width = store.metadata, store.metadata.content_tokens_per_example
     step = max(1, _TOKENS_AT_ONCE // width)
-    read_labels = Labels(store).of_examples
+    columns = {sidecar: Column(store, sidecar) for sidecar in beside}
     found = iter(OrderedActivations(dataclasses.replace(cfg, batch_size=step * width), rank=0, world_size=1))
-    no_norms, no_labels = np.empty((0, width), dtype=np.float32), np.empty((0, width), dtype=np.uint8)
+    no_norms = np.empty((0, width), dtype=np.float32)
     for start in range(0, md.n_examples, step):
         examples = np.arange(start, min(md.n_examples, start + step), dtype=np.int64)
         shape = len(examples), width
         measured = torch.linalg.vector_norm(next(found)["act"], dim=1).numpy().reshape(shape) if norms else no_norms
-        yield _Rows(shape, measured, read_labels(examples) if labels else no_labels)
+        yield _Rows(shape, measured, {sidecar: column.of_examples(examples) for sidecar, column in columns.items()})
 
 
 @contextlib.contextmanager
@@ -244,6 +272,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--norm-{side}", metavar="NORM", help="drop tokens with such a norm; a number or 10x-median"
         )
     parser.add_argument("--labels", type=int, nargs="+", default=[], help="drop tokens with these labels")
+    of_vocabulary = "drop these tokens of the vocabulary"
+    parser.add_argument("--token-ids", type=int, nargs="+", default=[], help=of_vocabulary)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -257,6 +287,7 @@ def run(args: argparse.Namespace) -> int:
         norm_above=_number(args.norm_above),
         norm_below=_number(args.norm_below),
         labels=args.labels,
+        token_ids=args.token_ids,
         progress=None,
     )
     print(report)

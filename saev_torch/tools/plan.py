@@ -13,7 +13,7 @@ from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
 from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import MIN_READ_NBYTES, Prediction, find_best, find_smallest, predict
-from saev_torch.tools.arguments import above_zero, at_least, check_new_file
+from saev_torch.tools.arguments import EXAMPLES_HELP, above_zero, at_least, check_new_file, examples
 
 _GIB = 1 << 30
 _BUFFERS = (1, 2, 4, 8, 16, 32)
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lanes", dest="n_lanes", metavar="LANES", type=whole, default=defaults.n_lanes)
     parser.add_argument("--act-dtype", default=defaults.act_dtype, choices=["float32", "stored"], help="in memory")
     parser.add_argument("--dtype", choices=list(DTYPES), help="as if this were stored (default: what is)")
+    parser.add_argument("--examples", type=examples, metavar="A:B", help=EXAMPLES_HELP)
     parser.add_argument("--readers", type=whole, default=1, help="ranks times workers (default: 1)")
     parser.add_argument("--quality", type=above_zero, help="find the smallest memory for this quality, 0 to 1")
     parser.add_argument("--memory-gib", type=above_zero, help="find the best quality in this memory")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype is not None:
         # Of an older protocol, too: only sizes are looked at.
         md = dataclasses.replace(md, dtype=args.dtype, protocol=PROTOCOL)
-    options = {name: getattr(args, name) for name in ("shards", "tokens", "act_dtype", *_OPTIONS)}
+    options = {name: getattr(args, name) for name in ("shards", "tokens", "act_dtype", "examples", *_OPTIONS)}
     cfg = ShuffledConfig(layer=_layer(md, args.layer), **options)
     least = MIN_READ_NBYTES if args.min_read_kib is None else args.min_read_kib * 1024
     if args.quality is not None and args.memory_gib is not None:

@@ -17,11 +17,14 @@ import torch
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, block_checksums
 from saev_torch.format.dtypes import DTYPES, FLOAT32
+from saev_torch.format.examples import Examples
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
+from saev_torch.format.sidecars import SIDECARS
+from saev_torch.order.examples import make_subset
+from saev_torch.reading.columns import Column
 from saev_torch.reading.extents import make_extents
-from saev_torch.reading.labels import Labels
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.arguments import at_least, integers, positions
@@ -39,7 +42,7 @@ def repack(
     shards_root: Path,
     *,
     layers: Sequence[int] | None = None,
-    examples: Sequence[int] | None = None,
+    examples: Sequence[int] | Examples | None = None,
     max_tokens_per_shard: int | None = None,
     dtype: str | None = None,
     on_overflow: str = "refuse",
@@ -56,7 +59,7 @@ def repack(
         shards_dir: The source, of any protocol.
         shards_root: Where the new directory `<hash>` is made.
         layers: Recorded layers to keep, by value, in the new order; all by default.
-        examples: Examples to keep, in the new order; all by default.
+        examples: Examples to keep, in the new order; or an `Examples`, as configs have it; all by default.
         max_tokens_per_shard: Activations (token x layer) in a file; as in the source by default.
         dtype: Type of the new values: "float32", "float16" or "bfloat16"; as in the source by default.
         on_overflow: "refuse" values that are too large for it, or "clip" them.
@@ -104,11 +107,11 @@ def _copy(
     n_fit = max(1, _BATCH_NBYTES // max(old.example_nbytes, new.example_nbytes))
     for start in range(0, len(numbers), n_fit):
         some = numbers[start : start + n_fit]
-        acts, labels = source.read(some)
+        acts, beside = source.read(some)
         if new.dtype != old.dtype:
             # Not by the writer, which has another number for an example.
             acts = _convert(acts, new, some, writer.on_overflow, meter)
-        writer.write_batch(acts, start, labels)
+        writer.write_batch(acts, start, *beside)
         bar.update(len(some) * new.example_nbytes)
 
 
@@ -130,8 +133,11 @@ def _layers(old: Metadata, layers: Sequence[int] | None) -> tuple[int, ...]:
     return kept
 
 
-def _numbers(old: Metadata, examples: Sequence[int] | None) -> npt.NDArray[np.int64]:
+def _numbers(old: Metadata, examples: Sequence[int] | Examples | None) -> npt.NDArray[np.int64]:
     """The examples to keep, as an array."""
+    if isinstance(examples, Examples):
+        subset = make_subset(examples, old.n_examples)
+        return subset.members(np.arange(subset.n, dtype=np.int64))
     numbers = np.asarray(range(old.n_examples) if examples is None else examples)
     got = "none" if numbers.size == 0 else short(examples)
     if numbers.size and numbers.ndim == 1 and numbers.dtype.kind in "iu":
@@ -175,12 +181,13 @@ class _Examples:
 
     def __init__(self, store: ShardStore, layer_idxs: list[int]) -> None:
         self._store, self._md, self._layer_idxs = store, store.metadata, layer_idxs
-        self._reader, self._labels = Source(store).open_reader(), Labels(store)
+        self._reader = Source(store).open_reader()
+        self._columns = [Column(store, sidecar) if sidecar in store.sidecars else None for sidecar in SIDECARS]
         has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
         self._checksums = Checksums.load(store.shards_dir, self._md) if has_checksums else None
 
-    def read(self, examples: npt.NDArray[np.int64]) -> tuple[torch.Tensor, npt.NDArray[np.uint8] | None]:
-        """Read the activations of examples, `[n, n_layers, tokens_per_example, d_model]`, and their labels."""
+    def read(self, examples: npt.NDArray[np.int64]) -> tuple[torch.Tensor, list[npt.NDArray[Any] | None]]:
+        """Read the activations of examples, `[n, n_layers, tokens_per_example, d_model]`, and those of sidecars."""
         md = self._md
         shape = (len(examples), len(self._layer_idxs), md.tokens_per_example, md.d_model)
         acts = np.empty(shape, dtype=md.value_type.storage)
@@ -193,12 +200,12 @@ class _Examples:
         self._reader.read(extents, 0, len(extents.nbytes))
         if self._checksums is not None:
             self._compare(self._checksums, examples, acts)
-        labels = self._labels.of_examples(examples) if self._store.has_labels else None
-        return as_tensor(acts, md.value_type), labels
+        beside = [None if column is None else column.of_examples(examples) for column in self._columns]
+        return as_tensor(acts, md.value_type), beside
 
     def _compare(self, checksums: Checksums, examples: npt.NDArray[np.int64], acts: npt.NDArray[Any]) -> None:
         expected = checksums.acts[examples][:, self._layer_idxs]
-        got = np.frombuffer(block_checksums(acts, None, checksums.algorithm), ">u4").reshape(expected.shape)
+        got = np.frombuffer(block_checksums(acts, (), checksums.algorithm), ">u4").reshape(expected.shape)
         if (expected != got).any():
             i, j = (int(x) for x in np.argwhere(expected != got)[0])
             layer = self._md.layers[self._layer_idxs[j]]
@@ -213,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", type=Path, help="shard directory to read")
     parser.add_argument("root", type=Path, help="where the new directory <hash> is made")
     parser.add_argument("--layers", type=integers(), metavar="A,B", help="layers to keep, for instance --layers=-2,11")
-    kept = "examples to keep: start:stop[:step], or a list 3,5,8"
+    kept = "examples to keep: start:stop[:step], a list 3,5,8, or a share by hash 0.0:0.9"
     parser.add_argument("--examples", type=positions, metavar="A:B", help=kept)
     most = "activations (token x layer) in a file"
     parser.add_argument("--max-tokens-per-shard", type=at_least(1), metavar="N", help=most)

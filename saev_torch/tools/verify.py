@@ -18,12 +18,13 @@ from saev_torch.errors import FormatError, ShardsNotFoundError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorithm
 from saev_torch.format.files import counted, read_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, ShardInfo, check_labels, check_nbytes, stat_regular
+from saev_torch.format.shards import SHARDS_NAME, ShardInfo, check_nbytes, stat_regular
+from saev_torch.format.sidecars import SIDECARS, sidecar_idx
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.reader import CallReader, Pace, Reader
-from saev_torch.reading.store import LABELS_IDX, ShardStore
+from saev_torch.reading.store import ShardStore
 from saev_torch.writing.progress import Progress
 
 _PIECE_NBYTES = 1 << 20  # Read and checked while it is still in the cache of the core.
@@ -61,7 +62,7 @@ class VerifyReport:
     Attributes:
         faults: What is wrong, in the order of files and bytes; empty if all is well.
         nbytes: Bytes that were read.
-        n_blocks: Blocks (example x layer, and the labels of an example) whose checksum was compared.
+        n_blocks: Blocks (a layer of an example, or its labels, token ids or mask) whose checksum was compared.
         has_checksums: Whether there is a checksums.json that can be used.
     """
 
@@ -77,7 +78,7 @@ class VerifyReport:
 
 
 class _File(NamedTuple):
-    """A file that can be read: its number, or `LABELS_IDX`, and the layers of its blocks, None for those of labels."""
+    """A file that can be read: its number, below 0 for a sidecar, and the layers of its blocks, None for those."""
 
     idx: int
     name: str
@@ -133,7 +134,7 @@ class _Verification:
         nbytes = sum(file.nbytes for file in files) if self.checksums is not None or self.finite else 0
         if nbytes:
             self._read_all(files, nbytes, progress, n_threads)
-        order = {name: i for i, name in enumerate([*(shard.name for shard in self.info), LABELS_NAME])}
+        order = {name: i for i, name in enumerate([file.name for file in (*self.info, *SIDECARS)])}
         faults = sorted(self.faults, key=lambda fault: (order.get(fault.file, -1), fault.offset or 0))
         return VerifyReport(faults, nbytes, self.n_blocks, self.checksums is not None)
 
@@ -180,13 +181,14 @@ class _Verification:
                         check_nbytes(self.shards_dir / shard.name, self.md, shard.n_examples, nbytes)
                     yield _File(idx, shard.name, self.md.layers, first, shard.n_examples, nbytes)
             first += shard.n_examples
-        has_sums = self.checksums is not None and self.checksums.labels is not None
-        if has_sums or os.path.lexists(self.shards_dir / LABELS_NAME):
-            with self._blaming(LABELS_NAME):
-                nbytes = stat_regular(self.shards_dir, LABELS_NAME).st_size
-                check_labels(self.shards_dir, self.md, nbytes)
-                if has_sums:
-                    yield _File(LABELS_IDX, LABELS_NAME, (None,), 0, self.md.n_examples, nbytes)
+        for sidecar in SIDECARS:
+            has_sums = self.checksums is not None and sidecar in self.checksums.beside
+            if has_sums or os.path.lexists(self.shards_dir / sidecar.name):
+                with self._blaming(sidecar.name):
+                    nbytes = stat_regular(self.shards_dir, sidecar.name).st_size
+                    sidecar.check(self.shards_dir, self.md, nbytes)
+                    if has_sums:
+                        yield _File(sidecar_idx(sidecar), sidecar.name, (None,), 0, self.md.n_examples, nbytes)
 
     def _read_all(self, files: list[_File], nbytes: int, progress: bool | None, n_threads: int) -> None:
         store = ShardStore(self.shards_dir, (self.md, self.info))
@@ -197,12 +199,14 @@ class _Verification:
             run_tasks("saev_torch verify", n_threads, Pace(count_cores()), functools.partial(CallReader, store), tasks)
 
     def _cut(self, file: _File) -> Iterator[list[_Piece]]:
-        width = self.md.content_tokens_per_example if file.idx == LABELS_IDX else self.md.example_nbytes
-        step, stop = max(1, _PIECE_NBYTES // width), file.n_examples * width
+        sidecar = SIDECARS[-1 - file.idx] if file.idx < 0 else None
+        width = self.md.example_nbytes if sidecar is None else sidecar.row_nbytes(self.md)
+        begin = 0 if sidecar is None else sidecar.offset(self.md, 0)
+        step, stop = max(1, _PIECE_NBYTES // width), begin + file.n_examples * width
         pieces = []
         for at in range(0, file.n_examples, step):
             n = min(step, file.n_examples - at)
-            pieces.append(_Piece(file, file.first + at, n, at * width, n * width))
+            pieces.append(_Piece(file, file.first + at, n, begin + at * width, n * width))
         padding = range(stop, file.nbytes, _PIECE_NBYTES)
         pieces += [_Piece(file, 0, 0, at, min(_PIECE_NBYTES, file.nbytes - at)) for at in padding]
         for start in range(0, len(pieces), _N_AT_ONCE):
@@ -220,7 +224,7 @@ class _Verification:
                 bar.update(piece.nbytes)
 
     def _check(self, piece: _Piece, view: memoryview) -> list[Fault]:
-        """Compare the checksum of each block, one layer of one example or its labels, and look at its values."""
+        """Compare the checksum of each block, a layer of an example or its row of a sidecar, and look at its values."""
         name, layers, n_layers = piece.file.name, piece.file.layers, len(piece.file.layers)
         if not piece.n_examples:
             is_bad = self.checksums is not None and bool(np.frombuffer(view, np.uint8).any())
@@ -230,14 +234,16 @@ class _Verification:
         blocks = [view[at : at + width] for at in range(0, piece.nbytes, width)]
         bad: list[tuple[int, str]] = []
         if self.checksums is not None:
-            sums = self.checksums.labels if piece.file.idx == LABELS_IDX else self.checksums.acts
-            expected = [] if sums is None else sums[piece.first : piece.first + piece.n_examples].ravel().tolist()
+            sums, idx = self.checksums.acts, piece.file.idx
+            if idx < 0:
+                sums = self.checksums.beside[SIDECARS[-1 - idx]]
+            expected = sums[piece.first : piece.first + piece.n_examples].ravel().tolist()
             got = list(map(find_algorithm(self.checksums.algorithm), blocks))
             if expected != got:
                 bad += [
                     (i, _compare(*pair)) for i, pair in enumerate(zip(expected, got, strict=True)) if len({*pair}) > 1
                 ]
-        if self.finite and piece.file.idx != LABELS_IDX:
+        if self.finite and piece.file.idx >= 0:
             for i, block in enumerate(blocks):
                 is_wrong = self.md.value_type.is_nonfinite(block)
                 if n_wrong := np.count_nonzero(is_wrong):

@@ -5,9 +5,9 @@ Each check raises a `WriteError` that says what was expected and what came.
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ from saev_torch.errors import ConfigError, WriteError
 from saev_torch.format.dtypes import DTYPES, ValueType
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
-from saev_torch.format.shards import LABELS_NAME, shard_name, shard_nbytes
+from saev_torch.format.shards import shard_name, shard_nbytes
+from saev_torch.format.sidecars import ATTENTION_MASK, LABELS, TOKEN_IDS, Sidecar
 from saev_torch.writing.narrowing import FLOATS, Given, Stored, as_tensor, to_stored
 
 _N_LOOKED_AT = 1 << 20  # Values looked at together, so that the mask stays small and in the cache.
@@ -133,27 +134,64 @@ def check_finite(acts: npt.NDArray[Any], md: Metadata, start: int) -> None:
             )
 
 
-def check_labels(md: Metadata, patch_labels: torch.Tensor | npt.ArrayLike, batch: int) -> npt.NDArray[np.uint8]:
-    """Return labels as a contiguous [batch, content_tokens_per_example] uint8 array."""
-    if isinstance(patch_labels, torch.Tensor | np.ndarray):
-        _require_values("patch_labels", patch_labels)
+Beside = dict[Sidecar, npt.NDArray[Any]]
+"""Values of sidecars for some examples, `[batch, content_tokens_per_example]` each, in the order of `SIDECARS`."""
+
+
+class _Kind(NamedTuple):
+    """How values of a sidecar are called in `write_batch`, and which there may be."""
+
+    argument: str
+    what: str
+    low: int
+    high: int
+
+
+_KINDS = {
+    LABELS: _Kind("patch_labels", "integers in 0..255", 0, 255),
+    TOKEN_IDS: _Kind("token_ids", "integers of 32 bits", -(1 << 31), (1 << 31) - 1),
+    ATTENTION_MASK: _Kind("attention_mask", "True or False, or 1 or 0,", 0, 1),
+}
+
+
+def check_beside(md: Metadata, given: Mapping[Sidecar, torch.Tensor | npt.ArrayLike | None], batch: int) -> Beside:
+    """Return the values of sidecars that are given as contiguous [batch, content_tokens_per_example] arrays."""
+    return {
+        sidecar: _check_values(md, _KINDS[sidecar], values, batch).astype(sidecar.storage, order="C", copy=False)
+        for sidecar, values in given.items()
+        if values is not None
+    }
+
+
+def _check_values(md: Metadata, kind: _Kind, given: torch.Tensor | npt.ArrayLike, batch: int) -> npt.NDArray[Any]:
+    name = kind.argument
+    if isinstance(given, torch.Tensor | np.ndarray):
+        _require_values(name, given)
     try:
-        if isinstance(patch_labels, torch.Tensor):
-            with _plain("patch_labels", patch_labels):
-                patch_labels = patch_labels.numpy(force=True)
-        labels = np.asarray(patch_labels)
+        if isinstance(given, torch.Tensor):
+            with _plain(name, given):
+                given = given.numpy(force=True)
+        values = np.asarray(given)
     except (TypeError, ValueError, RuntimeError) as err:
-        raise WriteError(f"patch_labels: expected an array of integers, got {short(patch_labels)}") from err
+        raise WriteError(f"{name}: expected an array of integers, got {short(given)}") from err
     shape = [batch, md.content_tokens_per_example]
-    if list(labels.shape) != shape:
+    if list(values.shape) != shape:
         raise WriteError(
-            f"patch_labels: expected shape [batch, content_tokens_per_example] = {shape}, got {list(labels.shape)}"
+            f"{name}: expected shape [batch, content_tokens_per_example] = {shape}, got {list(values.shape)}"
         )
-    if labels.dtype.kind not in "iu":
-        raise WriteError(f"patch_labels: expected integers in 0..255, got {labels.dtype}")
-    if labels.size and not 0 <= labels.min() <= labels.max() <= 255:
-        raise WriteError(f"patch_labels: expected integers in 0..255, got {labels.min()}..{labels.max()}")
-    return np.ascontiguousarray(labels, dtype=np.uint8)
+    if values.dtype.kind not in ("iu" if kind.high > 1 else "iub"):
+        raise WriteError(f"{name}: expected {kind.what}, got {values.dtype}")
+    if values.size and not kind.low <= values.min() <= values.max() <= kind.high:
+        raise WriteError(f"{name}: expected {kind.what}, got {values.min()}..{values.max()}")
+    return values
+
+
+def require_sidecars(expected: tuple[Sidecar, ...] | None, beside: Beside) -> None:
+    """Refuse a batch that has values of other sidecars than those before; None where there was none."""
+    for sidecar, kind in _KINDS.items() if expected is not None else ():
+        if (sidecar in beside) != (expected is not None and sidecar in expected):
+            got = "with" if sidecar in beside else "without"
+            raise WriteError(f"{kind.argument}: expected them for all batches or for none, got a batch {got} them")
 
 
 def _is_same(given: npt.NDArray[Any], stored: npt.NDArray[Any], value_type: ValueType) -> bool:
@@ -173,7 +211,7 @@ def require_same(
     again: range,
     acts: npt.NDArray[Any],
     start: int,
-    labels: npt.NDArray[np.uint8] | None,
+    beside: Beside,
 ) -> None:
     """Refuse to continue what was written of other data, by examples that are given again, those from `start` on."""
     for i in again:
@@ -181,9 +219,10 @@ def require_same(
         raw = read(shard_name(shard_idx), md.example_nbytes, shard_nbytes(md, row))
         stored = np.frombuffer(raw, dtype=given.dtype).reshape(given.shape)
         wrong = None if _is_same(given, stored, md.value_type) else "values"
-        if labels is not None and wrong is None:
-            n_labels = md.content_tokens_per_example
-            wrong = None if labels[i - start].tobytes() == read(LABELS_NAME, n_labels, i * n_labels) else "labels"
+        for sidecar, values in beside.items() if wrong is None else ():
+            on_disk = read(sidecar.name, sidecar.row_nbytes(md), sidecar.offset(md, i))
+            if values[i - start].tobytes() != on_disk:
+                wrong = sidecar.key
         if wrong is not None:
             raise WriteError(
                 f"{shards_dir}: expected the {wrong} on disk to be given again, got others for example {i}: "

@@ -3,9 +3,10 @@
     .unfinished              there until all is published; its lock is held for moments, to claim and to publish
     .journal-<start>-<stop>  one for each writer, by the examples that it is for; locked for as long as it lives
 
-A journal is lines `start stop has_labels algorithm checksums crc`: examples start..stop are on disk, and their
-checksums. A line is appended, and itself forced to disk, only after the data it speaks of was. What no line speaks of
-counts as not written. The locks are the kernel's, which a killed process cannot keep.
+A journal is lines `start stop sidecars algorithm checksums crc`: examples start..stop are on disk, and their
+checksums. Bit i of the number `sidecars` says whether the values of `SIDECARS[i]` are, too. A line is appended, and
+itself forced to disk, only after the data it speaks of was. What no line speaks of counts as not written. The locks are
+the kernel's, which a killed process cannot keep.
 """
 
 import bisect
@@ -22,9 +23,13 @@ from saev_torch.errors import WriteError
 from saev_torch.format.checksums import ALGORITHM
 from saev_torch.format.files import lock, open_own
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.sidecars import SIDECARS, Sidecar
 
 CLAIM_NAME = ".unfinished"
 _JOURNAL = re.compile(r"\.journal-(\d{1,19})-(\d{1,19})")
+
+Sidecars = tuple[Sidecar, ...]
+"""Those that belong to some examples, in the order of `SIDECARS`."""
 
 # A worker that a DataLoader forks inherits the locks, and could hold them after its parent was killed.
 _held: set[int] = set()
@@ -44,12 +49,13 @@ class Entry(NamedTuple):
 
     start: int
     stop: int
-    has_labels: bool
+    sidecars: Sidecars
     algorithm: str
     checksums: bytes
 
     def _to_line(self) -> bytes:
-        text = f"{self.start} {self.stop} {int(self.has_labels)} {self.algorithm} {self.checksums.hex()}"
+        bits = sum(1 << SIDECARS.index(sidecar) for sidecar in self.sidecars)
+        text = f"{self.start} {self.stop} {bits} {self.algorithm} {self.checksums.hex()}"
         return f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
 
     @classmethod
@@ -58,8 +64,9 @@ class Entry(NamedTuple):
         fields = text.split(b" ")
         if len(fields) != 5 or crc != b"%08x\n" % zlib.crc32(text):
             return None
-        start, stop, has_labels, algorithm, checksums = (field.decode() for field in fields)
-        return cls(int(start), int(stop), has_labels == "1", algorithm, bytes.fromhex(checksums))
+        start, stop, bits, algorithm, checksums = (field.decode() for field in fields)
+        sidecars = tuple(sidecar for i, sidecar in enumerate(SIDECARS) if int(bits) >> i & 1)
+        return cls(int(start), int(stop), sidecars, algorithm, bytes.fromhex(checksums))
 
 
 @contextlib.contextmanager
@@ -128,19 +135,19 @@ def read_journals(shards_dir: Path, md: Metadata) -> Iterator[Entry]:
 
     What a process without the package xxhash has written, or one with it, is left out: that is written again.
     """
-    has_labels = None
+    sidecars = None
     for name in journal_ranges(os.listdir(shards_dir)):
         for entry in _read_journal(shards_dir, name):
             if entry.algorithm != ALGORITHM:
                 continue
-            n_sums = (entry.stop - entry.start) * (md.n_layers + entry.has_labels)
+            n_sums = (entry.stop - entry.start) * (md.n_layers + len(entry.sidecars))
             is_fit = 0 <= entry.start < entry.stop <= md.n_examples and len(entry.checksums) == 4 * n_sums
-            if not is_fit or has_labels is (not entry.has_labels):
+            if not is_fit or sidecars not in (None, entry.sidecars):
                 raise WriteError(
-                    f"{shards_dir / name}: expected labels for all examples or for none, and examples of this data "
-                    f"set, got {entry.start}..{entry.stop}; delete the directory and write it again"
+                    f"{shards_dir / name}: expected labels and the like for all examples or for none, and examples of "
+                    f"this data set, got {entry.start}..{entry.stop}; delete the directory and write it again"
                 )
-            has_labels = entry.has_labels
+            sidecars = entry.sidecars
             yield entry
 
 

@@ -21,6 +21,7 @@ class Progress:
     def __init__(self, total: int, what: str, unit: str, enabled: bool | None = None) -> None:
         self._total, self._what, self._unit, self._enabled = total, what, unit, enabled
         self._first = self._done = 0
+        self._more = ""
         self._says_end = False
         self._bar: Any = None
         self._over = threading.Event()
@@ -63,6 +64,12 @@ class Progress:
         else:
             self._say()
 
+    def conclude(self, what: str) -> None:
+        """Say something more at the end."""
+        self._more = f"; {what}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(what)
+
     def skip(self, n: int) -> None:
         """Count `n` units as done before, which took no time."""
         self._first += n
@@ -95,5 +102,5 @@ class Progress:
             spent_s = time.monotonic() - self._started
             left_s = spent_s * (self._total - self._done) / (self._done - self._first)
             line += f", {datetime.timedelta(seconds=round(left_s))} left"
-        sys.stderr.write(f"{line})\n")
+        sys.stderr.write(f"{line}{self._more})\n")
         sys.stderr.flush()

@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata, PixelAgg
+from saev_torch.format.sidecars import ATTENTION_MASK, TOKEN_IDS
 from saev_torch.processes.launchers import announce
 from saev_torch.processes.notices import Notices
 from saev_torch.processes.world import find_world
 from saev_torch.writing.incoming import check_dtype, check_on_overflow
 from saev_torch.writing.progress import Progress
-from saev_torch.writing.source import Batches, Source, Taps, Tokens
+from saev_torch.writing.source import Batches, Source, Taps
+from saev_torch.writing.stream import Stream
+from saev_torch.writing.tokens import TokenIds, Tokens
 from saev_torch.writing.writer import ShardWriter
 
 _log = logging.getLogger("saev_torch")
@@ -46,6 +49,8 @@ def record(
     batch_dim: int = 0,
     forward: Callable[[nn.Module, Any], object] | None = None,
     labels: Callable[[Any], torch.Tensor] | None = None,
+    token_ids: TokenIds = None,
+    padding: str = "refuse",
     resume: bool = False,
     check_finite: bool = False,
     dtype: str | None = None,
@@ -57,16 +62,20 @@ def record(
     Layer i is the output of block i, from 0, as the next block gets it. transformers calls it `hidden_states[i + 1]`,
     but for the last block: there it gives what comes out of the model's final norm, where there is one (Llama, GPT-2
     and most other language models), and recorded is what goes into it. Example i is `dataset[i]` of the loader's data
-    set, so the loader must not shuffle. Writing a batch overlaps with computing the next one; two
-    batches are held on the host. The model is in evaluation mode meanwhile, and builds no graph.
+    set, so the loader must not shuffle. Writing a batch overlaps with computing the next one; two batches are held on
+    the host. The model is in evaluation mode meanwhile, and builds no graph. From the second batch on a forward pass
+    ends behind the last layer that is recorded, so that early layers of large models cost little; of the first one all
+    blocks run. Compiled models, and such that are sharded over devices, run as a whole.
 
     Under torchrun each rank records its share of the batches, and the last one to finish publishes. Put each rank's
     model on its device beforehand.
 
+    Where a few content tokens have norms of more than 20 medians, a warning names the mask that leaves them out.
+
     Args:
         model: Any module whose blocks put out [batch, tokens, d_model].
         dataloader: Yields what the model takes: a tensor, a mapping (passed as keywords), or a sequence of which the
-            first is passed. Where a mapping has an `attention_mask`, it must be 1 for all tokens that are recorded.
+            first is passed. Where a mapping has an `attention_mask`, it is 0 for padding.
         layers: Numbers of blocks, negative ones from the end, or names of modules by number: `{6: "encoder.layer.6"}`.
         shards_root: Where the directory `<hash>` is made.
         family: Transformer family, for the metadata.
@@ -81,8 +90,16 @@ def record(
         max_tokens_per_shard: Activations (token x layer) in one file.
         blocks: Name of the list of blocks, where it is not the longest one of the model.
         batch_dim: Which dimension of a block's output is the batch, 0 or 1.
-        forward: Called with model and batch instead of the model itself.
+        forward: Called with model and batch instead of the model itself. What it does behind the model's pass is not
+            done where that ends early.
         labels: Gives [batch, content_tokens_per_example] integers for a batch, see `pixel_to_token_labels`.
+        token_ids: Where the vocabulary indices of the recorded tokens come from, which are kept in token_ids.bin, and
+            become the column `token_ids`: a key of the batches, where [batch, n_tokens] integers are; or a function
+            that gives [batch, content_tokens_per_example] for a batch. None takes "input_ids" where there are such,
+            False leaves them out.
+        padding: What to do with padding among the tokens to record: "refuse" it, or "drop" it. Then zeros are stored
+            for it, so that all examples have as many tokens, and attention_mask.npy in the directory tells it from
+            tokens: give that as `mask=` to the configs. A warning says its path, and how much is padding.
         resume: Continue a recording that was killed; batches that are on disk are not computed again, but for the first
             one, which shows whether they are of the same data and model.
         check_finite: Refuse NaN and infinity.
@@ -106,13 +123,15 @@ def record(
     mine = range(len(loader) * world.rank // world.world_size, len(loader) * (world.rank + 1) // world.world_size)
     taps = Taps(model, layers, blocks, batch_dim)
     first = int(cls_token) if first_content_token is None else first_content_token
-    source = Source(model, loader, taps, forward, Tokens(cls_token, first, content_tokens_per_example))
+    tokens = Tokens(cls_token, first, content_tokens_per_example, padding, token_ids, labels)
+    source = Source(model, loader, taps, forward, tokens)
     start, stop = (loader.span(mine[0])[0], loader.span(mine[-1])[1]) if mine else (0, 0)
     shown = progress if progress is not None or world.rank == 0 else False
     # All the time: the first batch and publishing may take minutes, too.
     bar = Progress(stop - start, "recording", "examples", shown)
     with _evaluating(model), torch.inference_mode(), taps, bar:
         # A rank without any batch looks at the first of all, as it must know the directory's name.
+        began = time.monotonic()
         shape, found = source.peek(mine.start if mine else 0)
         md = Metadata(
             family=family,
@@ -137,76 +156,37 @@ def record(
         options: dict[str, Any] = {"check_finite": check_finite, "on_overflow": on_overflow}
         writer = ShardWriter(Path(shards_root), md, resume, example_range=example_range, **options)
         with writer:
+            if token_ids is None and writer.sidecars is not None and TOKEN_IDS not in writer.sidecars:
+                # What is on disk was begun without them.
+                tokens.token_ids = False
             todo = loader.touching(mine, writer.missing())
             # The first is computed already, and the writer looks whether what it has on disk is of these data.
             todo = todo if todo[:1] == [mine[0]] else [mine[0], *todo]
             bar.skip(stop - start - sum(high - low for low, high in map(loader.span, todo)))
-            with _Stream(writer, source.device, found if dtype is None else None) as stream:
-                for i, batch, acts in source.compute(todo):
-                    stream.write(acts, loader.span(i), None if labels is None else labels(batch))
-                    bar.update(len(acts))
+            with Stream(writer, source.device, found if dtype is None else None) as stream:
+                for i, recorded in source.compute(todo):
+                    stream.write(recorded, loader.span(i))
+                    bar.update(len(recorded.acts))
+        bar.conclude(_overhead(time.monotonic() - began, source.clock.read()))
+    if tokens.n_content:
+        share, path = tokens.n_padding / tokens.n_content, writer.shards_dir / ATTENTION_MASK.name
+        _log.warning("%.1f %% of the content tokens are padding; leave them out with mask=%r", 100 * share, str(path))
+    if world.rank == 0:
+        for line in stream.norms.advise(writer.shards_dir, md.layers):
+            _log.warning("%s", line)
     return writer.shards_dir
+
+
+def _overhead(spent_s: float, forward_s: float) -> str:
+    """Say how long recording took, beside the forward passes that were run for it."""
+    share = max(0.0, spent_s / max(forward_s, 1e-9) - 1)
+    return f"{spent_s:.1f} s, {share:.0%} over the forward passes"
 
 
 def _own_dtype(found: torch.dtype) -> str:
     """What is stored of a type that blocks put out, if nobody says."""
     name = str(found).removeprefix("torch.")
     return name if name in DTYPES else FLOAT32.name
-
-
-class _Stream:
-    """Writes batches in a thread, one behind the model; all of one type, unless that is None."""
-
-    def __init__(self, writer: ShardWriter, device: torch.device, dtype: torch.dtype | None) -> None:
-        self._writer, self._dtype = writer, dtype
-        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._pinned = torch.empty(0)
-        self._writing: Future[None] | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="record")
-
-    def __enter__(self) -> "_Stream":
-        return self
-
-    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
-        try:
-            if self._writing is not None and exc_type is None:
-                self._writing.result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
-
-    def write(self, acts: torch.Tensor, span: tuple[int, int], labels: torch.Tensor | None) -> None:
-        if len(acts) != span[1] - span[0]:
-            raise ConfigError(f"model: expected {span[1] - span[0]} examples from a batch, got {len(acts)}.")
-        if self._dtype not in (None, acts.dtype):
-            raise ConfigError(
-                f"dtype: expected blocks that put out {self._dtype}, as in the first batch, got {acts.dtype} in that "
-                f"of example {span[0]}; give the dtype to store."
-            )
-        # The one before was written while this one was computed; the host holds no third.
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._pool.submit(self._write, self._to_host(acts), span[0], labels)
-
-    def _to_host(self, acts: torch.Tensor) -> torch.Tensor:
-        if self._copying is None:
-            return acts.cpu().contiguous()
-        acts = acts.contiguous()
-        if len(self._pinned) < len(acts) or self._pinned.dtype != acts.dtype:
-            self._pinned = torch.empty(acts.shape, dtype=acts.dtype, pin_memory=True)
-        # What it held is written: that has been waited for.
-        host = self._pinned[: len(acts)]
-        self._copying.wait_stream(torch.cuda.current_stream(acts.device))
-        with torch.cuda.stream(self._copying):
-            host.copy_(acts, non_blocking=True)
-        # The allocator must not hand this memory to the next forward pass while it is still being copied.
-        acts.record_stream(self._copying)
-        return host
-
-    def _write(self, host: torch.Tensor, start: int, labels: torch.Tensor | None) -> None:
-        # This batch is all that is copied now: the next one waits until it is written.
-        if self._copying is not None:
-            self._copying.synchronize()
-        self._writer.write_batch(host, start, labels)
 
 
 @contextlib.contextmanager

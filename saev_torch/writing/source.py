@@ -1,8 +1,10 @@
 """What the blocks of any transformer put out for the batches of a loader, by their numbers: only what is missing."""
 
+import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from saev_torch.errors import ConfigError
 from saev_torch.format.files import short
 from saev_torch.format.plain import as_plain
+from saev_torch.writing.tokens import Recorded, Tokens
 
 
 class Batches:
@@ -95,8 +98,26 @@ def _names(model: nn.Module, layers: Sequence[int] | Mapping[int, str], blocks: 
     return chosen
 
 
+class _Enough(BaseException):
+    """Ends a forward pass when all that is recorded has been put out. No `Exception`, which models may catch."""
+
+
+# Modules that must not be left in the middle: they would be compiled anew, or stay as they are in it.
+_WHOLE = {"OptimizedModule", "ScriptModule", "DataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
+def _may_leave(model: nn.Module) -> bool:
+    return not any(
+        module._compiled_call_impl is not None or _WHOLE & {base.__name__ for base in type(module).__mro__}
+        for module in model.modules()
+    )
+
+
 class Taps:
     """Hooks that keep what some blocks put out during one forward pass; they are there while the `with` block runs.
+
+    A pass ends when all of them have run, but the first one, which shows whether they run once. That one ends where
+    the model of transformers without its head does, if there is such and they are in it.
 
     The arguments are those of `record`; `layers` are the numbers, in the order in which they are recorded.
     """
@@ -109,23 +130,33 @@ class Taps:
         self._batch_dim = batch_dim
         self._modules = [model.get_submodule(name) for name in _names(model, layers, blocks)]
         self._handles: list[Any] = []
+        self._is_first, self._may_leave = True, _may_leave(model)
+        base = getattr(model, "base_model", None) if hasattr(model, "get_output_embeddings") else None
+        is_around = isinstance(base, nn.Module) and base is not model and {*self._modules} <= {*base.modules()}
+        self._base = base if is_around else None
         self._found: list[torch.Tensor | None] = []
 
     def __enter__(self) -> Self:
         for i, module in enumerate(self._modules):
             self._handles.append(module.register_forward_hook(lambda *args, i=i: self._keep(i, args[2])))
+        if self._base is not None:
+            self._handles.append(self._base.register_forward_hook(lambda *args: self._leave()))
         return self
 
     def __exit__(self, *exc: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def expect(self) -> None:
-        """Forget what the last forward pass left."""
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Forget what the last forward pass left, and end the next one, in the `with` block, early."""
         self._found = [None] * len(self._modules)
+        with contextlib.suppress(_Enough):
+            yield
+        self._is_first = False
 
     def take(self) -> torch.Tensor:
-        """Return what the blocks put out since `expect`: [batch, n_layers, tokens, d_model], where they are.
+        """Return what the blocks put out in that pass: [batch, n_layers, tokens, d_model], where they are.
 
         Their type is that of the blocks, or the smallest that holds what several of them are.
         """
@@ -158,77 +189,88 @@ class Taps:
         # A copy, because models may add the next block's output to this one in place.
         dtype = out.dtype if out.is_floating_point() else torch.float32
         self._found[i] = out.detach().transpose(0, self._batch_dim).to(dtype, copy=True)
+        if not self._is_first:
+            self._leave()
+
+    def _leave(self) -> None:
+        """End the forward pass if all has been put out, and the model can be left in the middle."""
+        if self._may_leave and not any(found is None for found in self._found):
+            raise _Enough
 
 
-class Tokens(NamedTuple):
-    """Which tokens of a block's output are recorded: the first if it is [CLS], and content from another one on."""
+class Clock:
+    """How long forward passes took, in seconds; on a GPU by its own clock."""
 
-    cls_token: bool
-    first: int
-    n_content: int | None
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda, self._total_s = device.type == "cuda", 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def choose(self, n_tokens: int, batch: Any) -> list[int]:
-        """Return the indices among the tokens of a batch; none of them may be padding."""
-        n_content = n_tokens - self.first if self.n_content is None else self.n_content
-        stop = self.first + n_content
-        if n_content < 1 or self.first < int(self.cls_token) or stop > n_tokens:
-            raise ConfigError(
-                f"content_tokens_per_example: expected content tokens {self.first}..{stop} among the {n_tokens} "
-                "that the blocks put out; give content_tokens_per_example and first_content_token."
-            )
-        tokens = [0] * self.cls_token + list(range(self.first, stop))
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, tokens].all()):
-            raise ConfigError(
-                "dataloader: expected tokens only, got padding among those to record (attention_mask is 0); cut the "
-                "text into windows of one length, see token_windows."
-            )
-        return tokens
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Time what is done in the `with` block."""
+        if not self._is_cuda:
+            began = time.monotonic()
+            try:
+                yield
+            finally:
+                self._total_s += time.monotonic() - began
+            return
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        try:
+            yield
+        finally:
+            stop.record()
+            self._events.append((start, stop))
+
+    def read(self) -> float:
+        """How long all of them took."""
+        for start, stop in self._events:
+            stop.synchronize()
+            self._total_s += start.elapsed_time(stop) / 1000
+        self._events.clear()
+        return self._total_s
 
 
 class Source:
-    """The activations of batches by number: [batch, n_layers, tokens, d_model], on the model's device.
-
-    Their type is what the blocks put out.
-    """
+    """What is recorded of batches by number; `clock` times the forward passes."""
 
     def __init__(
         self, model: nn.Module, loader: Batches, taps: Taps, forward: Callable[..., object] | None, tokens: Tokens
     ) -> None:
         self.device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        self.clock = Clock(self.device)
         self._model, self._loader, self._taps, self._forward, self._tokens = model, loader, taps, forward, tokens
-        self._peeked: list[tuple[int, Any, torch.Tensor]] = []
+        self._peeked: list[tuple[int, Recorded]] = []
 
     def peek(self, i: int) -> tuple[torch.Size, torch.dtype]:
         """Return shape and type of the activations of a batch, which are kept: it need not be computed again."""
         (batch,) = self._loader.load([i])
-        acts = self._run(batch)
-        self._peeked = [(i, batch, acts)]
-        return acts.shape, acts.dtype
+        recorded = self._run(batch)
+        self._peeked = [(i, recorded)]
+        return recorded.acts.shape, recorded.acts.dtype
 
-    def compute(self, numbers: list[int]) -> Iterator[tuple[int, Any, torch.Tensor]]:
-        """Yield the number, the batch and the activations of each of these batches."""
-        is_peeked = numbers[:1] == [i for i, _, _ in self._peeked]
+    def compute(self, numbers: list[int]) -> Iterator[tuple[int, Recorded]]:
+        """Yield the number and what is recorded of each of these batches."""
+        is_peeked = numbers[:1] == [i for i, _ in self._peeked]
         rest = numbers[is_peeked:]
         batches = self._loader.load(rest)
         if is_peeked:
             yield self._peeked.pop()
         self._peeked.clear()
         for i, batch in zip(rest, batches, strict=True):
-            yield i, batch, self._run(batch)
+            yield i, self._run(batch)
 
-    def _run(self, batch: Any) -> torch.Tensor:
-        batch = _to(batch, self.device)
-        self._taps.expect()
-        if self._forward is not None:
-            self._forward(self._model, batch)
-        elif isinstance(batch, Mapping):
-            self._model(**batch)
-        else:
-            self._model(batch[0] if isinstance(batch, list) else batch)
-        acts = self._taps.take()
-        tokens = self._tokens.choose(acts.shape[2], batch)
-        return acts[:, :, tokens] if len(tokens) < acts.shape[2] else acts
+    def _run(self, given: Any) -> Recorded:
+        batch = _to(given, self.device)
+        with self._taps.expecting(), self.clock.running():
+            if self._forward is not None:
+                self._forward(self._model, batch)
+            elif isinstance(batch, Mapping):
+                self._model(**batch)
+            else:
+                self._model(batch[0] if isinstance(batch, list) else batch)
+        return self._tokens.record(self._taps.take(), given)
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -9,18 +9,24 @@ metadata.json            comes last, so that what loads is complete
 import contextlib
 import os
 from pathlib import Path
-from typing import Any
-
-import numpy.typing as npt
 
 from saev_torch.errors import WriteError
 from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums
-from saev_torch.format.files import open_own, sync_dir, write_atomic, writing
+from saev_torch.format.files import sync_dir, write_atomic, writing
 from saev_torch.format.metadata import METADATA_NAME, Metadata
-from saev_torch.format.shards import LABELS_NAME, SHARDS_NAME, Shard, ShardInfo, labels_nbytes, shard_name, shard_nbytes
-from saev_torch.writing.journal import CLAIM_NAME, Entry, Journal, Ranges, claimed, journal_ranges, read_journals
-
-_MAX_PWRITE_BYTES = 1 << 30  # The kernel takes at most 2 GiB less a page in one call.
+from saev_torch.format.shards import SHARDS_NAME, Shard, ShardInfo, shard_name, shard_nbytes
+from saev_torch.format.sidecars import SIDECARS
+from saev_torch.writing.journal import (
+    CLAIM_NAME,
+    Entry,
+    Journal,
+    Ranges,
+    Sidecars,
+    claimed,
+    journal_ranges,
+    read_journals,
+)
+from saev_torch.writing.parts import Parts, part_name
 
 
 class Unfinished:
@@ -41,17 +47,17 @@ class Unfinished:
         preallocate: bool = False,
     ) -> None:
         self.published = False
-        self.parts = _Parts(shards_dir, md)
+        self.parts = Parts(shards_dir, md)
         self._shards_dir, self._md, self._metadata_json = shards_dir, md, md.to_json()
         self._example_range, self._resume, self._keeps = example_range, resume, keeps
         self._preallocate = preallocate
         self._is_made = False
         self._journal: Journal | None = None
 
-    def open(self) -> tuple[Ranges, bool | None]:
+    def open(self) -> tuple[Ranges, Sidecars | None]:
         """Make the directory, which must be vacant or, with `resume`, unfinished, and claim the examples.
 
-        Returns the examples that are on disk, and whether they have labels: None where that is not known yet.
+        Returns the examples that are on disk, and which sidecars they have: None where that is not known yet.
         """
         with writing(self._shards_dir):
             self._is_made = not self._shards_dir.exists()
@@ -62,7 +68,7 @@ class Unfinished:
                 self._remove_dir()
                 raise
 
-    def _claim(self) -> tuple[Ranges, bool | None]:
+    def _claim(self) -> tuple[Ranges, Sidecars | None]:
         everything = Ranges()
         everything.add(0, self._md.n_examples)
         if self._is_finished():
@@ -70,14 +76,14 @@ class Unfinished:
                 # A writer was killed at its very last step.
                 with self._claimed():
                     self._remove_claim()
-            return everything, self._has_labels()
+            return everything, self._find_sidecars()
         self._require_vacant()
         with self._claimed() as is_new:
             try:
                 # Once more: another writer may have come, and even finished, in between.
                 if self._is_finished():
                     self._remove_claim()
-                    return everything, self._has_labels()
+                    return everything, self._find_sidecars()
                 self._require_vacant(is_new)
                 self._require_nobody()
                 # To readers metadata.json says that all is written; users of saev call Metadata.dump first.
@@ -107,8 +113,8 @@ class Unfinished:
         shards, metadata = self._shards_dir / SHARDS_NAME, self._shards_dir / METADATA_NAME
         return shards.is_file() and metadata.is_file() and metadata.read_bytes() == self._metadata_json
 
-    def _has_labels(self) -> bool:
-        return (self._shards_dir / LABELS_NAME).is_file()
+    def _find_sidecars(self) -> Sidecars:
+        return tuple(sidecar for sidecar in SIDECARS if (self._shards_dir / sidecar.name).is_file())
 
     def _require_vacant(self, is_new: bool = False) -> None:
         names = set(os.listdir(self._shards_dir)) - ({CLAIM_NAME} if is_new else set())
@@ -144,8 +150,8 @@ class Unfinished:
             unknown.discard(METADATA_NAME)
         # Without the claim there was no writer of ours, and so nothing of ours.
         if CLAIM_NAME in names:
-            ours = {shard.name for shard in _make_shard_info(self._md)} | {LABELS_NAME}
-            unknown -= ours | set(map(_part_name, ours)) | {SHARDS_NAME, CHECKSUMS_NAME}
+            ours = {file.name for file in (*_make_shard_info(self._md), *SIDECARS)}
+            unknown -= ours | set(map(part_name, ours)) | {SHARDS_NAME, CHECKSUMS_NAME}
             unknown = {name for name in unknown if not _is_temporary(name)}
         return unknown
 
@@ -165,15 +171,15 @@ class Unfinished:
         """
         with writing(self._shards_dir), self._claimed():
             if not self._is_published():
-                done, has_labels = self._read_journals()
+                done, sidecars = self._read_journals()
                 if list(done.gaps(self._md.n_examples)):
                     return
-                self._publish(bool(has_labels))
+                self._publish(sidecars or ())
             self._remove_claim()
             self.published = True
 
-    def _publish(self, has_labels: bool) -> None:
-        checksums = Checksums.make(self._md, has_labels)
+    def _publish(self, sidecars: Sidecars) -> None:
+        checksums = Checksums.make(self._md, sidecars)
         for entry in read_journals(self._shards_dir, self._md):
             checksums.fill(entry.start, entry.stop, entry.checksums)
         info = _make_shard_info(self._md)
@@ -181,21 +187,21 @@ class Unfinished:
             self.parts.write_empty(info[-1].name)
         for shard in info:
             self.parts.reveal(shard.name, shard_nbytes(self._md, shard.n_examples), cut=not self._preallocate)
-        if has_labels:
-            self.parts.reveal(LABELS_NAME, labels_nbytes(self._md))
+        for sidecar in sidecars:
+            self.parts.reveal(sidecar.name, sidecar.nbytes(self._md))
         # Dumping these makes the renames before them last, too; metadata.json comes when all else is sure to be there.
         info.dump(self._shards_dir)
         checksums.dump(self._shards_dir, self._metadata_json)
         write_atomic(self._shards_dir / METADATA_NAME, self._metadata_json)
         sync_dir(self._shards_dir.parent)
 
-    def _read_journals(self) -> tuple[Ranges, bool | None]:
-        """Return the examples that are on disk, and whether they have labels; the directory stays claimed meanwhile."""
-        done, has_labels = Ranges(), None
+    def _read_journals(self) -> tuple[Ranges, Sidecars | None]:
+        """Return the examples that are on disk, and which sidecars they have; the directory stays claimed meanwhile."""
+        done, sidecars = Ranges(), None
         for entry in read_journals(self._shards_dir, self._md):
             done.add(entry.start, entry.stop)
-            has_labels = entry.has_labels
-        return done, has_labels
+            sidecars = entry.sidecars
+        return done, sidecars
 
     def _remove_claim(self) -> None:
         # The claim last, as it says that the rest may be there.
@@ -227,111 +233,6 @@ class Unfinished:
         if self._is_made:
             with contextlib.suppress(OSError):
                 self._shards_dir.rmdir()
-
-
-class _Parts:
-    """The data files under hidden names, which they keep until all of them are published."""
-
-    def __init__(self, shards_dir: Path, md: Metadata) -> None:
-        self._shards_dir, self._md = shards_dir, md
-        self._fds: dict[str, int] = {}
-        self._changed: set[str] = set()
-
-    def write(self, name: str, rows: npt.NDArray[Any], offset: int) -> None:
-        """Write rows at an offset of a file, in bytes; the file is made where there is none."""
-        with writing(self._shards_dir / name):
-            fd = self._open(name)
-            view = rows.data.cast("B")
-            while view:
-                n_bytes = os.pwrite(fd, view[:_MAX_PWRITE_BYTES], offset)
-                view, offset = view[n_bytes:], offset + n_bytes
-            # Not before: a signal handler may ask for a checkpoint in the middle, which would take it.
-            self._changed.add(name)
-
-    def read(self, name: str, nbytes: int, offset: int) -> bytes:
-        """Read what was written to a file, under whichever name it has by now."""
-        part = _part_name(name)
-        fd = open_own(self._shards_dir, part if (self._shards_dir / part).exists() else name)
-        with writing(self._shards_dir / name), os.fdopen(fd, "rb") as file:
-            file.seek(offset)
-            found = file.read(nbytes)
-        if len(found) < nbytes:
-            raise WriteError(
-                f"{self._shards_dir / name}: expected {nbytes} bytes at {offset}, got {len(found)}: it was changed; "
-                "delete the directory and write it again"
-            )
-        return found
-
-    def take_changed(self) -> set[str]:
-        """Return the files that were written since this was last asked."""
-        changed, self._changed = self._changed, set()
-        return changed
-
-    def write_empty(self, name: str) -> None:
-        """Make a file of zeros, unless it is there or published, and force it to disk."""
-        with writing(self._shards_dir / name):
-            if not (self._shards_dir / name).exists():
-                os.fsync(self._open(name))
-
-    def _open(self, name: str) -> int:
-        if name in self._fds:
-            return self._fds[name]
-        # Labels and one shard are all that batches in order need; many shards would run out of descriptors.
-        for other in [other for other in self._fds if LABELS_NAME not in (name, other)]:
-            os.close(self._fds.pop(other))
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self._shards_dir / _part_name(name), flags, 0o666)
-        try:
-            # Full size at once, zeros where nothing is written; the last one is cut when it is published.
-            os.ftruncate(fd, self._nbytes(name))
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fds[name] = fd
-        return fd
-
-    def _nbytes(self, name: str) -> int:
-        return labels_nbytes(self._md) if name == LABELS_NAME else shard_nbytes(self._md, self._md.examples_per_shard)
-
-    def sync(self, names: set[str]) -> None:
-        """Force files to disk; another thread may write meanwhile."""
-        for name in sorted(names):
-            with writing(self._shards_dir / name):
-                # Not the descriptor of the writing thread, which may close it.
-                fd = os.open(self._shards_dir / _part_name(name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-
-    def reveal(self, name: str, nbytes: int, cut: bool = True) -> None:
-        """Give a file its own name, unless a writer that was killed has done so, and cut it to `nbytes` if asked to."""
-        path, part = self._shards_dir / name, self._shards_dir / _part_name(name)
-        with writing(path):
-            if part.exists():
-                os.rename(part, path)
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                found, full = os.fstat(fd).st_size, self._nbytes(name)
-                if found not in (nbytes, full):
-                    raise WriteError(
-                        f"{path}: expected {full} bytes, got {found}: it was changed; delete the directory and write "
-                        "it again"
-                    )
-                if found != (nbytes if cut else full):
-                    # What stands behind its examples is zeros that nobody wrote.
-                    os.ftruncate(fd, nbytes if cut else full)
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
-
-    def close(self) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
-
-
-def _part_name(name: str) -> str:
-    return f".{name}.part"
 
 
 def _is_temporary(name: str) -> bool:

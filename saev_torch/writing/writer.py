@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -16,20 +15,23 @@ from saev_torch.errors import WriteError
 from saev_torch.format.checksums import ALGORITHM, block_checksums
 from saev_torch.format.files import counted, short
 from saev_torch.format.metadata import Metadata
-from saev_torch.format.shards import LABELS_NAME, MAX_SHARDS, shard_name, shard_nbytes
+from saev_torch.format.shards import MAX_SHARDS, shard_name, shard_nbytes
+from saev_torch.format.sidecars import ATTENTION_MASK, LABELS, TOKEN_IDS
 from saev_torch.processes.locks import renewed
 from saev_torch.writing.checkpoints import Checkpoints
 from saev_torch.writing.incoming import (
+    Beside,
     check_activations,
+    check_beside,
     check_example_range,
     check_finite,
-    check_labels,
     check_on_overflow,
     check_start,
     check_stored,
     require_same,
+    require_sidecars,
 )
-from saev_torch.writing.journal import Entry, Ranges
+from saev_torch.writing.journal import Entry, Ranges, Sidecars
 from saev_torch.writing.unfinished import Unfinished
 
 _log = logging.getLogger("saev_torch")
@@ -82,6 +84,7 @@ class ShardWriter:
         example_range: Examples that this writer is for.
         on_overflow: What is done with values that are too large.
         n_clipped: Values that were clipped; a warning says so at the end.
+        sidecars: What is written beside the shards; None before anything is.
 
     Raises:
         ConfigError: `on_overflow` is neither.
@@ -114,7 +117,7 @@ class ShardWriter:
         self._check_finite, self.on_overflow, self.n_clipped = check_finite, check_on_overflow(on_overflow), 0
         # What was given in this `with` block, and with it what was on disk before.
         self._given, self._done = Ranges(), Ranges()
-        self._has_labels: bool | None = None
+        self.sidecars: Sidecars | None = None
         self._is_open, self._pid = False, 0
         self._was_opened, self._opening = False, renewed(threading.Lock())
 
@@ -132,7 +135,7 @@ class ShardWriter:
         """
         if self._is_open:
             raise WriteError(f"{self.shards_dir}: expected one `with` block for a writer, got another inside it")
-        self._done, self._has_labels = self._unfinished.open()
+        self._done, self.sidecars = self._unfinished.open()
         self._given, self._is_compared = Ranges(), False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="ShardWriter")
         self._checkpoints = Checkpoints(self._unfinished, self._threads)
@@ -181,8 +184,7 @@ class ShardWriter:
 
     def _close(self, exc_type: type[BaseException] | None) -> None:
         if self.n_clipped:
-            what = counted(self.n_clipped, "value")
-            _log.warning("%s: clipped %s that %s does not hold", self.shards_dir, what, self.md.dtype)
+            _warn_of_clipped(self)
         try:
             if exc_type is None and not self.published:
                 missing = self.missing()
@@ -212,13 +214,17 @@ class ShardWriter:
         activations: torch.Tensor | npt.NDArray[Any],
         start_idx: int,
         patch_labels: torch.Tensor | npt.ArrayLike | None = None,
+        token_ids: torch.Tensor | npt.ArrayLike | None = None,
+        attention_mask: torch.Tensor | npt.ArrayLike | None = None,
     ) -> None:
         """Write consecutive examples. A batch that was refused has changed nothing, and may be mended and written.
 
         Args:
             activations: [batch, n_layers, tokens_per_example, d_model] of any float type, on any device.
             start_idx: Example that the first of the batch is.
-            patch_labels: [batch, content_tokens_per_example] integers in 0..255; for all batches or for none.
+            patch_labels: [batch, content_tokens_per_example] integers in 0..255; these three for all batches or none.
+            token_ids: [batch, content_tokens_per_example] integers of 32 bits, places in the model's vocabulary.
+            attention_mask: [batch, content_tokens_per_example] bool, or 1 and 0: False for padding.
 
         Raises:
             WriteError: Wrong shape, type or range, a value that is too large, an example that was written before, other
@@ -229,42 +235,38 @@ class ShardWriter:
         given = check_activations(self.md, activations)
         start = check_start(start_idx, len(given.bits), self.example_range)
         acts, _, n_clipped = check_stored(given, self.md, range(start, start + len(given.bits)), self.on_overflow)
-        labels = None if patch_labels is None else check_labels(self.md, patch_labels, len(acts))
+        columns = {LABELS: patch_labels, TOKEN_IDS: token_ids, ATTENTION_MASK: attention_mask}
+        beside = check_beside(self.md, columns, len(acts))
         if self._check_finite:
             check_finite(acts, self.md, start)
         with self._lock:
             # Another thread may have closed it meanwhile.
             self._require_open()
-            self._add(acts, start, labels)
+            self._add(acts, start, beside)
             self.n_clipped += n_clipped
 
-    def _add(self, acts: "_Acts", start: int, labels: "_Labels") -> None:
+    def _add(self, acts: "_Acts", start: int, beside: Beside) -> None:
         stop = start + len(acts)
         overlap = self._given.overlap(start, stop)
         if overlap is not None:
-            raise WriteError(
-                f"start_idx: expected each example once, got {start}..{stop}, of which "
-                f"{overlap[0]}..{overlap[1]} (end excluded) were written before"
-            )
+            raise _written_before(start, stop, overlap)
         if len(acts) == 0:
             return
-        if self._has_labels is (labels is None):
-            got = "without" if labels is None else "with"
-            raise WriteError(f"patch_labels: expected them for all batches or for none, got a batch {got} them")
+        require_sidecars(self.sidecars, beside)
         self._checkpoints.raise_failed()
         if not self._is_compared:
             again = range(*(self._done.overlap(start, stop) or (0, 0)))
-            require_same(self.shards_dir, self.md, self._unfinished.parts.read, again, acts, start, labels)
+            require_same(self.shards_dir, self.md, self._unfinished.parts.read, again, acts, start, beside)
             self._is_compared = len(again) > 0
         entries = []
         for low, high in self._done.gaps(stop, start):
             rows = slice(low - start, high - start)
-            given = acts[rows], low, None if labels is None else labels[rows]
-            entries.append(_write(self._unfinished, self.md, self._threads, *given))
+            some = {sidecar: values[rows] for sidecar, values in beside.items()}
+            entries.append(_write(self._unfinished, self.md, self._threads, acts[rows], low, some))
         # Only now, so that a batch that failed on the way can be written again.
         self._given.add(start, stop)
         self._done.add(start, stop)
-        self._has_labels = labels is not None
+        self.sidecars = tuple(beside)
         self._checkpoints.add(entries, sum(shard_nbytes(self.md, entry.stop - entry.start) for entry in entries))
 
     def checkpoint(self) -> None:
@@ -289,6 +291,18 @@ class ShardWriter:
             )
 
 
+def _warn_of_clipped(writer: ShardWriter) -> None:
+    what = counted(writer.n_clipped, "value")
+    _log.warning("%s: clipped %s that %s does not hold", writer.shards_dir, what, writer.md.dtype)
+
+
+def _written_before(start: int, stop: int, overlap: tuple[int, int]) -> WriteError:
+    return WriteError(
+        f"start_idx: expected each example once, got {start}..{stop}, of which {overlap[0]}..{overlap[1]} (end "
+        "excluded) were written before"
+    )
+
+
 def _too_few(
     shards_dir: Path, example_range: tuple[int, int], missing: list[tuple[int, int]], keeps: bool
 ) -> WriteError:
@@ -305,24 +319,23 @@ def _too_few(
 
 
 _Acts = npt.NDArray[Any]
-_Labels = npt.NDArray[np.uint8] | None
 
 
 def _write(
-    unfinished: Unfinished, md: Metadata, threads: ThreadPoolExecutor, acts: _Acts, start: int, labels: _Labels
+    unfinished: Unfinished, md: Metadata, threads: ThreadPoolExecutor, acts: _Acts, start: int, beside: Beside
 ) -> Entry:
     """Write consecutive examples from `start` on, and say what the journal is to say of them."""
     # The checksums are computed while the kernel copies: both let go of Python's lock.
     checksums: Future[bytes] | None = None
     if acts.nbytes >= _SMALL_NBYTES:
-        checksums = threads.submit(block_checksums, acts, labels)
+        checksums = threads.submit(block_checksums, acts, beside.values())
     done = 0
     while done < len(acts):
         shard_idx, row = divmod(start + done, md.examples_per_shard)
         n_fit = min(md.examples_per_shard - row, len(acts) - done)
         unfinished.parts.write(shard_name(shard_idx), acts[done : done + n_fit], shard_nbytes(md, row))
         done += n_fit
-    if labels is not None:
-        unfinished.parts.write(LABELS_NAME, labels, start * md.content_tokens_per_example)
-    packed = block_checksums(acts, labels) if checksums is None else checksums.result()
-    return Entry(start, start + len(acts), labels is not None, ALGORITHM, packed)
+    for sidecar, values in beside.items():
+        unfinished.parts.write(sidecar.name, values, sidecar.offset(md, start))
+    packed = block_checksums(acts, beside.values()) if checksums is None else checksums.result()
+    return Entry(start, start + len(acts), tuple(beside), ALGORITHM, packed)

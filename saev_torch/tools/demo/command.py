@@ -20,7 +20,7 @@ from saev_torch.batch import ActivationBatch
 from saev_torch.config import OrderedConfig, ShuffledConfig, make_ordered_config
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES, FLOAT32
-from saev_torch.iterable import OrderedActivations, ShuffledActivations
+from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
 from saev_torch.tools.arguments import at_least
 from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
 from saev_torch.tools.demo.figure import Firings, draw, find_meanings

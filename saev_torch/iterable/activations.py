@@ -14,7 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
-from saev_torch.format.metadata import Described
+from saev_torch.format.sidecars import TOKEN_IDS
+from saev_torch.iterable.batched import Batched
+from saev_torch.order.joint import AnySelection
 from saev_torch.order.kept import labels_changed, mask_changed
 from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
@@ -25,67 +27,21 @@ from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
 from saev_torch.processes.undone import make_up
 from saev_torch.processes.world import Rank
+from saev_torch.reading.columns import Column
 from saev_torch.reading.engine import Engine, EngineOptions
+from saev_torch.reading.feeds import AnyFeed, Feed
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.room import advise_order, advise_room, count_ranks_here
 from saev_torch.reading.selecting import open_store, select, tell_counted_layers
+from saev_torch.reading.slots import OpenBatch, Pools
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import LABELS_IDX, ShardStore
 from saev_torch.resume.cursor import Cursor, Iteration
-from saev_torch.resume.standing import Standing
-from saev_torch.resume.state import Recording, StreamDigest, dump_state, load_state
-from saev_torch.stats.statistics import compute_scale
+from saev_torch.resume.state import Position, Recording, dump_state
+from saev_torch.stats.statistics import find_scale
 
 _log = logging.getLogger("saev_torch")
 _ORDERED_THREADS = 4
-
-
-class Batched(Standing, Described):
-    """What a data set of batches, of `n_samples` in all, and a loader of it have in common."""
-
-    n_samples: int
-    recording: Recording
-    counters: Counters
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in a batch."""
-        return self.cfg.batch_size
-
-    @property
-    def drop_last(self) -> bool:
-        """Whether a last batch that is not full is left out."""
-        return self.cfg.drop_last
-
-    @property
-    def n_batches(self) -> int:
-        """Batches in an epoch, over all ranks, before padding."""
-        return self.n_samples // self.batch_size if self.drop_last else -(-self.n_samples // self.batch_size)
-
-    @property
-    def scale(self) -> float | None:
-        """What activations are multiplied with; None for nothing."""
-        return self.cursor.scale
-
-    @property
-    def digest(self) -> StreamDigest:
-        """Digest of the batches that were yielded in this process, or taken from this loader, and of those before."""
-        return self.cursor.digest
-
-    def metrics(self) -> dict[str, float]:
-        """What the readers of this rank, here or in workers, did since the last call; see `Counters.rates`."""
-        return self.counters.rates(self.cursor.world.rank)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration continue where a state was taken, with any number of workers and ranks.
-
-        Args:
-            state: What `state_dict` of a data set or a loader returned.
-
-        Raises:
-            StateError: It is no state, of a newer version, or of other data or another config.
-        """
-        self.cursor.load(load_state(self.metadata, self.recording, self.cfg, state))
 
 
 class Activations(Batched, IterableDataset[ActivationBatch]):
@@ -95,15 +51,18 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
         self._kept: tuple[str | None, str | None] | None = None
+        self._pools: Pools = {}
         self.recording = Recording.of(store, self._own_selection())
         tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
+        # Here, because all workers and epochs must have the same number.
+        self.cursor.scale = find_scale(cfg, store, self._own_selection())
         self.counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
-        # The selection may hold a number for each example; a worker works it out again.
-        return {**self.__dict__, "_selection": None}
+        # The selection may hold a number for each example; a worker works it out again, and has memory of its own.
+        return {**self.__dict__, "_selection": None, "_pools": {}}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
@@ -115,6 +74,10 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
                 raise mask_changed(self.cfg.mask) if is_mask else labels_changed(store.path(LABELS_IDX))
             self._selection, self._kept = selection, selection.digests
         return self._selection
+
+    def _selected(self) -> AnySelection:
+        """What there is to yield."""
+        return self._own_selection()
 
     def _compile(self) -> None:
         """Compile what readers convert with, here for all workers that are forked."""
@@ -145,7 +108,9 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             StateError: Workers iterate, and `n_batches` was not given.
             ConfigError: `n_batches` or `epoch` is no integer from 0 on.
         """
-        position = self.cursor.position() if n_batches is None else self.cursor.position_after(n_batches, epoch)
+        return self._dump(self.cursor.position() if n_batches is None else self.cursor.position_after(n_batches, epoch))
+
+    def _dump(self, position: Position) -> dict[str, Any]:
         return dump_state(self.metadata, self.recording, self.cfg, position)
 
     def locate(self, batch_idx: int, epoch: int | None = None) -> dict[str, torch.Tensor]:
@@ -165,7 +130,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         batch_idx = operator.index(batch_idx)
         if not 0 <= batch_idx < self.n_batches:
             raise IndexError(f"batch {batch_idx} is out of range: there are {self.n_batches}, from 0.")
-        selection = self._own_selection()
+        selection = self._selected()
         columns = selection.columns(selection.cells(self._plan(epoch).locate(batch_idx)))
         return {key: torch.from_numpy(column) for key, column in columns.items()}
 
@@ -207,17 +172,29 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         return {"n_threads": _ORDERED_THREADS, "n_fills": 0}
 
     def _open_engine(self, plan: Plan, iteration: Iteration) -> Engine:
-        labels, start = Labels(self._store.clone(), self._own_selection()), iteration.start
-        selection = self._own_selection().reading_with(labels.of_examples)
+        start = iteration.start
         options = EngineOptions(
             buffer_size=self.cfg.buffer_size,
             timeout_s=self.cfg.batch_timeout_s,
             # Rows that are read one by one are slow from a disk: what memory can hold is to be there from then on.
             is_only=start.epoch == 0 and not isinstance(plan, UniformPlan),
-            scale=start.scale,
             **self._engine_options(plan, iteration.share),
         )
-        return Engine(labels, selection, plan, iteration.share, options)
+        return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options, self._pools)
+
+    def _open_feed(self, plan: Plan, scale: float | None) -> AnyFeed:
+        """What an engine reads from."""
+        return self.open_own(scale)
+
+    def open_own(self, scale: float | None) -> Feed:
+        """Open the directory to read from, with a store of its own."""
+        labels = Labels(self._store.clone(), self._own_selection())
+        selection = self._own_selection().reading_with(labels.of_examples)
+        source = Source(labels.store, scale=scale, loaded=selection.act_type)
+        return Feed(source, labels, Column(labels.store, TOKEN_IDS), selection)
+
+    def _make_batch(self, opened: OpenBatch) -> ActivationBatch:
+        return make_batch(opened, self._own_selection())
 
     def _watch(self, iteration: Iteration) -> Watch:
         cfg, start, share = self.cfg, iteration.start, iteration.share
@@ -229,7 +206,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     def _advise(self, plan: Plan, iteration: Iteration) -> None:
         """Say once what would be better, or what will not do."""
-        start, share, info, selection = iteration.start, iteration.share, get_worker_info(), self._own_selection()
+        start, share, info, selection = iteration.start, iteration.share, get_worker_info(), self._selected()
         advice: dict[str, str | None] = {}
         if start.rank == 0:
             advice["lanes"] = advise_lanes(plan, share)
@@ -245,7 +222,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         start, share = iteration.start, iteration.share
         if share.first >= share.stop:
             return
-        plan, selection, gate = self._plan(start.epoch), self._own_selection(), Gate()
+        plan, gate = self._plan(start.epoch), Gate()
         self._advise(plan, iteration)
         with iteration.naming():
             engine = self._open_engine(plan, iteration)
@@ -262,8 +239,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
                         if opened is None:
                             break
                         watch.count(opened.size, engine.batches.waits, engine.batches.fill)
-                        batch = make_batch(opened, selection)
-                        engine.finish(batch["act"])
+                        batch = self._make_batch(opened)
+                        engine.finish(batch)
                         # The caller alone decides how long the batch lives.
                         del opened
                     batch.number = iteration.next_number
@@ -322,13 +299,7 @@ class ShuffledActivations(Activations):
                 "which must be changed; choose a layer."
             )
         super().__init__(cfg, store, rank, world_size)
-        if cfg.scale_norm:
-            # Here, because all workers and epochs must have the same number.
-            self.cursor.scale = self._find_scale()
         self._compile()
-
-    def _find_scale(self) -> float:
-        return compute_scale(self._store.clone(), self._own_selection(), self.cfg.scale_samples)
 
     def _plan(self, epoch: int | None) -> ShufflePlan | UniformPlan:
         cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else operator.index(epoch)

@@ -1,0 +1,136 @@
+"""What no signal handler comes into, and what is told it afterwards."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from saev_torch.processes import interrupts
+from saev_torch.processes.interrupts import whole
+from saev_torch.processes.undone import close_with
+
+NUMBERS = (signal.SIGUSR1, signal.SIGINT)
+
+
+class ToldError(Exception):
+    """What a handler raises."""
+
+
+@pytest.fixture
+def told() -> Iterator[list[int]]:
+    found: list[int] = []
+
+    def tell(number: int, frame: Any) -> None:
+        found.append(number)
+        raise ToldError
+
+    before = [signal.signal(number, tell) for number in NUMBERS]
+    yield found
+    for number, handler in zip(NUMBERS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def test_handlers_wait_until_the_work_is_done(told: list[int]) -> None:
+    done: list[int] = []
+    handlers = [signal.getsignal(number) for number in NUMBERS]
+
+    def work() -> None:
+        send(*NUMBERS)
+        assert whole(lambda: send(signal.SIGUSR1)) is None
+        assert told == []
+        done.append(1)
+
+    with pytest.raises(ToldError):
+        whole(work)
+    assert (done, sorted(told)) == ([1], sorted(NUMBERS))
+    assert [signal.getsignal(number) for number in NUMBERS] == handlers
+    assert whole(lambda: 3) == 3
+
+
+def test_what_fails_tells_too(told: list[int]) -> None:
+    with pytest.raises(ToldError) as caught:
+        whole(lambda: (send(signal.SIGUSR1), {}["key"]))
+    assert isinstance(caught.value.__context__, KeyError)
+
+
+def test_who_asks_again_is_heard_at_once(told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_PATIENCE_S", 0.05)
+    done: list[int] = []
+    with pytest.raises(ToldError):
+        whole(lambda: (send(signal.SIGINT), time.sleep(0.1), send(signal.SIGINT), done.append(1)))
+    assert (told, done) == ([signal.SIGINT], [])
+
+
+def test_a_handler_that_the_work_sets_stays(told: list[int]) -> None:
+    whole(lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN))
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+
+
+def test_a_forked_child_has_the_handlers(told: list[int]) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+
+    def fork() -> int:
+        send(signal.SIGINT)
+        pid = os.fork()
+        if not pid:
+            os._exit(signal.getsignal(signal.SIGINT) is handler and not told)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    status: list[int] = []
+    with pytest.raises(ToldError):
+        whole(lambda: status.append(fork()))
+    assert status == [1]
+
+
+def test_another_thread_is_left_alone(told: list[int]) -> None:
+    handler, seen = signal.getsignal(signal.SIGINT), []
+    thread = threading.Thread(target=lambda: whole(lambda: seen.append(signal.getsignal(signal.SIGINT))))
+    thread.start()
+    thread.join()
+    assert seen == [handler]
+
+
+class Owner:
+    """Something that has a descriptor."""
+
+
+def test_no_interrupt_keeps_a_descriptor_open() -> None:
+    """Python runs no line of its own to close it: a tracer, which sees all, sees none."""
+    owner, (receiver, sender) = Owner(), os.pipe()
+    close_with(owner, sender)
+    lines: list[Any] = []
+    tracing = sys.gettrace()
+    try:
+        sys.settrace(lambda frame, *_: lines.append(frame.f_code))
+        del owner
+    finally:
+        sys.settrace(tracing)
+    assert (os.read(receiver, 1), lines) == (b"", [])
+    os.close(receiver)
+
+
+def test_a_descriptor_is_closed_once() -> None:
+    owner, (receiver, sender) = Owner(), os.pipe()
+    close = close_with(owner, sender)
+    close()
+    other = os.dup(receiver)
+    close()
+    gone = weakref.ref(owner)
+    del owner
+    assert gone() is None
+    # It has the number of what was closed.
+    assert other == sender
+    os.fstat(other)
+    os.close(other)
+    os.close(receiver)
