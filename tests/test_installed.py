@@ -1,5 +1,6 @@
 """The package as it is given away: what is in it, that it installs and runs, and that a user's types pass."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import saev_torch
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "tests" / "user_script.py"
 SITE = sysconfig.get_paths()["purelib"]
 _BUILD = (
     "from setuptools import build_meta as b; b.build_sdist('out'); b.build_wheel('out'); b.build_editable('editable')"
@@ -98,15 +100,29 @@ def test_it_runs_where_it_is_installed(built: Path, programs: Path) -> None:
     assert shown[0].startswith("usage: saev-torch inspect ")
 
 
-def test_types_pass_in_a_script_of_a_user(built: Path, programs: Path, tmp_path: Path) -> None:
-    """With mypy, against a regular and an editable install."""
-    pytest.importorskip("mypy", reason="mypy is not installed")
+@pytest.fixture(scope="module")
+def environments(built: Path, programs: Path) -> list[Path]:
+    """One with a regular install, and one with an editable install."""
     (wheel,) = (built / "editable").glob("*.whl")
-    editable = make_environment(built / "environment", wheel)
-    script, config = tmp_path / "script.py", tmp_path / "mypy.ini"
-    shutil.copy(ROOT / "tests" / "user_script.py", script)
+    return [programs.parent, make_environment(built / "environment", wheel).parent]
+
+
+def test_types_pass_with_mypy(environments: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    config = tmp_path / "mypy.ini"
     # Its own annotations take half a minute to read.
     config.write_text("[mypy]\nstrict = True\n[mypy-torch.*]\nfollow_imports = skip\n")
-    for python in (programs / "python", editable / "python"):
-        mypy = [sys.executable, "-m", "mypy", "--config-file", config, "--python-executable", python]
-        assert "Success" in run(*mypy, "--cache-dir", tmp_path / "cache", script, cwd=tmp_path)
+    shutil.copy(SCRIPT, tmp_path)
+    for environment in environments:
+        mypy = [sys.executable, "-m", "mypy", "--config-file", config, "--cache-dir", tmp_path / "cache"]
+        assert "Success" in run(*mypy, "--python-executable", environment / "bin" / "python", SCRIPT.name, cwd=tmp_path)
+
+
+def test_types_pass_with_pyright(environments: list[Path], tmp_path: Path) -> None:
+    """By basedpyright, which is pyright with a node of its own; `standard` is what pyright checks unless told."""
+    pytest.importorskip("basedpyright", reason="basedpyright is not installed")
+    shutil.copy(SCRIPT, tmp_path)
+    for environment in environments:
+        config = {"typeCheckingMode": "standard", "venvPath": str(environment.parent), "venv": environment.name}
+        (tmp_path / "pyrightconfig.json").write_text(json.dumps(config))
+        assert run(sys.executable, "-m", "basedpyright", SCRIPT.name, cwd=tmp_path).startswith("0 errors")
