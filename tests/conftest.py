@@ -50,8 +50,53 @@ def pytest_configure() -> None:
     settings.load_profile("patient")
 
 
+# By what they took, most of it in processes that they start: `make check` leaves them to `make test`.
+SLOW = frozenset(
+    f"test_{name}"
+    for name in [
+        "accelerate",
+        "bench",
+        "checksums",
+        "compat",
+        "compiled",
+        "concurrency",
+        "contract",
+        "demo",
+        "dtypes",
+        "ending",
+        "epochs",
+        "examples",
+        "faults",
+        "fuzz",
+        "handover",
+        "installed",
+        "launchers",
+        "lightning",
+        "memory",
+        "nodes",
+        "notebooks",
+        "plan_command",
+        "programs",
+        "quality",
+        "ranks",
+        "recorder",
+        "resources",
+        "resume",
+        "scaling",
+        "soak",
+        "stalls",
+        "statistics",
+        "systems",
+        "trainers",
+        "travel",
+    ]
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
         for warning in FOREIGN_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(warning))
 

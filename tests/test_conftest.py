@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import conftest
 import pytest
@@ -108,3 +109,7 @@ def test_does_not_see_the_pools_of_multiprocessing():
 def test_examples_may_be_slow(flag):
     """Hypothesis fails one that takes 200 ms, if it is not told otherwise, as on a loaded machine they may."""
     time.sleep(0.25)
+
+
+def test_slow_files_are_there():
+    assert {f"{name}.py" for name in conftest.SLOW} <= {path.name for path in Path(__file__).parent.iterdir()}

@@ -7,8 +7,9 @@ see `protocols`, and a `Metadata` always has the names of 2.1.
 import dataclasses
 import enum
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 import orjson
 
@@ -72,6 +73,16 @@ class Metadata:
     # `replace` drops it, and `asdict` does not show it.
     _recorded_hash: ClassVar[str | None] = None
 
+    if TYPE_CHECKING:
+        # Fields take more than they hold.
+        # fmt: off
+        def __init__(
+            self, *, family: str, ckpt: str, layers: Sequence[int], content_tokens_per_example: int, cls_token: bool,
+            d_model: int, n_examples: int, max_tokens_per_shard: int, data: str, dataset: Path | str,
+            pixel_agg: PixelAgg = PixelAgg.MAJORITY, dtype: str = "float32", protocol: str = PROTOCOL,
+        ) -> None: ...
+        # fmt: on
+
     def __post_init__(self) -> None:
         for field in ("family", "ckpt", "data"):
             _check_text(field, getattr(self, field))
@@ -118,7 +129,7 @@ class Metadata:
             )
 
     @classmethod
-    def load(cls, shards_dir: Path, *, allow_links: bool = False) -> "Metadata":
+    def load(cls, shards_dir: Path | str, *, allow_links: bool = False) -> "Metadata":
         """Load the metadata of a shard directory of any protocol; the directory may have any name.
 
         With `allow_links`, metadata.json may be a symbolic link to a regular file.
@@ -163,7 +174,7 @@ class Metadata:
             object.__setattr__(md, "_recorded_hash", recorded_hash)
         return md
 
-    def dump(self, shards_root: Path) -> Path:
+    def dump(self, shards_root: Path | str) -> Path:
         """Write metadata.json into `<shards_root>/<hash>`, creating the directory, and return that directory.
 
         Raises:

@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 _TEXT = (str, bytes, bytearray, memoryview)
 
@@ -110,3 +110,29 @@ def _as_flag(tyro: types.ModuleType, kind: Any) -> Any:
         is_instance=lambda value: value in values.values(),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+if TYPE_CHECKING:
+    # To a type checker these are fields that take more than they hold: what `__post_init__` makes of it.
+    class GivenPath:
+        """A field that takes a path or a string, and holds a path."""
+
+        def __get__(self, obj: object, owner: type) -> Path: ...
+        def __set__(self, obj: object, value: Path | str) -> None: ...
+
+    class GivenPathOrNone:
+        """A field that takes a path, a string or None, and holds a path or None."""
+
+        def __get__(self, obj: object, owner: type) -> Path | None: ...
+        def __set__(self, obj: object, value: Path | str | None) -> None: ...
+
+    class GivenLayer:
+        """A field that takes a layer, several or "all", and holds several as a tuple."""
+
+        def __get__(self, obj: object, owner: type) -> int | Literal["all"] | tuple[int, ...]: ...
+        def __set__(self, obj: object, value: int | Literal["all"] | Sequence[int]) -> None: ...
+
+else:
+    # To all who look at annotations when the program runs, as OmegaConf and tyro do, they are what they hold.
+    GivenPath, GivenPathOrNone = Path, Path | None
+    GivenLayer = int | Literal["all"] | tuple[int, ...]

@@ -31,7 +31,7 @@ def resolve_layers(md: Metadata, layer: LayerSpec) -> tuple[int, ...]:
     """Find the positions of layers in `md.layers`: by value, else a negative one counts from the end of that list."""
     if layer == "all":
         return tuple(range(len(md.layers)))
-    wanted = layer if isinstance(layer, tuple) else (layer,)
+    wanted: Sequence[object] = layer if isinstance(layer, tuple | list) else (layer,)
     found = []
     for one in wanted:
         if one in md.layers:

@@ -38,8 +38,8 @@ _BATCH_NBYTES = 32 << 20
 
 
 def repack(
-    shards_dir: Path,
-    shards_root: Path,
+    shards_dir: Path | str,
+    shards_root: Path | str,
     *,
     layers: Sequence[int] | None = None,
     examples: Sequence[int] | Examples | None = None,

@@ -99,7 +99,7 @@ class _Piece(NamedTuple):
 
 
 def verify(
-    shards_dir: Path, *, finite: bool = False, progress: bool | None = False, n_threads: int | None = None
+    shards_dir: Path | str, *, finite: bool = False, progress: bool | None = False, n_threads: int | None = None
 ) -> VerifyReport:
     """Check a shard directory: sizes always, checksums where there are some, and values on request.
 

@@ -94,7 +94,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        shards_root: Path,
+        shards_root: Path | str,
         md: Metadata,
         resume: bool = False,
         *,
