@@ -96,7 +96,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
         self._kept: tuple[str | None, str | None] | None = None
-        self._pools: Pools = {}
+        self.pools: Pools = {}
         self.recording = Recording.of(store, self._own_selection())
         tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
@@ -105,7 +105,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # The selection may hold a number for each example; a worker works it out again, and has memory of its own.
-        return {**self.__dict__, "_selection": None, "_pools": {}}
+        return {**self.__dict__, "_selection": None, "pools": {}}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
@@ -219,7 +219,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             scale=start.scale,
             **self._engine_options(plan, iteration.share),
         )
-        return Engine(labels, selection, plan, iteration.share, options, self._pools)
+        return Engine(labels, selection, plan, iteration.share, options, self.pools)
 
     def _watch(self, iteration: Iteration) -> Watch:
         cfg, start, share = self.cfg, iteration.start, iteration.share

@@ -191,7 +191,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         return self._now.counted.digest if is_own and self._now.counted is not None else self.cursor.digest
 
     def shutdown(self) -> None:
-        """Stop all running iterations with their workers and threads. The loader can be used again.
+        """Stop all running iterations with their workers and threads, and give memory back. It can be used again.
 
         A thread that is in the middle of another epoch gets an `EndedError`. In a signal handler that interrupts the
         wait for a batch, the iteration ends when that has come.
@@ -204,6 +204,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
                 iterator = None
         if iterator is not None:
             end_iterator(iterator)
+        self.dataset.pools.clear()
         make_up()
 
 
