@@ -200,7 +200,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
         return self._now.counted.digest if is_own and self._now.counted is not None else self.cursor.digest
 
     def shutdown(self) -> None:
-        """Stop all running iterations with their workers and threads. The loader can be used again.
+        """Stop all running iterations with their workers and threads, and give memory back. It can be used again.
 
         A thread that is in the middle of another epoch gets an `EndedError`. In a signal handler that interrupts the
         wait for a batch, the iteration ends when that has come.
@@ -212,6 +212,7 @@ class _ActivationDataLoader(Batched, DataLoader[ActivationBatch]):  # type: igno
             if not batches.shut_down() and batches.iterator is iterator:
                 iterator = None
         end_iterator(iterator)
+        self.dataset.pools.clear()
         make_up()
 
 

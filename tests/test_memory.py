@@ -19,7 +19,15 @@ from conftest import Resources, wait_until
 from factory import Spec
 from torch.utils.data import DataLoader
 
-from saev_torch import IndexedConfig, IndexedDataset, ReadError, ShuffledActivations, ShuffledConfig, WorkerLostError
+from saev_torch import (
+    IndexedConfig,
+    IndexedDataset,
+    ReadError,
+    ShuffledActivations,
+    ShuffledConfig,
+    ShuffledDataLoader,
+    WorkerLostError,
+)
 from saev_torch.reading import leases, received
 from saev_torch.reading import slots as memory
 from saev_torch.reading.received import attach
@@ -303,6 +311,16 @@ def test_without_workers_memory_is_kept_for_the_next_epoch(make_shards, made):
     assert sum(slot() is not None for slot in made) <= 12
     pickle.dumps(ds)
     del ds
+    gc.collect()
+    assert not any(slot() for slot in made)
+    # A loader gives it back when it is asked to.
+    loader = ShuffledDataLoader(config(make_shards))
+    for _ in loader:
+        pass
+    del _
+    gc.collect()
+    assert sum(slot() is not None for slot in made) > 5
+    loader.shutdown()
     gc.collect()
     assert not any(slot() for slot in made)
 

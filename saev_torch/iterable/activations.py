@@ -51,7 +51,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
         self._kept: tuple[str | None, str | None] | None = None
-        self._pools: Pools = {}
+        self.pools: Pools = {}
         self.recording = Recording.of(store, self._own_selection())
         tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
@@ -62,7 +62,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
 
     def __getstate__(self) -> dict[str, Any]:
         # The selection may hold a number for each example; a worker works it out again, and has memory of its own.
-        return {**self.__dict__, "_selection": None, "_pools": {}}
+        return {**self.__dict__, "_selection": None, "pools": {}}
 
     def _own_selection(self) -> Selection:
         if self._selection is None:
@@ -180,7 +180,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             is_only=start.epoch == 0 and not isinstance(plan, UniformPlan),
             **self._engine_options(plan, iteration.share),
         )
-        return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options, self._pools)
+        return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options, self.pools)
 
     def _open_feed(self, plan: Plan, scale: float | None) -> AnyFeed:
         """What an engine reads from."""

@@ -183,7 +183,7 @@ class MixedActivations(Activations):
     ) -> None:
         self.cfg = cfg = _make_mixing(sources, batch_size, until, seed)
         self._weights = Weights.of(cfg.shares)
-        self._pools = {}
+        self.pools = {}
         n_rows = [max(1, round(share * cfg.batch_size)) for share in cfg.shares]
         self.sources = tuple(
             ShuffledActivations(dataclasses.replace(own, batch_size=n))
