@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,14 @@ class Labels:
         labels = np.zeros(len(cells), dtype=np.uint8)
         labels[content] = self.of_runs(*find_runs((examples * self._width + tokens)[content]), spot)
         return labels
+
+    def of_one(self, columns: Mapping[str, int]) -> int:
+        """Read the label of a sample of which a batch says `example_idx` and `token_idx`; -1 for a special token."""
+        example, token = columns["example_idx"], columns["token_idx"]
+        if token < 0:
+            return -1
+        at, kept = example * self._width + token, self._whole(None)
+        return int(self._read(np.array([at]), np.array([1]), None)[0] if kept is None else kept[at])
 
     def _whole(self, spot: Spot | None) -> _Labels | None:
         """The whole file, read the first time; None where it is too large to be kept."""
