@@ -1,10 +1,9 @@
 """Random access to samples, as a plain map-style `torch` data set."""
 
-import functools
 import logging
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,10 @@ from saev_torch.order.weighted import WeightedDraw
 from saev_torch.processes.counters import log_to_stderr
 from saev_torch.processes.leaving import come_by
 from saev_torch.reading.columns import Column
-from saev_torch.reading.crew import Task, run_tasks
-from saev_torch.reading.extents import Extents, make_sample_extents
 from saev_torch.reading.labels import Labels
-from saev_torch.reading.reader import CallReader, Pace, Reader
+from saev_torch.reading.many import ManyReader, are_many
 from saev_torch.reading.selecting import open_store, select, tell_counted_layers
+from saev_torch.reading.single import SingleReader
 from saev_torch.reading.slots import OpenBatch, Slot, SlotPool, can_share
 from saev_torch.reading.source import Source
 from saev_torch.resume.cursor import Cursor
@@ -38,16 +36,9 @@ from saev_torch.resume.state import MAX_COUNT, Position
 
 _log = logging.getLogger("saev_torch")
 
-_N_THREADS = 4
 _N_SLOTS = 4
-_MIN_PARALLEL = 512
 # What a copy in another process makes for itself.
-_OF_PROCESS = ("_labels", "_token_ids", "_source", "_pace", "_pool")
-
-
-def _read_to(slot: Slot, extents: Extents, start: int, stop: int, reader: Reader) -> None:
-    """Read a range of extents to places in a slot, which is named so that it lives as long as the task."""
-    reader.read(extents, start, stop)
+_OF_PROCESS = ("_labels", "_token_ids", "_source", "_pool", "_many", "_single")
 
 
 class IndexedDataset(Described, Dataset[dict[str, Any]]):
@@ -84,9 +75,10 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
 
     def _begin(self) -> None:
         self._source = Source(self._store, loaded=self._selection.act_type)
-        self._labels, self._pace = Labels(self._store), Pace(1)
-        self._token_ids = Column(self._store, TOKEN_IDS)
+        self._labels, self._token_ids = Labels(self._store), Column(self._store, TOKEN_IDS)
         self._pool: SlotPool | None = None
+        self._many = ManyReader(self._source, self._selection)
+        self._single = SingleReader(self._labels, self._token_ids, self._selection)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _OF_PROCESS}
@@ -114,8 +106,10 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         )
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        sample: dict[str, Any] = self._transformed(self._read(self._check([i])))[0]
-        return sample
+        # `bool` is none of these.
+        is_plain = (type(i) is int or isinstance(i, np.integer)) and 0 <= i < len(self)
+        sample = self._read_one(int(i)) if is_plain else None
+        return self._transformed(self._read(self._check([i])))[0] if sample is None else sample
 
     def __getitems__(self, indices: Sequence[int]) -> Sequence[dict[str, Any]]:
         """Read many samples at once.
@@ -153,10 +147,15 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         return numbers.astype(np.int64)
 
     def _transformed(self, samples: Samples) -> Sequence[dict[str, Any]]:
-        if type(self).transform is IndexedDataset.transform:
-            return samples
+        return samples if self._is_plain else [self._transform(sample) for sample in samples]
+
+    @property
+    def _is_plain(self) -> bool:
+        return type(self).transform is IndexedDataset.transform
+
+    def _transform(self, sample: Sample) -> Sample:
         # numpy has no bfloat16.
-        return [Sample(sample, act=self.transform(sample["act"].float().numpy())) for sample in samples]
+        return Sample(sample, act=self.transform(sample["act"].float().numpy()))
 
     @property
     def has_labels(self) -> bool:
@@ -172,6 +171,15 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         labels[order[self._selection.split(cells)[2] < self._selection.n_special]] = -1
         return labels
 
+    def _read_one(self, i: int) -> Sample | None:
+        """Read one sample in the short way; None where that needs patience, or will be an error."""
+        come_by()
+        found = self._single.read(i)
+        if found is None:
+            return None
+        sample = Sample(found)
+        return sample if self._is_plain else self._transform(sample)
+
     def _read(self, samples: np.ndarray[Any, np.dtype[np.int64]]) -> Samples:
         come_by()
         n, selection = len(samples), self._selection
@@ -179,10 +187,9 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         try:
             order = np.argsort(samples)
             cells = selection.cells(samples[order])
-            places = slot.address + order * selection.act_nbytes
-            finish = self._read_extents(make_sample_extents(selection, cells, places), slot)
             back = np.empty_like(order)
             back[order] = np.arange(n)
+            finish = self._many.read(cells, order, back, slot)
             labels = self._labels.of_cells(selection, cells)[back] if self._store.has_labels else None
             token_ids = self._token_ids.of_cells(selection, cells)[back] if self._store.has_token_ids else None
         except BaseException:
@@ -194,28 +201,9 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         finish(batch["act"])
         return Samples(batch)
 
-    def _read_extents(self, parts: list[Extents], slot: Slot) -> Callable[[torch.Tensor], None]:
-        """Read extents; what is left to do with the activations is returned."""
-        n_extents = max(len(extents.nbytes) for extents in parts)
-        # For each call anew: a ring takes 50 us, and nothing is left to be closed.
-        reader = self._source.open_reader(self._pace) if n_extents >= _MIN_PARALLEL else CallReader(self._store)
-        has_ring = reader.has_ring and not self._store.answers_short
-        if n_extents < _MIN_PARALLEL or has_ring or not self._pace.is_slow:
-            for extents in parts:
-                reader.read(extents, 0, len(extents.nbytes))
-            return self._source.convert if n_extents < _MIN_PARALLEL else self._source.finish
-        # Threads help where a disk is waited for; else such short reads only make them wait for each other.
-        tasks = (
-            Task(functools.partial(_read_to, slot, extents, start, stop))
-            for extents in parts
-            for start, stop in extents.cut(max(1, int(extents.nbytes.sum()) // _N_THREADS + 1))
-        )
-        run_tasks("saev_torch indexed", _N_THREADS, self._pace, self._source.open_reader, tasks)
-        return self._source.finish
-
     def _acquire(self, n: int) -> Slot:
         nbytes = slot_nbytes(n, self._selection.act_nbytes)
-        if n < _MIN_PARALLEL:
+        if not are_many(n):
             return Slot(nbytes, shared=False)
         # A worker that was forked inherits one whose memory its parent cannot see.
         if self._pool is None or self._pool.nbytes < nbytes or not self._pool.is_own:

@@ -420,7 +420,7 @@ def check(free, n):
 @pytest.mark.parametrize("where", ["store", "received"])
 def test_random_access_in_a_child_that_was_forked_while_a_thread_read(shards, where, monkeypatch):
     # So that batches come in shared memory.
-    monkeypatch.setattr("saev_torch.indexed._MIN_PARALLEL", 1)
+    monkeypatch.setattr("saev_torch.reading.many._MIN_MANY", 1)
     data_set = IndexedDataset(IndexedConfig(shards=shards, layer=5))
     wanted = data_set.__getitems__(range(40)).batch["act"]
     lock = data_set._store._lock if where == "store" else received._lock

@@ -155,11 +155,11 @@ def test_interrupts_while_threads_read(indexed, monkeypatch):
             os.kill(os.getpid(), signal.SIGUSR1)
 
     monkeypatch.setattr(Ring, "open", lambda: None)
-    monkeypatch.setattr("saev_torch.indexed._MIN_PARALLEL", 1)
+    monkeypatch.setattr("saev_torch.reading.many._MIN_MANY", 1)
     before, sender = signal.signal(signal.SIGUSR1, interrupt), threading.Thread(target=send)
     with monkeypatch.context() as slow:
         slow.setattr(reading.CallReader, "_read", read)
-        data_set._pace.is_slow = True
+        data_set._many._pace.is_slow = True
         sender.start()
         with pytest.raises(KeyboardInterrupt):
             data_set.__getitems__(range(n))
@@ -168,7 +168,7 @@ def test_interrupts_while_threads_read(indexed, monkeypatch):
     signal.signal(signal.SIGUSR1, before)
     late = [thread for thread in threading.enumerate() if thread.name.startswith("saev_torch indexed")]
     assert late
-    data_set._pace.is_slow = False
+    data_set._many._pace.is_slow = False
     batch = next(iter(DataLoader(data_set, batch_size=n, sampler=range(n, 2 * n))))
     go_on.set()
     for thread in late:

@@ -47,6 +47,26 @@ def test_memory_and_reads_follow_the_dtypes(directory, capsys) -> None:
     assert stored == (pytest.approx(memory / 2, rel=0.02), half)
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_it_says_which_order_suits(directory, capsys, monkeypatch, fits) -> None:
+    monkeypatch.setattr("saev_torch.tools.plan.fits_page_cache", lambda nbytes: fits)
+    said = {}
+    for order in ("blocks", "uniform"):
+        assert main(["plan", str(directory), "--batch-size", "1024", "--order", order]) == 0
+        out = capsys.readouterr().out
+        said[order] = out.partition("\norder:")[2].strip()
+        if order == "uniform":
+            assert "quality 1.000" in out
+    # 2,000 examples of 196 tokens.
+    data = f"{2000 * 196 * make_metadata(n_examples=2000).row_nbytes / 2**30:.3g} GiB of data"
+    if fits:
+        assert said["uniform"] == f"{data}, which the memory of this machine can hold: gathered from there"
+        assert said["blocks"].startswith(f"{data}, which the memory of this machine can hold: order='uniform' mixes")
+    else:
+        assert "cannot hold: use order='blocks'" in said["uniform"]
+        assert not said["blocks"]
+
+
 def test_it_finds_a_configuration(directory, capsys) -> None:
     assert main(["plan", str(directory), "--batch-size", "1024", "--quality", "0.9", "--min-read-kib", "24"]) == 0
     assert float(capsys.readouterr().out.partition("quality ")[2].split()[0]) >= 0.9

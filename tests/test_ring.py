@@ -301,7 +301,7 @@ def test_a_file_system_that_answers_short(mounted, kind, n_workers):
 
 
 def test_random_access_where_answers_are_short(mounted, make_shards, monkeypatch):
-    monkeypatch.setattr("saev_torch.indexed._MIN_PARALLEL", 1)
+    monkeypatch.setattr("saev_torch.reading.many._MIN_MANY", 1)
     wanted, got = (
         IndexedDataset(IndexedConfig(shards=shards, tokens="all", layer="all")).__getitems__(range(0, 720, 4)).batch
         for shards in (make_shards(SPEC), mounted)

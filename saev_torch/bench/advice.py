@@ -125,6 +125,16 @@ def note_short(epoch_s: float) -> str | None:
     return f"note: an epoch of {epoch_s:.2g} s needs no tuning; any options will do, 0 workers too"
 
 
+def note_order(vitals: Vitals) -> str | None:
+    """What to say where the page cache holds the data beside a few batches."""
+    if vitals.nbytes + vitals.loader_nbytes(1, 1) > vitals.available_nbytes:
+        return None
+    return (
+        f"note: memory can hold these {vitals.nbytes / 1e9:.2f} GB: from the second epoch on, order='uniform' mixes "
+        "them perfectly, at such a rate, too, and holds a few batches only"
+    )
+
+
 def note_start(checked: Measured, expected: float) -> str | None:
     """What to say where the loader was clearly slower than `expected` GB/s."""
     if checked.gb_per_s >= _AS_PREDICTED * expected:

@@ -14,6 +14,7 @@ from saev_torch.bench.advice import (
     Recommended,
     Vitals,
     note_few,
+    note_order,
     note_short,
     note_start,
     recommend,
@@ -217,6 +218,7 @@ def _forecast(findings: Findings, forecast: Forecast) -> list[str]:
         note_few(findings.vitals.n_batches, findings.vitals.cfg.buffer_size),
         note_short(forecast.later_s),
         note_start(findings.checked, expected),
+        note_order(findings.vitals),
     ]
     return [
         first,

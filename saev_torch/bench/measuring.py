@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,7 @@ PROCESS_NBYTES = 350_000_000
 _N_BATCHES_PER_PROCESS = 6
 _EPOCH_PER_BUFFER = 10
 _N_PROBES = 100
+_SHARD = re.compile(r"/acts\d+\.bin$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,10 @@ class MemoryUse:
 
 
 def pss_nbytes(processes: "Iterable[psutil.Process]") -> int:
-    """Sum of the proportional set sizes of processes: memory that n of them share counts 1/n for each of them."""
+    """Sum of the proportional set sizes of processes: memory that n of them share counts 1/n for each of them.
+
+    Shards that they map are left out: those pages are the page cache's, with a mapping and without.
+    """
     import psutil
 
     total = 0
@@ -243,6 +248,7 @@ def pss_nbytes(processes: "Iterable[psutil.Process]") -> int:
         # A process that has ended in the meantime uses nothing.
         with contextlib.suppress(psutil.Error):
             total += process.memory_full_info().pss
+            total -= sum(part.pss for part in process.memory_maps() if _SHARD.search(part.path))
     return total
 
 

@@ -57,6 +57,13 @@ class Column:
         values[content] = self.of_runs(*find_runs((examples * self._width + tokens)[content]), spot)
         return values
 
+    def of_one(self, example: int, token: int) -> int:
+        """Read the value of a content token; -1 for a special one, whose number is -1."""
+        if token < 0:
+            return -1
+        at, kept = example * self._width + token, self._whole(None)
+        return int(self._read(np.array([at]), np.array([1]), None)[0] if kept is None else kept[at])
+
     def _whole(self, spot: Spot | None) -> _Values | None:
         """All values, read the first time; None where they are too many to be kept."""
         if self._nbytes > _MAX_KEPT_NBYTES:

@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
+from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
+from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
 from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
 from saev_torch.reading.feeds import AnyFeed
+from saev_torch.reading.gather import Gather, ScatteredRows
 from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.slots import OpenBatch, Pools, make_pool
@@ -67,6 +70,7 @@ class Engine:
         self._steps = make_steps(plan, share)
         self._feed, self.finish = feed, feed.finish
         self._scheduler_spot = Spot()
+        self._gather: Gather | None = None
         pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
         max_open = count_open_slots(plan, share, options.buffer_size)
         self.batches = Batches(pool, max_open, options.n_fills)
@@ -88,6 +92,8 @@ class Engine:
         spot, is_only = self._scheduler_spot, self._options.is_only
         self._feed.choose(is_only, spot)
         spot.clear()
+        # Other orders read many rows at once.
+        self._gather = self._feed.open_gather() if isinstance(self._plan, UniformPlan) else None
         for step in self._steps:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -113,6 +119,13 @@ class Engine:
             yield Task(functools.partial(self._read_labels, placed, running))
         if self._store.has_token_ids:
             yield Task(functools.partial(self._read_token_ids, placed, running))
+        rows = self._find_rows(placed)
+        if self._gather is not None and rows is not None:
+            most = max(1, _TASK_NBYTES // rows.row_nbytes)
+            for start in range(0, len(rows), most):
+                part = rows.part(start, min(len(rows), start + most))
+                yield Task(functools.partial(self._gather_rows, self._gather, part, placed, running))
+            return
         for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
             wished = int(extents.nbytes.sum()) // (_TASKS_PER_THREAD * self._options.n_threads)
             for start, stop in extents.cut(max(_TASK_NBYTES, min(wished, _MAX_TASK_NBYTES))):
@@ -121,6 +134,13 @@ class Engine:
                     functools.partial(self._read_rows, extents, start, stop, placed, running),
                     operator.methodcaller("announce", extents, start, stop),
                 )
+
+    def _find_rows(self, placed: Placed) -> ScatteredRows | None:
+        """The rows of a batch, in its own order, where they are to be gathered."""
+        if self._gather is None or not isinstance(self._selection, Selection) or len(placed.targets) != 1:
+            return None
+        ((opened, _, _),) = placed.targets
+        return self._gather.find(self._selection, opened.cells, opened.slot.address, self._scheduler_spot)
 
     def _check(self, placed: Placed) -> None:
         """Make sure that nothing is written to memory that is not for this; a `ReadError` says so."""
@@ -140,6 +160,12 @@ class Engine:
     ) -> None:
         reader.read(extents, start, stop)
         self.batches.finish_task(running, int(extents.nbytes[start:stop].sum()))
+
+    def _gather_rows(
+        self, gather: Gather, rows: ScatteredRows, placed: Placed, running: Running, reader: Reader
+    ) -> None:
+        gather.read(rows, reader)
+        self.batches.finish_task(running, len(rows) * rows.row_nbytes)
 
     def _read_labels(self, placed: Placed, running: Running, reader: Reader) -> None:
         placed.deal_labels(self._feed.labels_of(placed.cells, reader.spot))

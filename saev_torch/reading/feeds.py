@@ -18,6 +18,7 @@ from saev_torch.order.selection import Selection
 from saev_torch.reading.columns import Column
 from saev_torch.reading.direct import fits_page_cache, reads_past_cache
 from saev_torch.reading.extents import Extents
+from saev_torch.reading.gather import Gather
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.source import Source, open_plain, past_cache_of
@@ -55,6 +56,10 @@ class Feed:
     def open_reader(self, pace: Pace | None = None) -> Reader:
         """Make a reader for one thread; see `Source`."""
         return self.source.open_reader(pace)
+
+    def open_gather(self) -> Gather | None:
+        """Make what gathers single rows from the page cache; see `Gather.open`."""
+        return Gather.open(self.source)
 
     def finish(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Convert the activations of a batch, unless the readers did."""
@@ -191,6 +196,9 @@ class JointFeed:
         direct = past_cache_of(plain) if any(source.past_cache for source in sources) else plain
         readers = [source.wrap(direct if source.past_cache else plain) for source in sources]
         return JointReader(self.store, readers)
+
+    def open_gather(self) -> None:
+        """None: rows of several directories are read by the readers."""
 
     def finish(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Convert the activations of a batch that the readers did not."""

@@ -38,6 +38,7 @@ class ConvertKernels(NamedTuple):
 
     convert_places: Callable[..., None]
     read_and_convert: Callable[..., None]
+    convert_run: Callable[..., None]
 
 
 class _Words(NamedTuple):
@@ -55,7 +56,7 @@ class _Words(NamedTuple):
 
 @functools.cache
 def find_convert_kernels(stored: str, loaded: str, is_scaled: bool) -> ConvertKernels | None:
-    """Compile `convert_places` and `read_and_convert` for names of value types; None without numba.
+    """Compile `convert_places`, `read_and_convert` and `convert_run` for names of value types; None without numba.
 
     `convert_places(vectors, trash, by)` converts the stored values at `[n, 2] int64` places, address and size in bytes,
     where they are, and multiplies them by a float32 if `is_scaled`. A type that is wider begins as much before the
@@ -67,6 +68,8 @@ def find_convert_kernels(stored: str, loaded: str, is_scaled: bool) -> ConvertKe
     descriptors in `fds`, a part at a time to the `[n] uint8` stage, and converts from there to the places. `got` is set
     to the size of each extent that is done; to minus the number of the error where a read failed; and to 0 where it
     came short. See `reading.Extents` for the others, all of them `[n] int64`.
+
+    `convert_run(source, place, nbytes, by)` converts so many bytes of stored values at an address to another.
     """
     numba = find_numba()
     if numba is None:
@@ -82,6 +85,7 @@ def find_convert_kernels(stored: str, loaded: str, is_scaled: bool) -> ConvertKe
         numba.njit(f"void({arrays}, int64, float32, uint8[::1])", nogil=True)(
             _make_read_and_convert(numba, words, convert, extra)
         ),
+        numba.njit("void(int64, int64, int64, float32)", nogil=True)(_make_convert_run(words, convert)),
     )
 
 
@@ -97,6 +101,17 @@ def _make_convert_places(words: _Words, convert: Callable[..., None], extra: int
         fence()
 
     return convert_places
+
+
+def _make_convert_run(words: _Words, convert: Callable[..., None]) -> Callable[..., None]:
+    fence = words.fence
+
+    def convert_run(source: int, place: int, nbytes: int, by: np.float32) -> None:
+        some = np.empty(_N_CONVERTED, dtype=np.float32)
+        convert(source, place, nbytes, some.ctypes.data, by)
+        fence()
+
+    return convert_run
 
 
 def _make_read_and_convert(numba: Any, words: _Words, convert: Callable[..., None], extra: int) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class ConvertingReader(Reader):
         self._reader = reader
         self.has_ring = reader.has_ring
         self._by = np.float32(by)
-        self._convert_places, self._read_and_convert = kernels
+        self._convert_places, self._read_and_convert = kernels.convert_places, kernels.read_and_convert
         self._stage = np.empty(_STAGE_NBYTES, dtype=np.uint8)
 
     def announce(self, extents: Extents, start: int, stop: int) -> None:
@@ -94,6 +95,10 @@ def past_cache_of(reader: CallReader) -> Reader:
     return DirectReader(reader) if isinstance(reader, RingReader) else reader
 
 
+def _convert_run(kernels: ConvertKernels, by: float, source: int, place: int, nbytes: int) -> None:
+    kernels.convert_run(source, place, nbytes, np.float32(by))
+
+
 @dataclasses.dataclass
 class Source:
     """A store, what its values are to be in memory, and whether to read past the page cache where the system can.
@@ -130,6 +135,17 @@ class Source:
         """Whether what the readers read is still to be converted."""
         is_same = self.scale is None and self.loaded in (None, self.store.metadata.value_type)
         return self._kernels is None and not is_same
+
+    @property
+    def can_gather(self) -> bool:
+        """Whether rows may be copied to their places, see `convert_run`, and are to be looked for in the page cache."""
+        is_in_place = self.loaded in (None, self.store.metadata.value_type)
+        return not self.past_cache and (is_in_place or self._kernels is not None)
+
+    @property
+    def convert_run(self) -> Callable[[int, int, int], None] | None:
+        """What converts stored values from an address to another, so many bytes; None where they are to be copied."""
+        return None if self._kernels is None else functools.partial(_convert_run, self._kernels, self.scale or 1.0)
 
     def finish(self, act: torch.Tensor) -> None:
         """Convert activations that were read, see `convert_batch`, unless the readers did."""

@@ -30,6 +30,7 @@ from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.undone import close_with
+from saev_torch.reading.mapping import Mapping
 
 LABELS_IDX = sidecar_idx(LABELS)
 """Stands for labels.bin where the number of a shard is expected."""
@@ -162,6 +163,7 @@ class ShardStore:
         # when no thread reads from them, least recently used first.
         self._open: weakref.WeakValueDictionary[tuple[int, bool], _Descriptor] = weakref.WeakValueDictionary()
         self._kept: collections.OrderedDict[tuple[int, bool], _Descriptor] = collections.OrderedDict()
+        self._mapped: dict[int, Mapping] = {}
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = _MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, min(_MAX_OPEN, soft // 8))
         _stores.add(self)
@@ -187,6 +189,11 @@ class ShardStore:
         """Another store on the same directory, with descriptors of its own; nothing is checked again yet."""
         return copy.copy(self)
 
+    @property
+    def most_open(self) -> int:
+        """How many files it keeps open, at most."""
+        return self._limit
+
     def path(self, shard_idx: int) -> Path:
         """Path of a shard, for messages."""
         return self.shards_dir / self._name(shard_idx)
@@ -202,6 +209,26 @@ class ShardStore:
         file, and where it goes are then multiples of 4096 bytes. Raises `ShardsNotFoundError` where the file is gone,
         `FormatError` where it is not the one that was checked, and `ReadError` where it cannot be opened.
         """
+        held = self._hold(shard_idx, direct)
+        try:
+            yield held.fd
+        finally:
+            # Who keeps an error does not keep the file open.
+            del held
+
+    def mapped(self, shard_idx: int) -> Mapping | None:
+        """A shard that is mapped, until `close` and as long as somebody holds it; None where the system refuses.
+
+        Errors are those of `opened`.
+        """
+        found = self._mapped.get(shard_idx)
+        if found is None:
+            found = Mapping.open(self._hold(shard_idx, False))
+            if found is not None:
+                found = self._mapped.setdefault(shard_idx, found)
+        return found
+
+    def _hold(self, shard_idx: int, direct: bool) -> _Descriptor:
         key = shard_idx, direct
         with self._lock:
             held = self._open.get(key)
@@ -214,12 +241,7 @@ class ShardStore:
                 held = self._open.setdefault(key, opened)
                 self._keep(key, held)
                 _limit_open(2 * self._limit, self)
-            del opened
-        try:
-            yield held.fd
-        finally:
-            # Who keeps an error does not keep the file open.
-            del held
+        return held
 
     def _keep(self, key: tuple[int, bool], held: _Descriptor) -> None:
         self._kept[key] = held
@@ -238,6 +260,7 @@ class ShardStore:
         """Close all descriptors that no thread is reading from; those follow when their read returns."""
         with self._lock:
             self._kept.clear()
+            self._mapped.clear()
 
     def may_pass(self, path: Path, offset: int | None, code: int | None, tries: int) -> bool:
         """Whether to try once more after an error, and wait for the right time: up to 2.6 s in all.

@@ -13,6 +13,8 @@ from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
 from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import MIN_READ_NBYTES, Prediction, find_best, find_smallest, predict
+from saev_torch.order.selection import Selection
+from saev_torch.reading.direct import fits_page_cache
 from saev_torch.tools.arguments import EXAMPLES_HELP, above_zero, at_least, check_new_file, examples
 
 _GIB = 1 << 30
@@ -33,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--buffer-size", type=whole, default=defaults.buffer_size, help="batches held")
     parser.add_argument("--block-size", type=whole, default=None, help="samples read at once (default: chosen)")
     parser.add_argument("--lanes", dest="n_lanes", metavar="LANES", type=whole, default=defaults.n_lanes)
+    orders = "blocks, or uniform: one permutation of all samples, for data that memory holds"
+    parser.add_argument("--order", default=defaults.order, choices=["blocks", "uniform"], help=orders)
     parser.add_argument("--act-dtype", default=defaults.act_dtype, choices=["float32", "stored"], help="in memory")
     parser.add_argument("--dtype", choices=list(DTYPES), help="as if this were stored (default: what is)")
     parser.add_argument("--examples", type=examples, metavar="A:B", help=EXAMPLES_HELP)
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype is not None:
         # Of an older protocol, too: only sizes are looked at.
         md = dataclasses.replace(md, dtype=args.dtype, protocol=PROTOCOL)
-    options = {name: getattr(args, name) for name in ("shards", "tokens", "act_dtype", "examples", *_OPTIONS)}
+    options = {name: getattr(args, name) for name in ("shards", "tokens", "order", "act_dtype", "examples", *_OPTIONS)}
     cfg = ShuffledConfig(layer=_layer(md, args.layer), **options)
     least = MIN_READ_NBYTES if args.min_read_kib is None else args.min_read_kib * 1024
     if args.quality is not None and args.memory_gib is not None:
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         chosen = predict(md, cfg, args.readers)
     mixtures = class_mixtures(md, chosen.cfg, min(_N_CLASSES, md.n_examples)) if args.plot_classes else []
-    sys.stdout.write(_describe(chosen))
+    sys.stdout.write(_describe(chosen) + _describe_order(md, chosen))
     if args.plot or args.plot_classes:
         # Imported only here: matplotlib is an extra.
         from saev_torch.tools.figure import draw_mixtures, draw_plan
@@ -120,3 +124,19 @@ def _describe(found: Prediction) -> str:
         "memory": f"{found.memory_nbytes / _GIB:.2f} GiB of batches in all readers, besides what processes take",
     }
     return "".join(f"{name + ':':<19}{text}\n" for name, text in rows.items())
+
+
+def _describe_order(md: Metadata, found: Prediction) -> str:
+    """What order suits data of this size, on this machine."""
+    cfg = found.cfg
+    selection = Selection(md, cfg.tokens, cfg.layer, act_dtype=cfg.act_dtype)
+    nbytes, is_uniform = selection.n_samples * selection.sample_nbytes, cfg.order == "uniform"
+    data = f"{nbytes / _GIB:.3g} GiB of data"
+    if fits_page_cache(nbytes):
+        text = f"{data}, which the memory of this machine can hold: "
+        text += "gathered from there" if is_uniform else "order='uniform' mixes them perfectly, with a few batches held"
+    elif is_uniform:
+        text = f"{data}, which the memory of this machine cannot hold: use order='blocks', which a disk reads faster"
+    else:
+        return ""
+    return f"{'order:':<19}{text}\n"

@@ -1,0 +1,274 @@
+"""Rows that are gathered from mapped files: the same as ever, whatever happens to the files; what is not, and why."""
+
+import contextlib
+import os
+import re
+import resource
+from pathlib import Path
+
+import contracts
+import numpy as np
+import pytest
+import torch
+from factory import Spec, oracle
+from torch.utils.data import DataLoader
+
+from saev_torch import IndexedConfig, IndexedDataset, ReadError, ShuffledActivations, ShuffledConfig
+from saev_torch.order.selection import Selection
+from saev_torch.reading import gather as gather_module
+from saev_torch.reading.gather import Gather, ScatteredRows
+from saev_torch.reading.reader import Pace, Spot
+from saev_torch.reading.source import Source
+from saev_torch.reading.store import ShardStore
+
+SPEC = Spec(n_examples=60, content_tokens=7, layers=(3, 7), examples_per_shard=9)
+WIDE = Spec(n_examples=12, content_tokens=50, cls=False, layers=(0,), d_model=256, examples_per_shard=6, labels=False)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Rows that were gathered, and rows that were read otherwise."""
+    counts = {"gathered": 0, "read": 0}
+    real_gather, real_read = Gather._gather, ScatteredRows.read
+
+    def gathering(self, rows):
+        n = real_gather(self, rows)
+        counts["gathered"] += n
+        return n
+
+    def reading(self, reader):
+        counts["read"] += len(self)
+        real_read(self, reader)
+
+    monkeypatch.setattr(Gather, "_gather", gathering)
+    monkeypatch.setattr(ScatteredRows, "read", reading)
+    return counts
+
+
+def uniform(shards, **fields):
+    return ShuffledConfig(**{"shards": shards, "layer": 3, "batch_size": 64, "order": "uniform", **fields})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"tokens": "special"},
+        {"tokens": "all", "layer": "all"},
+        {"layer": (7, 3)},
+        {"ignore_labels": [2]},
+        {"act_dtype": "stored", "layer": (7, 3), "tokens": "all"},
+    ],
+    ids=str,
+)
+def test_every_selection(make_shards, counted, dtype, fields):
+    spec = Spec(**{**SPEC.__dict__, "dtype": dtype})
+    cfg = uniform(make_shards(spec), **fields)
+    data_set = ShuffledActivations(cfg)
+    contracts.check_epoch(list(data_set), spec, cfg)
+    n_parts = 2 if isinstance(cfg.layer, tuple) else 1
+    assert counted == {"gathered": data_set.n_samples * n_parts, "read": 0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("act_dtype", ["float32", "stored"])
+def test_what_is_multiplied_is_what_a_ring_reads(make_shards, monkeypatch, counted, dtype, act_dtype):
+    """A stage that has room for a few rows only, so that it is used again and again."""
+    shards = make_shards(Spec(**{**WIDE.__dict__, "dtype": dtype}))
+    monkeypatch.setattr(gather_module, "_STAGE_NBYTES", 5000)
+    cfg = uniform(shards, layer=0, scale_norm=True, act_dtype=act_dtype)
+    gathered = list(ShuffledActivations(cfg))
+    assert counted == {"gathered": 600, "read": 0}
+    monkeypatch.setattr(Gather, "open", lambda source: None)
+    contracts.assert_same(gathered, list(ShuffledActivations(cfg)))
+    assert counted["gathered"] == 600
+
+
+def test_without_a_compiler(make_shards, monkeypatch, counted):
+    """What is only multiplied is multiplied later; what becomes wider is read otherwise."""
+    monkeypatch.setattr("saev_torch.reading.source.find_convert_kernels", lambda *args: None)
+    for dtype, n_gathered in (("float32", 600), ("bfloat16", 0)):
+        counted["gathered"] = 0
+        cfg = uniform(make_shards(Spec(**{**WIDE.__dict__, "dtype": dtype})), layer=0, scale_norm=True)
+        first, second = ShuffledActivations(cfg), ShuffledActivations(cfg)
+        batches = list(first)
+        assert counted == {"gathered": n_gathered, "read": 0}
+        with monkeypatch.context() as patch:
+            patch.setattr(Gather, "open", lambda source: None)
+            contracts.assert_same(batches, list(second))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_access_in_batches(make_shards, counted, workers):
+    spec = Spec(**{**WIDE.__dict__, "n_examples": 40})
+    data_set = IndexedDataset(IndexedConfig(shards=make_shards(spec), layer=0))
+    numbers = np.random.default_rng(0).integers(0, len(data_set), (3, 700))
+    wanted = oracle(spec)[:, 0].reshape(-1, 256)
+    for i, batch in enumerate(DataLoader(data_set, batch_sampler=numbers, num_workers=workers)):
+        assert np.array_equal(batch["act"].numpy(), wanted[numbers[i]])
+    if not workers:
+        assert counted == {"gathered": 2100, "read": 0}
+
+
+def open_rows(shards, n=400, pace=None):
+    """A gather, rows of all shards, and the memory that they go to."""
+    store = ShardStore(shards)
+    source, selection = Source(store), Selection(store.metadata, "content", 0)
+    memory = np.full((n, 256), -1, dtype=np.float32)
+    samples = np.random.default_rng(1).permutation(selection.n_samples)[:n]
+    gather = Gather.open(source)
+    rows = gather.find(selection, selection.cells(samples), memory.ctypes.data, Spot())
+    return gather, rows, source.open_reader(pace), memory, oracle(WIDE)[:, 0].reshape(-1, 256)[samples], store
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_a_call_that_comes_short_is_finished_otherwise(make_shards, monkeypatch, counted, left):
+    gather, rows, reader, memory, wanted, store = open_rows(make_shards(WIDE))
+    real = gather_module._gather
+    monkeypatch.setattr(gather_module, "_gather", lambda *args: max(0, real(*args) // 100 * left - 1))
+    gather.read(rows, reader)
+    assert np.array_equal(memory, wanted)
+    assert counted["read"] == 400 - counted["gathered"] > 0
+    store.close()
+
+
+@pytest.mark.parametrize("rows_left", [0, 10, 149.5, 299], ids=str)
+def test_a_file_that_becomes_shorter_is_an_error(make_shards, rows_left):
+    """Never SIGBUS; and no zeros, which are what a mapping holds between the end of a file and that of its page."""
+    shards = make_shards(WIDE)
+    gather, rows, reader, _, _, store = open_rows(shards)
+    os.truncate(shards / "acts000001.bin", int(rows_left * 1024))
+    with pytest.raises(
+        ReadError, match=r"acts000001.bin: expected .* bytes .* the file became shorter while it was in"
+    ):
+        gather.read(rows, reader)
+    store.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_says_that_a_file_became_shorter(make_shards, workers):
+    spec = Spec(**{**WIDE.__dict__, "n_examples": 60, "examples_per_shard": 20})
+    shards = make_shards(spec)
+    cfg = uniform(shards, layer=0, batch_size=100)
+    batches = iter(DataLoader(ShuffledActivations(cfg), batch_size=None, num_workers=workers))
+    next(batches)
+    os.truncate(shards / "acts000001.bin", 5000)
+    with pytest.raises(ReadError, match="the file became shorter while it was in use"):
+        list(batches)
+    del batches
+
+
+def test_a_file_that_is_replaced_is_the_one_that_was_checked(make_shards):
+    """As with any reader: until the epoch ends what was open is read; then the other one is refused."""
+    shards = make_shards(WIDE)
+    gather, rows, reader, memory, wanted, store = open_rows(shards)
+    other = shards / "other"
+    other.write_bytes(bytes((shards / "acts000001.bin").stat().st_size))
+    os.replace(other, shards / "acts000001.bin")
+    gather.read(rows, reader)
+    assert np.array_equal(memory, wanted)
+    store.close()
+
+
+def test_a_disk_is_asked_by_a_ring(make_shards, monkeypatch, counted):
+    pace = Pace(1)
+    gather, rows, reader, memory, wanted, store = open_rows(make_shards(WIDE), pace=pace)
+    waits = iter(range(0, 10_000, 1000))
+    monkeypatch.setattr(gather_module, "_n_waits", lambda: next(waits))
+    gather.read(rows.part(0, 100), reader)
+    assert pace.is_slow
+    assert counted == {"gathered": 100, "read": 0}
+    # Before a read that is fast lets it gather again.
+    gather.read(rows.part(100, 400), reader)
+    assert counted == {"gathered": 100, "read": 300}
+    assert np.array_equal(memory, wanted)
+    store.close()
+
+
+def test_rows_that_are_not_in_memory_are_left_to_a_ring(make_shards, monkeypatch, counted):
+    shards = make_shards(WIDE)
+    monkeypatch.setattr(gather_module, "is_in_memory", lambda address: False)
+    cfg = uniform(shards, layer=0)
+    contracts.check_epoch(list(ShuffledActivations(cfg)), WIDE, cfg)
+    assert counted == {"gathered": 0, "read": 0}
+
+
+def test_what_the_page_cache_does_not_hold(make_shards):
+    """The real question, asked of the real page cache."""
+    shards = make_shards(WIDE)
+    for file in shards.glob("acts*.bin"):
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    gather, rows, _, _, _, store = open_rows(shards)
+    assert rows is None
+    for file in shards.glob("acts*.bin"):
+        file.read_bytes()
+    selection = Selection(store.metadata, "content", 0)
+    assert gather.find(selection, np.arange(400), 0, Spot()) is not None
+    store.close()
+
+
+@pytest.mark.parametrize("why", ["forbidden", "address space", "many shards", "short answers"])
+def test_where_it_cannot_be(make_shards, monkeypatch, counted, why):
+    shards = make_shards(WIDE)
+    if why == "forbidden":
+        monkeypatch.setattr(gather_module, "_can_gather", lambda: False)
+    elif why == "address space":
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (1 << 40, 1 << 40))
+    elif why == "many shards":
+        monkeypatch.setattr(ShardStore, "most_open", 1)
+    else:
+        monkeypatch.setattr("saev_torch.reading.store._file_system", lambda fd: 0x01021997)
+    cfg = uniform(shards, layer=0)
+    contracts.check_epoch(list(ShuffledActivations(cfg)), WIDE, cfg)
+    assert counted == {"gathered": 0, "read": 0}
+
+
+def mapped(shards):
+    return Path("/proc/self/maps").read_text().count(str(shards))
+
+
+def test_mappings_last_as_long_as_an_epoch(make_shards):
+    shards = make_shards(WIDE)
+    cfg = uniform(shards, layer=0)
+    data_set, n_fds = ShuffledActivations(cfg), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        batches = iter(data_set)
+        next(batches)
+        assert 0 < mapped(shards) <= 3
+        with contextlib.closing(batches):
+            pass
+        assert mapped(shards) == 0
+        assert len(os.listdir("/proc/self/fd")) == n_fds
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("fields", [{}, {"layer": "all", "tokens": "all"}, {"layer": (7, 3)}, {"act_dtype": "stored"}])
+def test_single_samples_are_those_of_a_batch(make_shards, dtype, fields):
+    spec = Spec(**{**SPEC.__dict__, "dtype": dtype})
+    data_set = IndexedDataset(IndexedConfig(**{"shards": make_shards(spec), "layer": 7, **fields}))
+    for i in [*range(0, len(data_set), 5), len(data_set) - 1]:
+        (wanted,) = data_set.__getitems__([i])
+        for number in (i, np.int32(i)):
+            found = data_set[number]
+            assert list(found) == list(wanted)
+            assert torch.equal(found.pop("act"), wanted["act"])
+            assert found == {key: value for key, value in wanted.items() if key != "act"}
+            assert all(type(value) is int for value in found.values())
+    # Memory of its own.
+    kept = data_set[0]["act"]
+    kept.zero_()
+    assert data_set[0]["act"].any()
+
+
+def test_a_single_sample_of_a_file_that_became_shorter(make_shards):
+    shards = make_shards(WIDE)
+    data_set = IndexedDataset(IndexedConfig(shards=shards, layer=0))
+    wanted = data_set[599]["act"]
+    os.truncate(shards / "acts000001.bin", 299 * 1024 + 1000)
+    assert not torch.equal(data_set[598]["act"], wanted)
+    with pytest.raises(ReadError, match=re.escape("acts000001.bin: expected 1024 bytes at offset 306176, got 1000")):
+        data_set[599]
