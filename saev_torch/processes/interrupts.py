@@ -5,6 +5,7 @@ knows, a thread that waits for ever for a lock of `threading`, or one that is ta
 fork it would be dropped without a word.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -31,6 +32,11 @@ class _Deferral:
         self._due: dict[int, float] = {}
 
     def begin(self) -> None:
+        # Only the interpreter that a program began with may set handlers, where others run in the same process.
+        with contextlib.suppress(ValueError):
+            self._begin()
+
+    def _begin(self) -> None:
         for number in _NUMBERS:
             handler = signal.getsignal(number)
             if callable(handler):
