@@ -81,12 +81,11 @@ FOUND: dict[str, list[list[list[Any]]]] = {
     "an interrupt at the end of the start of workers left them, or pipes": [
         [
             ["make", 8, "ready", 3, is_persistent, 3],
-            *(["interrupt_start", 0, delay_us, keep_error] for delay_us in (750, 3000, 4899, 5500)),
+            *(["interrupt_start", 0, delay_us, True] for delay_us in (750, 3000, 4899, 5500)),
             ["epoch", 0, 2, 0, "break"],
             ["shutdown", 0, False],
         ]
         for is_persistent in (False, True)
-        for keep_error in (False, True)
     ],
 }
 
