@@ -6,6 +6,7 @@ fork it would be dropped without a word.
 """
 
 import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -19,8 +20,11 @@ _T = TypeVar("_T")
 
 # Who asks again so long after the first time is heard at once: the work may hang.
 _PATIENCE_S = 1.0
+# Without the enumerations that Python wraps around them, which take 100 us for all signals.
+_get: Callable[[int], Any] = inspect.unwrap(signal.getsignal)
+_set: Callable[[int, Any], Any] = inspect.unwrap(signal.signal)
 # torch sets its own for ends of processes while it starts some, and keeps what it finds.
-_NUMBERS = sorted(signal.valid_signals() - {signal.SIGCHLD})
+_NUMBERS = sorted(set(map(int, signal.valid_signals())) - {int(signal.SIGCHLD)})
 
 
 class _Deferral:
@@ -38,11 +42,11 @@ class _Deferral:
 
     def _begin(self) -> None:
         for number in _NUMBERS:
-            handler = signal.getsignal(number)
+            handler = _get(number)
             if callable(handler):
                 self._handlers[number] = handler
                 self._set.append(number)
-                signal.signal(number, self._note)
+                _set(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -55,8 +59,8 @@ class _Deferral:
         try:
             while self._set:
                 number = self._set[-1]
-                if signal.getsignal(number) == self._note:
-                    signal.signal(number, self._handlers[number])
+                if _get(number) == self._note:
+                    _set(number, self._handlers[number])
                 self._set.pop()
         finally:
             if self._set:
