@@ -231,7 +231,7 @@ def test_a_state_after_an_interrupt_while_workers_start(
         start(process)
         if len(multiprocessing.active_children()) == 2:
             loader.dataset.is_waiting.set()
-            time.sleep(PATIENCE_S)
+            wait_until(lambda: interrupts._deferral._due)
 
     with monkeypatch.context() as patched:
         patched.setattr(context.Process, "start", slow)

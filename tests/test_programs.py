@@ -1,4 +1,4 @@
-"""500 random programs, and those that have found faults; `python tests/programs.py --n 10000` runs more."""
+"""300 random programs, and those that have found faults; `python tests/programs.py --n 10000` runs more."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import programs
 import pytest
 
-N = 500
+N = 300
 _SHOWN = 3
 
 
@@ -77,6 +77,15 @@ FOUND: dict[str, list[list[list[Any]]]] = {
     ],
     "an interrupt left a lock held that workers wait for": [
         [["make", 0, "set", 0, False, 0], ["interrupt_state", -1, 100]]
+    ],
+    "an interrupt at the end of the start of workers left them, or pipes": [
+        [
+            ["make", 8, "ready", 3, is_persistent, 3],
+            *(["interrupt_start", 0, delay_us, True] for delay_us in (750, 3000, 4899, 5500)),
+            ["epoch", 0, 2, 0, "break"],
+            ["shutdown", 0, False],
+        ]
+        for is_persistent in (False, True)
     ],
 }
 

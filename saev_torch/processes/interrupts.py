@@ -5,6 +5,8 @@ knows, a thread that waits for ever for a lock of `threading`, or one that is ta
 fork it would be dropped without a word.
 """
 
+import contextlib
+import inspect
 import os
 import signal
 import sys
@@ -18,8 +20,11 @@ _T = TypeVar("_T")
 
 # Who asks again so long after the first time is heard at once: the work may hang.
 _PATIENCE_S = 1.0
+# Without the enumerations that Python wraps around them, which take 100 us for all signals.
+_get: Callable[[int], Any] = inspect.unwrap(signal.getsignal)
+_set: Callable[[int, Any], Any] = inspect.unwrap(signal.signal)
 # torch sets its own for ends of processes while it starts some, and keeps what it finds.
-_NUMBERS = sorted(signal.valid_signals() - {signal.SIGCHLD})
+_NUMBERS = sorted(set(map(int, signal.valid_signals())) - {int(signal.SIGCHLD)})
 
 
 class _Deferral:
@@ -31,12 +36,17 @@ class _Deferral:
         self._due: dict[int, float] = {}
 
     def begin(self) -> None:
+        # Only the interpreter that a program began with may set handlers, where others run in the same process.
+        with contextlib.suppress(ValueError):
+            self._begin()
+
+    def _begin(self) -> None:
         for number in _NUMBERS:
-            handler = signal.getsignal(number)
+            handler = _get(number)
             if callable(handler):
                 self._handlers[number] = handler
                 self._set.append(number)
-                signal.signal(number, self._note)
+                _set(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -49,8 +59,8 @@ class _Deferral:
         try:
             while self._set:
                 number = self._set[-1]
-                if signal.getsignal(number) == self._note:
-                    signal.signal(number, self._handlers[number])
+                if _get(number) == self._note:
+                    _set(number, self._handlers[number])
                 self._set.pop()
         finally:
             if self._set:
