@@ -1,7 +1,8 @@
 """Shuffled and ordered loading of stored transformer activations, as plain torch data sets."""
 
 from saev_torch.batch import ActivationBatch
-from saev_torch.config import IndexedConfig, LayerSpec, OrderedConfig, ShuffledConfig, TokenKind, make_ordered_config
+from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, make_ordered_config
+from saev_torch.config.rules import LayerSpec, TokenKind
 from saev_torch.device import DevicePrefetcher
 from saev_torch.errors import (
     ConfigError,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.batch import ActivationBatch, release_copied
-from saev_torch.config import is_integer
+from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
 
 _Lock: TypeAlias = "weakref.finalize[..., Any]"

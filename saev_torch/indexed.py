@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from saev_torch.batch import Sample, Samples, make_batch
-from saev_torch.config import IndexedConfig, is_integer
+from saev_torch.config import IndexedConfig
+from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described

@@ -24,8 +24,8 @@ from torch.utils.data import get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from saev_torch import EndedError, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
-from saev_torch.loaders import CountedBatches
-from saev_torch.processes import leaving
+from saev_torch.iterable.counted import CountedBatches
+from saev_torch.processes import interrupts, leaving
 
 COPIES = {"pickle": lambda x: pickle.loads(pickle.dumps(x)), "copy": copy.copy, "deepcopy": copy.deepcopy}
 WORKERS = [(0, False), (2, False), (2, True)]
@@ -367,7 +367,7 @@ def report():
 atexit.register(report)
 import torch
 from saev_torch import IndexedConfig, IndexedDataset, ShuffledActivations, ShuffledConfig, ShuffledDataLoader
-from saev_torch.processes import leaving
+from saev_torch.processes import interrupts, leaving
 kind, n_workers = sys.argv[2], int(sys.argv[3])
 cfg = ShuffledConfig(shards=sys.argv[1], layer=3, batch_size=16, buffer_size=4)
 options = {"num_workers": n_workers, "multiprocessing_context": "fork" if n_workers else None}

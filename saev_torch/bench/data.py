@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from saev_torch.config import ActDtype, ShuffledConfig
+from saev_torch.config import ShuffledConfig
+from saev_torch.config.rules import ActDtype
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.format.metadata import Metadata

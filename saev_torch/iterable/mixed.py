@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from saev_torch.batch import ActivationBatch, make_batch
-from saev_torch.config import ShuffledConfig, is_integer
+from saev_torch.config import ShuffledConfig
+from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
 from saev_torch.format.plain import as_plain
 from saev_torch.iterable.activations import Activations, ShuffledActivations

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.config import ActDtype, LayerSpec, TokenKind
+from saev_torch.config.rules import ActDtype, LayerSpec, TokenKind
 from saev_torch.errors import ConfigError, LabelsNotFoundError
 from saev_torch.format.dtypes import loaded_type
 from saev_torch.format.examples import Examples

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch.distributed
 from torch.utils.data import get_worker_info
 
-from saev_torch.config import is_integer
+from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
 
 Rank: TypeAlias = int | Literal["slurm", "mpi"] | None

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from saev_torch.config import BatchConfig, ShuffledConfig, is_integer
+from saev_torch.config import BatchConfig, ShuffledConfig
+from saev_torch.config.rules import is_integer
 from saev_torch.errors import StateError
 from saev_torch.format.checksums import checksums_digest
 from saev_torch.format.files import short

@@ -10,7 +10,8 @@ from typing import IO
 
 import numpy as np
 
-from saev_torch.config import OrderedConfig, TokenKind
+from saev_torch.config import OrderedConfig
+from saev_torch.config.rules import TokenKind
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import FLOAT32
 from saev_torch.format.examples import Examples

@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from saev_torch.config import LayerSpec, ShuffledConfig
+from saev_torch.config import ShuffledConfig
+from saev_torch.config.rules import LayerSpec
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.format.metadata import Metadata
