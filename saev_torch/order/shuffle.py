@@ -147,16 +147,13 @@ class ShufflePlan(Batching):
         n_turns = self.n_turns(lane)
         return [(chunk + d) % n_turns for d in range(self.depth(lane))]
 
-    def _rows(self, lane: int, chunk: int) -> dict[int, _Int64s]:
-        """The turns that a chunk deals to, and the rows of the batch that the samples go to."""
-        depth, turns = self.depth(lane), self.turns_of(lane, chunk)
-        return {turn: _interleaved(self.size(turn * self.n_lanes + lane), depth)[d] for d, turn in enumerate(turns)}
-
     def _chunk_start(self, lane: int, chunk: int) -> int:
-        # Only the chunks that reach the last turn, which may not be full, differ in size.
-        regular = min(chunk, max(0, self.n_turns(lane) - self.depth(lane)))
-        irregular = sum(len(rows) for i in range(regular, chunk) for rows in self._rows(lane, i).values())
-        return regular * self.batch_size + irregular
+        # Only the chunks that reach the last turn, which may not be full, differ in size, by what they deal to it.
+        n_turns, depth = self.n_turns(lane), self.depth(lane)
+        last = self.size((n_turns - 1) * self.n_lanes + lane)
+        first, stop = n_turns - chunk, n_turns - min(chunk, n_turns - depth)
+        lost = [stop * size // depth - first * size // depth for size in (self.batch_size, last)]
+        return chunk * self.batch_size - lost[0] + lost[1]
 
     def _chunk_at(self, lane: int, position: int) -> int:
         """The chunk that a position in the stream of a lane is in."""
@@ -168,12 +165,11 @@ class ShufflePlan(Batching):
 
     def chunk(self, lane: int, chunk: int) -> Chunk:
         """Work out one chunk of a lane, `0 <= chunk < n_turns(lane)`."""
-        dealt_to, start = self._rows(lane, chunk), self._chunk_start(lane, chunk)
-        rows = np.concatenate(list(dealt_to.values()))
+        turns, start = self.turns_of(lane, chunk), self._chunk_start(lane, chunk)
+        rows, bounds = _dealt_rows(tuple(self.size(turn * self.n_lanes + lane) for turn in turns))
         starts, lengths = self._streams.runs(lane, start, start + len(rows))
         dealt = shuffled(len(rows), make_key(self.seed, self.epoch, CHUNKS, lane, chunk))
-        bounds = itertools.accumulate(map(len, dealt_to.values()), initial=0)
-        return Chunk(starts, lengths, dealt, tuple(dealt_to), tuple(bounds), rows)
+        return Chunk(starts, lengths, dealt, tuple(turns), bounds, rows)
 
     def locate(self, batch: int) -> _Int64s:
         """The samples of a batch, row by row: `[size] int64`. Nothing is read."""
@@ -204,3 +200,12 @@ def _interleaved(size: int, depth: int) -> tuple[_Int64s, ...]:
     rows = np.empty(size, dtype=np.int64)
     rows[np.lexsort((chunk, number))] = np.arange(size)
     return tuple(np.split(rows, np.cumsum(portions)[:-1]))
+
+
+@functools.lru_cache(maxsize=8)
+def _dealt_rows(sizes: tuple[int, ...]) -> tuple[_Int64s, tuple[int, ...]]:
+    """Rows that the samples of a chunk go to, of the batches of these sizes that it deals to, and where each begins."""
+    parts = [_interleaved(size, len(sizes))[d] for d, size in enumerate(sizes)]
+    rows = np.concatenate(parts)
+    rows.setflags(write=False)
+    return rows, tuple(itertools.accumulate(map(len, parts), initial=0))
