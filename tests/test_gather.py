@@ -137,7 +137,7 @@ def test_a_call_that_comes_short_is_finished_otherwise(make_shards, monkeypatch,
 def test_a_file_that_becomes_shorter_is_an_error(make_shards, rows_left):
     """Never SIGBUS; and no zeros, which are what a mapping holds between the end of a file and that of its page."""
     shards = make_shards(WIDE)
-    gather, rows, reader, _, _, store = open_rows(shards)
+    gather, rows, reader, _memory, _, store = open_rows(shards)
     os.truncate(shards / "acts000001.bin", int(rows_left * 1024))
     with pytest.raises(
         ReadError, match=r"acts000001.bin: expected .* bytes .* the file became shorter while it was in"
