@@ -2,7 +2,6 @@
 
 from saev_torch.batch import ActivationBatch
 from saev_torch.config import IndexedConfig, OrderedConfig, ShuffledConfig, make_ordered_config
-from saev_torch.config.rules import LayerSpec, TokenKind
 from saev_torch.device import DevicePrefetcher
 from saev_torch.errors import (
     ConfigError,
@@ -21,6 +20,7 @@ from saev_torch.errors import (
 )
 from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata, PixelAgg
+from saev_torch.format.rules import LayerSpec, TokenKind
 from saev_torch.format.shards import Shard, ShardInfo
 from saev_torch.indexed import IndexedDataset, UniformBatches
 from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations

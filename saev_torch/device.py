@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.batch import ActivationBatch, release_copied
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
+from saev_torch.format.rules import is_integer
 
 _Lock: TypeAlias = "weakref.finalize[..., Any]"
 

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset, Sampler
 
 from saev_torch.batch import Sample, Samples, make_batch
 from saev_torch.config import IndexedConfig
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Described
 from saev_torch.format.plain import as_plain
+from saev_torch.format.rules import is_integer
 from saev_torch.format.sidecars import TOKEN_IDS
 from saev_torch.order.selection import IndexMap
 from saev_torch.order.steps import slot_nbytes

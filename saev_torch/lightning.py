@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from saev_torch.config import BatchConfig, ShuffledConfig
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
+from saev_torch.format.rules import is_integer
 from saev_torch.iterable.activations import Activations
 from saev_torch.loaders import OrderedDataLoader, ShuffledDataLoader
 from saev_torch.order.mixing import batch_metrics

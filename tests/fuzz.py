@@ -31,7 +31,7 @@ from saev_torch import (
     ShuffledActivations,
     ShuffledConfig,
 )
-from saev_torch.config.rules import ActDtype
+from saev_torch.format.rules import ActDtype
 from saev_torch.reading.kernels import find_convert_kernels
 
 SPEC = factory.Spec(n_examples=5, content_tokens=3, cls=True, layers=(3, 7), d_model=4, examples_per_shard=2)

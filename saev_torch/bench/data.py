@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from saev_torch.config import ShuffledConfig
-from saev_torch.config.rules import ActDtype
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.rules import ActDtype
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.inspect import count_labels
 from saev_torch.writing.writer import ShardWriter

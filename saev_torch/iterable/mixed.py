@@ -12,9 +12,9 @@ import torch
 
 from saev_torch.batch import ActivationBatch, make_batch
 from saev_torch.config import ShuffledConfig
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
 from saev_torch.format.plain import as_plain
+from saev_torch.format.rules import is_integer
 from saev_torch.iterable.activations import Activations, ShuffledActivations
 from saev_torch.order.joint import JointSelection
 from saev_torch.order.mixture import MixedSource, MixturePlan, Until, Weights

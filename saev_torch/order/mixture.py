@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.config.rules import OrderKind
+from saev_torch.format.rules import OrderKind
 from saev_torch.order.shuffle import Batching, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
 

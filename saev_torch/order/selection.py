@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from saev_torch.config.rules import ActDtype, LayerSpec, TokenKind
 from saev_torch.errors import ConfigError, LabelsNotFoundError
 from saev_torch.format.dtypes import loaded_type
 from saev_torch.format.examples import Examples
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.rules import ActDtype, LayerSpec, TokenKind
 from saev_torch.order.examples import make_subset
 from saev_torch.order.kept import Filter, LabelRows, MaskRows, labels_changed, mask_changed
 from saev_torch.order.runs import expand_runs

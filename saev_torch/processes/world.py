@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch.distributed
 from torch.utils.data import get_worker_info
 
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
+from saev_torch.format.rules import is_integer
 
 Rank: TypeAlias = int | Literal["slurm", "mpi"] | None
 """A rank; or which launcher's variables tell it, with the number of ranks; or None, to look it up."""

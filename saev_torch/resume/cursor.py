@@ -14,9 +14,9 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError, SaevTorchError, StateError
 from saev_torch.format.plain import as_plain
+from saev_torch.format.rules import is_integer
 from saev_torch.order.steps import Share
 from saev_torch.processes.epochs import EpochCounter
 from saev_torch.processes.launchers import announce

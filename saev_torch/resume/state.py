@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import get_worker_info
 
 from saev_torch.config import BatchConfig, ShuffledConfig
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import StateError
 from saev_torch.format.checksums import checksums_digest
 from saev_torch.format.files import short
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.rules import is_integer
 from saev_torch.order.selection import Selection
 from saev_torch.reading.store import ShardStore
 

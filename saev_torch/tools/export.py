@@ -11,12 +11,12 @@ from typing import IO
 import numpy as np
 
 from saev_torch.config import OrderedConfig
-from saev_torch.config.rules import TokenKind
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import FLOAT32
 from saev_torch.format.examples import Examples
 from saev_torch.format.files import sync_dir, writing
 from saev_torch.format.metadata import Metadata
+from saev_torch.format.rules import TokenKind
 from saev_torch.iterable.activations import OrderedActivations
 from saev_torch.tools.arguments import positions
 from saev_torch.writing.progress import Progress

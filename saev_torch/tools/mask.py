@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.config import OrderedConfig
-from saev_torch.config.rules import is_integer
 from saev_torch.errors import ConfigError
 from saev_torch.format.files import short, sync_dir, writing
+from saev_torch.format.rules import is_integer
 from saev_torch.format.sidecars import ATTENTION_MASK, LABELS, TOKEN_IDS, Sidecar
 from saev_torch.iterable.activations import OrderedActivations
 from saev_torch.reading.columns import Column

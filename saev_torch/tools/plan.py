@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 from saev_torch.config import ShuffledConfig
-from saev_torch.config.rules import LayerSpec
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
+from saev_torch.format.rules import LayerSpec
 from saev_torch.order.mixing import class_mixtures
 from saev_torch.order.predict import MIN_READ_NBYTES, Prediction, find_best, find_smallest, predict
 from saev_torch.order.selection import Selection

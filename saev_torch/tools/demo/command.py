@@ -48,12 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo, and return 0."""
+    started = time.perf_counter()
     # Now, and not after all the work; to ask for --help does not take them.
     for name in ("tqdm", "matplotlib", "tokenizers", "transformers"):
         importlib.import_module(name)
-    started = time.perf_counter()
     if not args.out.absolute().parent.is_dir():
-        # Now, and not after all the work.
         raise ConfigError(f"--out: expected a file in a folder that exists, got {args.out}; make the folder first")
     corpus, held_out_corpus = split(make_corpus(args.windows))
     keep, prefix = args.keep, "saev_torch_demo_"

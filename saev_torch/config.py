@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-from saev_torch.config.rules import (
+from saev_torch.errors import ConfigError
+from saev_torch.format import plain
+from saev_torch.format.examples import Examples
+from saev_torch.format.rules import (
     RULES,
     SECONDS,
     ActDtype,
@@ -19,9 +22,6 @@ from saev_torch.config.rules import (
     ScaleNorm,
     TokenKind,
 )
-from saev_torch.errors import ConfigError
-from saev_torch.format import plain
-from saev_torch.format.examples import Examples
 
 _log = logging.getLogger("saev_torch")
 
