@@ -156,6 +156,8 @@ def test_interrupts_while_threads_read(indexed, monkeypatch):
 
     monkeypatch.setattr(Ring, "open", lambda: None)
     monkeypatch.setattr("saev_torch.reading.many._MIN_MANY", 1)
+    # These are read from a disk.
+    monkeypatch.setattr(data_set._many, "_gather", None)
     before, sender = signal.signal(signal.SIGUSR1, interrupt), threading.Thread(target=send)
     with monkeypatch.context() as slow:
         slow.setattr(reading.CallReader, "_read", read)
