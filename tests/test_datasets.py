@@ -139,15 +139,17 @@ def test_indexed_batches_are_kept(indexed):
 def test_interrupts_while_threads_read(indexed, monkeypatch):
     """Two of them, so that their end is not waited for: what they read late goes to memory that nobody else has."""
     data_set, wanted = indexed
-    real, go_on, left = reading.CallReader._read, threading.Event(), threading.Event()
+    real, go_on, left, begun = reading.CallReader._read, threading.Event(), threading.Event(), threading.Event()
     n = len(wanted) // 2
 
     def read(reader, extents, start, stop):
+        begun.set()
         go_on.wait(60)
         real(reader, extents, start, stop)
 
     def interrupt(number, frame):
-        if frame.f_code.co_filename.endswith(("crew.py", "threading.py")) and not left.is_set():
+        is_ours = frame.f_code.co_filename.endswith(("crew.py", "threading.py"))
+        if is_ours and begun.is_set() and not left.is_set():
             raise KeyboardInterrupt
 
     def send():
