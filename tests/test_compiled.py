@@ -59,7 +59,7 @@ def test_places_are_scaled_and_nothing_else() -> None:
     for start, n in places:
         wanted[start : start + n] *= np.float32(1.7)
     vectors = np.array([(values.ctypes.data + 4 * start, 4 * n) for start, n in [*places, trash, trash]])
-    convert_places, _ = find_convert_kernels(*SCALE)
+    convert_places, *_ = find_convert_kernels(*SCALE)
     convert_places(vectors, values.ctypes.data + 4 * 700, np.float32(1.7))
     np.testing.assert_array_equal(values, wanted)
 
@@ -74,7 +74,7 @@ def test_only_what_was_read_completely_is_scaled(tmp_path) -> None:
     vectors = np.array([(address, 40), (address + 80, 80), (address + 160, 80), (address + 240, 80)])
     fd = os.open(path, os.O_RDONLY)
     got = np.zeros(3, dtype=np.int64)
-    _, read_and_convert = find_convert_kernels(*SCALE)
+    _, read_and_convert, _ = find_convert_kernels(*SCALE)
     read_and_convert(
         np.array([fd, fd, -1]), vectors, np.array([0, 2, 3]), np.array([2, 1, 1]), np.array([40, 360, 0]), got,
         address + 80, np.float32(0.5), np.empty(1000, dtype=np.uint8),

@@ -72,8 +72,9 @@ def run(args: argparse.Namespace) -> int:
     lines.append(f"token ids    {'yes' if store.has_token_ids else 'none'}")
     if ATTENTION_MASK in store.sidecars:
         lines.append(f"padding      left out with mask={str(_mask(store))!r}")
+    lines += _describe_next(args.dir, md)
     lines += [] if text is None else [f"text         example {example}", *textwrap.indent(text, "  ").splitlines()]
-    print("\n".join([*lines, *_describe_next(args.dir, md)]))
+    print("\n".join(lines))
     if args.plot is not None:
         # Imported only here: matplotlib is an extra.
         from saev_torch.tools.figure import draw_overview
