@@ -125,6 +125,6 @@ def test_digests_add_up(ranks: list[dict[str, Any]], cfg: ShuffledConfig, name: 
 def test_examples_are_short() -> None:
     files = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
     # It takes minutes: docs/massive-activations.md says what it shows.
-    assert files.pop("massive_activations").count("\n") < 80
+    assert files.pop("massive_activations").count("\n") < 90
     assert set(files) == {"common", "plain", *WITH_RANKS}
     assert max(text.count("\n") for text in files.values()) < 60
