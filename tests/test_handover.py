@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import contracts
@@ -84,14 +85,15 @@ def digests(shards):
 
 
 def run(tmp_path, code, shards, *args, wrap=()):
-    script, folder = tmp_path / "script.py", tmp_path / "tmp"
+    script = tmp_path / "script.py"
     script.write_text(code)
-    folder.mkdir()
     before = {name for name in os.listdir("/dev/shm") if "saev" in name}
-    done = subprocess.run(
-        [*wrap, sys.executable, str(script), str(shards), *args], capture_output=True, text=True, check=False,
-        timeout=200, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": str(folder)},
-    )  # fmt: skip
+    # Names of sockets may have 107 letters.
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [*wrap, sys.executable, str(script), str(shards), *args], capture_output=True, text=True, check=False,
+            timeout=200, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TMPDIR": folder},
+        )  # fmt: skip
     # Others may have to say something about a system like that.
     assert done.returncode == 0, done.stderr
     *found, left = done.stdout.splitlines()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -292,6 +293,25 @@ def made(monkeypatch):
 
     monkeypatch.setattr(Slot, "__init__", note)
     return slots
+
+
+@pytest.mark.parametrize("closer", ["saev_torch scheduler", "another"])
+def test_an_engine_is_collected_by_who_has_its_pool(make_shards, closer):
+    """The garbage collector closes what was left in a cycle in any thread, be it in the middle of a pool's work."""
+    ds = ShuffledActivations(config(make_shards))
+    batches = iter(ds)
+    next(batches)
+    (pool,) = ds.pools.values()
+
+    def close():
+        with pool._lock:
+            batches.close()
+
+    thread = threading.Thread(target=close, name=closer, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    wait_until(lambda: not any(one.name.startswith("saev_torch ") for one in threading.enumerate()))
 
 
 def test_without_workers_memory_is_kept_for_the_next_epoch(make_shards, made):

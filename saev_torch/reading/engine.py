@@ -32,6 +32,7 @@ _TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
 _TASKS_PER_THREAD = 2
 # How long all threads together have to leave what they are at; one that waits for a disk may never do so.
 _LEAVE_S, _STALLED_S = 5.0, 0.2
+_READER, _SCHEDULER = "saev_torch reader", "saev_torch scheduler"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,11 @@ class Engine:
         max_open = count_open_slots(plan, share, options.buffer_size)
         self.batches = Batches(pool, max_open, options.n_fills)
         pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
-        self._crew = Crew("saev_torch reader", options.n_threads, pace, feed.open_reader, fail)
+        self._crew = Crew(_READER, options.n_threads, pace, feed.open_reader, fail)
         self._crew.spots.append(self._scheduler_spot)
         self._reads = Reads(self._store, self._crew.spots, self.batches.waits)
         guard = functools.partial(guarded, self._schedule, fail)
-        scheduler = threading.Thread(target=guard, name="saev_torch scheduler", daemon=True)
+        scheduler = threading.Thread(target=guard, name=_SCHEDULER, daemon=True)
         self._threads = [scheduler, *self._crew.threads]
 
     def start(self) -> None:
@@ -199,9 +200,9 @@ class Engine:
         if self._pid != os.getpid():
             # Here are no threads, and locks may be held for ever by those of the parent.
             return
-        if threading.current_thread() in self._threads:
+        if threading.current_thread().name.startswith((_READER, _SCHEDULER)):
             # An iterator that was left in a reference cycle is collected in whichever thread allocates next. One of
-            # ours cannot wait for itself, and may hold a lock.
+            # ours cannot wait for itself, and may hold a lock, be it of another engine.
             threading.Thread(target=self.close, name="saev_torch closer", daemon=True).start()
             return
         self.batches.stop()

@@ -135,7 +135,8 @@ class SlotPool:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid, self._lock = os.getpid(), renewed(threading.Lock())
+        # A thread that has it may be the one in which another engine of the same memory is collected, and closed.
+        self._pid, self._lock = os.getpid(), renewed(threading.RLock())
         self._slots: list[Slot] = []
         self._regions: list[OwnRegion] = []
         # The most slots in use at a time, of late and before.
