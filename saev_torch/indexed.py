@@ -206,10 +206,12 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
         nbytes = slot_nbytes(n, self._selection.act_nbytes)
         if not are_many(n):
             return Slot(nbytes, shared=False)
+        # Another thread may put a pool of smaller slots in its place.
+        pool = self._pool
         # A worker that was forked inherits one whose memory its parent cannot see.
-        if self._pool is None or self._pool.nbytes < nbytes or not self._pool.is_own:
-            self._pool = SlotPool(nbytes, shared=can_share())
-        return self._pool.acquire(_N_SLOTS)
+        if pool is None or pool.nbytes < nbytes or not pool.is_own:
+            pool = self._pool = SlotPool(nbytes, shared=can_share())
+        return pool.acquire(_N_SLOTS)
 
 
 class UniformBatches(Sampler[NDArray[np.int64]]):

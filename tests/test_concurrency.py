@@ -25,6 +25,7 @@ from saev_torch import IndexedConfig, IndexedDataset, OrderedConfig, ReadError, 
 from saev_torch.processes import locks
 from saev_torch.reading import engine as engine_module
 from saev_torch.reading import received
+from saev_torch.reading.slots import SlotPool
 
 SPEC = factory.Spec(n_examples=60, content_tokens=8, cls=False, layers=(0, 5), d_model=8, examples_per_shard=13)
 FIELDS = {"layer": 5, "batch_size": 32, "buffer_size": 8}
@@ -134,6 +135,17 @@ def test_random_access_from_threads(shards):
     for thread in threads:
         thread.join(60)
     assert wrong == []
+
+
+def test_threads_that_ask_for_more_and_less_do_not_write_beyond_what_they_have(shards):
+    class Raced(IndexedDataset):
+        def __setattr__(self, name, value):
+            # What a thread does that asks for less, and comes at once.
+            super().__setattr__(name, SlotPool(1, shared=False) if name == "_pool" and value is not None else value)
+
+    data_set = Raced(IndexedConfig(shards=shards, layer=5))
+    assert data_set._acquire(1000).nbytes >= 1000 * SPEC.d_model * 4
+    assert data_set._pool.nbytes == 1
 
 
 class Within(IterableDataset):

@@ -57,6 +57,15 @@ def readers(monkeypatch):
     return names
 
 
+def test_all_threads_help_where_none_comes_back():
+    """Each takes one task, and has it until all have one: nobody notes that reads are slow."""
+    pace, together = Pace(1), threading.Barrier(6)
+    # Until then those that are to help have begun to wait.
+    pace._done_at += 0.1
+    tasks = (Task(lambda reader: together.wait(20) and None) for _ in range(6))
+    run_tasks("reader", 6, pace, lambda pace: SimpleNamespace(pace=pace, spot=Spot()), tasks)
+
+
 def intercept_reads(monkeypatch, before):
     """Call a function before each read, in the thread that reads."""
     read = Reader.read

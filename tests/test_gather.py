@@ -245,6 +245,19 @@ def test_mappings_last_as_long_as_an_epoch(make_shards):
         assert len(os.listdir("/proc/self/fd")) == n_fds
 
 
+def test_many_stores_do_not_keep_all_of_their_files_mapped(make_shards):
+    """Each mapping holds a descriptor, of which a process has few: ten data sets of a hundred shards had too many."""
+    shards = make_shards(SPEC)
+    stores = [ShardStore(shards) for _ in range(6)]
+    for store in stores:
+        store._limit = 7
+        assert all(store.mapped(number) is not None for number in range(7))
+        assert mapped(shards) <= 14
+    for store in stores:
+        store.close()
+    assert mapped(shards) == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("fields", [{}, {"layer": "all", "tokens": "all"}, {"layer": (7, 3)}, {"act_dtype": "stored"}])
 def test_single_samples_are_those_of_a_batch(make_shards, dtype, fields):

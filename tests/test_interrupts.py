@@ -64,6 +64,22 @@ def test_what_fails_tells_too(told: list[int]) -> None:
     assert isinstance(caught.value.__context__, KeyError)
 
 
+def test_what_comes_at_the_end_does_not_keep_others_from_being_told(
+    told: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = interrupts._set
+
+    def interrupted(number: int, handler: Any) -> None:
+        real(number, handler)
+        if number == signal.SIGUSR1 and interrupts._deferral is None:
+            send(number)
+
+    monkeypatch.setattr(interrupts, "_set", interrupted)
+    with pytest.raises(ToldError):
+        whole(lambda: send(signal.SIGINT))
+    assert told == [signal.SIGUSR1, signal.SIGINT]
+
+
 def test_who_asks_again_is_heard_at_once(told: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "_PATIENCE_S", 0.05)
     done: list[int] = []

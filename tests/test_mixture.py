@@ -35,6 +35,7 @@ from saev_torch.lightning import ActivationsCheckpoint
 from saev_torch.order.mixture import Weights
 from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.reading import slots, source
+from saev_torch.reading.reader import Spot
 
 pytestmark = [
     pytest.mark.filterwarnings(contracts.MANY_WORKERS),
@@ -394,6 +395,21 @@ def test_errors_name_the_directory(configs, make_shards):
         with pytest.raises(FormatError, match=str(broken)) as caught:
             list(DataLoader(mixed, num_workers=n_workers))
         assert isinstance(caught.value, SaevTorchError)
+
+
+def test_what_hangs_is_called_by_its_name(configs, monkeypatch):
+    """Which file a thread was reading, be it before the first step, or a sidecar."""
+    feed, spot, named = mix(configs)._open_feed(None, None), Spot(), []
+
+    def note(store, selection, is_only, own):
+        for idx in (0, store.metadata.n_shards - 1, -1):
+            own.set(lambda idx=idx: (idx, 0))
+            named.append(feed.store.path(spot.where()[0]) == store.path(idx))
+        return False
+
+    monkeypatch.setattr("saev_torch.reading.feeds.reads_past_cache", note)
+    feed.choose(True, spot)
+    assert named == [True] * 9
 
 
 # Lightning

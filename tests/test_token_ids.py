@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -232,6 +233,24 @@ def test_files_that_are_no_sidecars(examples, tmp_path, name, spoil):
     assert [fault.file for fault in report.faults] == [name]
     if spoil is make_link:
         list(OrderedActivations(OrderedConfig(shards, layer=2, allow_links=True)))
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"(40, 12)", b"(12, 40)"), (b"\1", b"\7")], ids=["shape", "value"])
+def test_a_mask_of_padding_that_is_none(shards, tmp_path, old, new):
+    """Of the right size, so that everything else of the directory is read as ever."""
+    other = shutil.copytree(shards, tmp_path / shards.name)
+    raw = (other / "attention_mask.npy").read_bytes()
+    at = raw.rindex(old)
+    (other / "attention_mask.npy").write_bytes(raw[:at] + new + raw[at + len(old) :])
+    list(ShuffledActivations(ShuffledConfig(other, layer=2)))
+    for refuses in (
+        lambda: make_mask(other, tmp_path / "mask.npy", positions=[0]),
+        lambda: repack(other, tmp_path / "root", layers=[2]),
+    ):
+        with pytest.raises(FormatError, match=r"attention_mask\.npy: expected (bool \[40, 12\]|only False and True)"):
+            refuses()
+    (fault,) = verify(other).faults
+    assert fault.file == "attention_mask.npy"
 
 
 def test_a_file_that_is_cut_in_use(examples, tmp_path, monkeypatch):

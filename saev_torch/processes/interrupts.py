@@ -100,8 +100,11 @@ def whole(work: Callable[[], _T]) -> _T:
         return work()
     finally:
         _deferral = None
-        deferral.end()
-        deferral.tell()
+        try:
+            deferral.end()
+        finally:
+            # Also those beside one that came just now, and raised.
+            deferral.tell()
 
 
 def _begin_anew() -> None:

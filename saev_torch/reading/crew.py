@@ -158,7 +158,8 @@ class Crew:
             return None
 
     def _look_no_more(self, number: int) -> None:
-        if self._lookout == number:
+        """Where nobody looks at the clock, let the next one do so: there may be tasks for it as well."""
+        if self._lookout in (None, number):
             self._lookout = None
             self._may_look.notify()
 

@@ -80,10 +80,13 @@ class JointStore:
         """The number of the store that a shard is in."""
         return bisect_right(self._firsts, shard_idx) - 1 if shard_idx >= 0 else (-1 - shard_idx) // len(SIDECARS)
 
+    def firsts(self, number: int) -> tuple[int, int]:
+        """What the numbers of a store's shards, and those of its sidecars, are counted from."""
+        return self._firsts[number], -number * len(SIDECARS)
+
     def _find(self, shard_idx: int) -> tuple[ShardStore, int]:
         number = self.number(shard_idx)
-        first = -number * len(SIDECARS) if shard_idx < 0 else self._firsts[number]
-        return self.stores[number], shard_idx - first
+        return self.stores[number], shard_idx - self.firsts(number)[shard_idx < 0]
 
     def path(self, shard_idx: int) -> Path:
         """As of a store."""
@@ -115,17 +118,17 @@ class JointStore:
             store.close()
 
 
-class _SidecarSpot(Spot):
-    """Where a thread reads a sidecar of one of several stores."""
+class _OwnSpot(Spot):
+    """Where a thread reads from one of several stores, whose shards and sidecars begin at these numbers of all."""
 
-    def __init__(self, spot: Spot, number: int) -> None:
+    def __init__(self, spot: Spot, first_shard: int, first_sidecar: int) -> None:
         super().__init__()
-        self._spot, self._first = spot, -number * len(SIDECARS)
+        self._spot, self._firsts = spot, (first_shard, first_sidecar)
 
     def set(self, where: Callable[[], tuple[int, int]], count: Callable[[], int] | None = None) -> None:
         def find() -> tuple[int, int]:
             idx, offset = where()
-            return self._first + idx, offset
+            return self._firsts[idx < 0] + idx, offset
 
         self._spot.set(find, count)
 
@@ -168,9 +171,12 @@ class JointFeed:
         """Choose for each whether to read past the page cache; see `reads_past_cache`."""
         # What memory could hold of each alone, it may not hold of all.
         fits = fits_page_cache(sum(feed.selection.n_samples * feed.selection.sample_nbytes for feed in self._feeds))
-        for feed, repeats in zip(self._feeds, self._repeats, strict=True):
-            feed.choose(is_only and not repeats, spot)
+        for number, (feed, repeats) in enumerate(zip(self._feeds, self._repeats, strict=True)):
+            feed.choose(is_only and not repeats, self._spot_of(number, spot))
             feed.source.past_cache = feed.source.past_cache or not fits
+
+    def _spot_of(self, number: int, spot: Spot) -> Spot:
+        return _OwnSpot(spot, *self.store.firsts(number))
 
     def labels_of(self, cells: _Int64s, spot: Spot) -> NDArray[np.uint8]:
         """Read the labels of cells `[n]`, `[n] uint8`; 0 for those of a feed that has none."""
@@ -178,7 +184,7 @@ class JointFeed:
         for one in self.selection.divide(cells):
             feed = self._feeds[one.number]
             if feed.store.has_labels:
-                found[one.at] = feed.labels_of(one.cells, _SidecarSpot(spot, one.number))
+                found[one.at] = feed.labels_of(one.cells, self._spot_of(one.number, spot))
         return found
 
     def token_ids_of(self, cells: _Int64s, spot: Spot) -> NDArray[np.int32]:
@@ -187,7 +193,7 @@ class JointFeed:
         for one in self.selection.divide(cells):
             feed = self._feeds[one.number]
             if feed.store.has_token_ids:
-                found[one.at] = feed.token_ids_of(one.cells, _SidecarSpot(spot, one.number))
+                found[one.at] = feed.token_ids_of(one.cells, self._spot_of(one.number, spot))
         return found
 
     def open_reader(self, pace: Pace | None = None) -> Reader:

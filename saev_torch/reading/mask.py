@@ -16,8 +16,11 @@ from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular, short
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.shards import identify
+from saev_torch.format.sidecars import ATTENTION_MASK, Sidecar
 from saev_torch.order.runs import find_runs
 from saev_torch.processes.locks import renewed
+from saev_torch.reading.columns import Column
+from saev_torch.reading.store import ShardStore
 
 _Int64s = NDArray[np.int64]
 
@@ -111,3 +114,10 @@ class Mask:
         if values.max(initial=0) > 1:
             raise FormatError(f"{self.path}: expected only False and True, got the byte {values.max()}; make it again.")
         return values.view(np.bool_)
+
+
+def open_sidecar(store: ShardStore, sidecar: Sidecar) -> Column | Mask:
+    """Open a sidecar for the values of examples: a mask with a look at its header, and at each value."""
+    if sidecar == ATTENTION_MASK:
+        return Mask(store.shards_dir / sidecar.name, store.metadata, store.allow_links)
+    return Column(store, sidecar)

@@ -92,6 +92,7 @@ def _limit_open(most: int, store: "ShardStore") -> None:
         # One that is busy goes on; in a forked process it may be so for ever.
         if other is not store and other._lock.acquire(blocking=False):
             other._kept.clear()
+            other._mapped.clear()
             other._lock.release()
 
 
@@ -217,7 +218,7 @@ class ShardStore:
             del held
 
     def mapped(self, shard_idx: int) -> Mapping | None:
-        """A shard that is mapped, until `close` and as long as somebody holds it; None where the system refuses.
+        """A shard that is mapped, as long as somebody holds it or it is kept open; None where the system refuses.
 
         Errors are those of `opened`.
         """

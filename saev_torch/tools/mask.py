@@ -21,7 +21,7 @@ from saev_torch.format.files import short, sync_dir, writing
 from saev_torch.format.rules import is_integer
 from saev_torch.format.sidecars import ATTENTION_MASK, LABELS, TOKEN_IDS, Sidecar
 from saev_torch.iterable.activations import OrderedActivations
-from saev_torch.reading.columns import Column
+from saev_torch.reading.mask import open_sidecar
 from saev_torch.reading.store import ShardStore
 from saev_torch.stats.statistics import compute_statistics
 from saev_torch.tools.arguments import check_new_file
@@ -213,7 +213,7 @@ def _token_id_rules(token_ids: Sequence[int], store: ShardStore) -> _Rules:
 def _padding_rules(store: ShardStore) -> _Rules:
     if ATTENTION_MASK not in store.sidecars:
         return {}
-    return {"padding": lambda rows: rows.beside[ATTENTION_MASK].view(np.uint8) == 0}
+    return {"padding": lambda rows: ~rows.beside[ATTENTION_MASK]}
 
 
 def _find_median(cfg: OrderedConfig) -> float:
@@ -225,7 +225,7 @@ def _read(store: ShardStore, cfg: OrderedConfig, norms: bool, beside: Sequence[S
     """Read what rules look at, some whole examples at a time."""
     md, width = store.metadata, store.metadata.content_tokens_per_example
     step = max(1, _TOKENS_AT_ONCE // width)
-    columns = {sidecar: Column(store, sidecar) for sidecar in beside}
+    columns = {sidecar: open_sidecar(store, sidecar) for sidecar in beside}
     found = iter(OrderedActivations(dataclasses.replace(cfg, batch_size=step * width), rank=0, world_size=1))
     no_norms = np.empty((0, width), dtype=np.float32)
     for start in range(0, md.n_examples, step):

@@ -23,8 +23,8 @@ from saev_torch.format.metadata import Metadata
 from saev_torch.format.protocols import PROTOCOL
 from saev_torch.format.sidecars import SIDECARS
 from saev_torch.order.examples import make_subset
-from saev_torch.reading.columns import Column
 from saev_torch.reading.extents import make_extents
+from saev_torch.reading.mask import open_sidecar
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 from saev_torch.tools.arguments import at_least, integers, positions
@@ -182,7 +182,7 @@ class _Examples:
     def __init__(self, store: ShardStore, layer_idxs: list[int]) -> None:
         self._store, self._md, self._layer_idxs = store, store.metadata, layer_idxs
         self._reader = Source(store).open_reader()
-        self._columns = [Column(store, sidecar) if sidecar in store.sidecars else None for sidecar in SIDECARS]
+        self._columns = [open_sidecar(store, sidecar) if sidecar in store.sidecars else None for sidecar in SIDECARS]
         has_checksums = os.path.lexists(store.shards_dir / CHECKSUMS_NAME)
         self._checksums = Checksums.load(store.shards_dir, self._md) if has_checksums else None
 

@@ -19,10 +19,11 @@ from saev_torch.format.checksums import CHECKSUMS_NAME, Checksums, find_algorith
 from saev_torch.format.files import counted, read_regular
 from saev_torch.format.metadata import METADATA_NAME, Metadata
 from saev_torch.format.shards import SHARDS_NAME, ShardInfo, check_nbytes, stat_regular
-from saev_torch.format.sidecars import SIDECARS, sidecar_idx
+from saev_torch.format.sidecars import ATTENTION_MASK, SIDECARS, sidecar_idx
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.world import count_cores
 from saev_torch.reading.crew import Task, run_tasks
+from saev_torch.reading.mask import Mask
 from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.store import ShardStore
 from saev_torch.writing.progress import Progress
@@ -187,6 +188,9 @@ class _Verification:
                 with self._blaming(sidecar.name):
                     nbytes = stat_regular(self.shards_dir, sidecar.name).st_size
                     sidecar.check(self.shards_dir, self.md, nbytes)
+                    if sidecar == ATTENTION_MASK:
+                        # Of its header there is no checksum.
+                        Mask(self.shards_dir / sidecar.name, self.md)
                     if has_sums:
                         yield _File(sidecar_idx(sidecar), sidecar.name, (None,), 0, self.md.n_examples, nbytes)
 
