@@ -10,7 +10,7 @@ SECONDS = 15
 @pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker processes in total:UserWarning")
 def test_breaks_resumes_and_worker_counts_leave_order_and_resources_alone(tmp_path):
     figures = soak.soak(factory.make_shards(tmp_path, soak.SPEC), SECONDS, seed=1)
-    assert figures.iterations > 10
+    assert figures.iterations > 3
     assert figures.breaks
     assert figures.resumes
     assert figures.whole_epochs
