@@ -16,6 +16,7 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 
@@ -251,19 +252,29 @@ def lock(fd: int, flags: int) -> bool:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that other processes, and a crash at any time, see the old one, or all of the new one."""
+    with replacing(path) as file, writing(path):
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file under a hidden name: it has its own when it is complete, and is gone if it never is."""
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            with writing(path):
                 file.flush()
                 os.fsync(fd)
+        with writing(path):
             os.replace(temp, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temp)
-            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temp)
+        raise
+    with writing(path):
         sync_dir(path.parent)
 
 

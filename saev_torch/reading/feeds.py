@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from saev_torch.reading.source import Source, open_plain, past_cache_of
 from saev_torch.reading.store import ShardStore
 
 _Int64s = NDArray[np.int64]
+_Values = TypeVar("_Values", NDArray[np.uint8], NDArray[np.int32])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,20 +181,22 @@ class JointFeed:
 
     def labels_of(self, cells: _Int64s, spot: Spot) -> NDArray[np.uint8]:
         """Read the labels of cells `[n]`, `[n] uint8`; 0 for those of a feed that has none."""
-        found = np.zeros(len(cells), dtype=np.uint8)
-        for one in self.selection.divide(cells):
-            feed = self._feeds[one.number]
-            if feed.store.has_labels:
-                found[one.at] = feed.labels_of(one.cells, self._spot_of(one.number, spot))
-        return found
+        have = [feed.labels_of if feed.store.has_labels else None for feed in self._feeds]
+        return self._gather(np.zeros(len(cells), dtype=np.uint8), cells, have, spot)
 
     def token_ids_of(self, cells: _Int64s, spot: Spot) -> NDArray[np.int32]:
         """Read the token ids of cells `[n]`, `[n] int32`; 0 for those of a feed that has none."""
-        found = np.zeros(len(cells), dtype=np.int32)
+        have = [feed.token_ids_of if feed.store.has_token_ids else None for feed in self._feeds]
+        return self._gather(np.zeros(len(cells), dtype=np.int32), cells, have, spot)
+
+    def _gather(
+        self, found: _Values, cells: _Int64s, have: Sequence[Callable[[_Int64s, Spot], _Values] | None], spot: Spot
+    ) -> _Values:
+        """Read values of cells from those feeds that have them; the others leave `found` as it is."""
         for one in self.selection.divide(cells):
-            feed = self._feeds[one.number]
-            if feed.store.has_token_ids:
-                found[one.at] = feed.token_ids_of(one.cells, self._spot_of(one.number, spot))
+            read = have[one.number]
+            if read is not None:
+                found[one.at] = read(one.cells, self._spot_of(one.number, spot))
         return found
 
     def open_reader(self, pace: Pace | None = None) -> Reader:

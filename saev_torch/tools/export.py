@@ -1,12 +1,9 @@
 """`python -m saev_torch export DIR FILE`: one layer of a shard directory as a `.npy` file."""
 
 import argparse
-import contextlib
-import os
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -14,7 +11,7 @@ from saev_torch.config import OrderedConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.dtypes import FLOAT32
 from saev_torch.format.examples import Examples
-from saev_torch.format.files import sync_dir, writing
+from saev_torch.format.files import replacing, writing
 from saev_torch.format.metadata import Metadata
 from saev_torch.format.rules import TokenKind
 from saev_torch.iterable.activations import OrderedActivations
@@ -76,12 +73,12 @@ def export_array(
     )
     # All of it, whatever rank this process has.
     loaded = OrderedActivations(cfg, rank=0, world_size=1)
-    with _replacing(path) as file, Progress(loaded.n_samples, "exporting", "activations", progress) as bar:
+    with replacing(path) as file, Progress(loaded.n_samples, "exporting", "activations", progress) as bar:
         _write(file, path, loaded, n_tokens, bar)
     return path
 
 
-def _write(file: IO[bytes], path: Path, loaded: OrderedActivations, n_tokens: int, bar: Progress) -> None:
+def _write(file: BinaryIO, path: Path, loaded: OrderedActivations, n_tokens: int, bar: Progress) -> None:
     md = loaded.metadata
     is_wide = md.dtype in _NOT_IN_NUMPY
     descr = FLOAT32.storage if is_wide else md.value_type.storage
@@ -93,27 +90,6 @@ def _write(file: IO[bytes], path: Path, loaded: OrderedActivations, n_tokens: in
         with writing(path):
             file.write(acts.numpy().data)
         bar.update(len(acts))
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file under a hidden name, and give it its name at the end."""
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with contextlib.ExitStack() as stack:
-            with writing(path):
-                file = stack.enter_context(open(temp, "xb"))
-            yield file
-            with writing(path):
-                file.flush()
-                os.fsync(file.fileno())
-        with writing(path):
-            os.replace(temp, path)
-            sync_dir(path.absolute().parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temp)
-        raise
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,13 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
-import io
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +14,7 @@ from numpy.typing import NDArray
 
 from saev_torch.config import OrderedConfig
 from saev_torch.errors import ConfigError
-from saev_torch.format.files import short, sync_dir, writing
+from saev_torch.format.files import replacing, short, writing
 from saev_torch.format.rules import is_integer
 from saev_torch.format.sidecars import ATTENTION_MASK, LABELS, TOKEN_IDS, Sidecar
 from saev_torch.iterable.activations import OrderedActivations
@@ -143,9 +140,13 @@ def _write(
     counts, n_dropped, n_kept = dict.fromkeys(rules, 0), 0, 0
     n_examples, width = store.metadata.n_examples, store.metadata.content_tokens_per_example
     with (
-        _replacing(path, (n_examples, width)) as file,
+        replacing(path) as file,
         Progress(n_examples, f"mask of {store.shards_dir.name}", "examples", progress) as shown,
     ):
+        with writing(path):
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|b1", "fortran_order": False, "shape": (n_examples, width)}
+            )
         for rows in found:
             dropped = np.zeros(rows.shape, dtype=np.bool_)
             for what, rule in rules.items():
@@ -233,30 +234,6 @@ def _read(store: ShardStore, cfg: OrderedConfig, norms: bool, beside: Sequence[S
         shape = len(examples), width
         measured = torch.linalg.vector_norm(next(found)["act"], dim=1).numpy().reshape(shape) if norms else no_norms
         yield _Rows(shape, measured, {sidecar: column.of_examples(examples) for sidecar, column in columns.items()})
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, shape: tuple[int, int]) -> Iterator[BinaryIO]:
-    """Write a `.npy` of bool, its header first, that has its name only when it is complete."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|b1", "fortran_order": False, "shape": shape})
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with contextlib.ExitStack() as stack:
-            with writing(path):
-                file = stack.enter_context(open(temp, "xb"))
-                file.write(header.getvalue())
-            yield file
-            with writing(path):
-                file.flush()
-                os.fsync(file.fileno())
-        with writing(path):
-            os.replace(temp, path)
-            sync_dir(path.absolute().parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temp)
-        raise
 
 
 # The command
