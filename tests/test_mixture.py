@@ -267,6 +267,24 @@ def test_each_source_has_a_scale_of_its_own(configs, whole):
     assert torch.equal(batch["act"], plain["act"] * by[plain["source"]][:, None])
 
 
+def test_each_source_has_token_ids_of_its_own(make_shards):
+    """As labels, -1 for special tokens, and where a source has none; batches have all columns that there are."""
+    configs, ids = [], []
+    for i, (spec, fields) in enumerate(zip(SPECS, FIELDS, strict=True)):
+        path, shape = make_shards(spec), (spec.n_examples, spec.content_tokens)
+        ids.append(np.full(shape, -1) if i == 1 else 1000 * (i + 1) + np.arange(np.prod(shape)).reshape(shape))
+        if i != 1:
+            (path / "token_ids.bin").write_bytes(ids[i].astype("<i4").tobytes())
+        configs.append(ShuffledConfig(shards=path, **fields))
+    mixed = mix(configs)
+    for n_workers in (0, 1):
+        for batch in DataLoader(mixed, num_workers=n_workers):
+            assert batch.keys() == {"act", "token_labels", "token_ids", "layer", "source", "example_idx", "token_idx"}
+            places = zip(*(batch[key].tolist() for key in ("source", "example_idx", "token_idx")), strict=True)
+            expected = [-1 if token < 0 else ids[source][example, token] for source, example, token in places]
+            assert batch["token_ids"].tolist() == expected
+
+
 def test_the_same_without_a_compiler(configs, monkeypatch):
     scaled = [dataclasses.replace(cfg, scale_norm=i != 1) for i, cfg in enumerate(configs)]
     wanted = list(mix(scaled))
