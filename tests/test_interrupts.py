@@ -150,3 +150,10 @@ def test_a_descriptor_is_closed_once() -> None:
     os.fstat(other)
     os.close(other)
     os.close(receiver)
+
+
+def test_where_the_interpreter_goes_the_work_is_just_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that a script has left closes its engine once more when modules have been emptied."""
+    monkeypatch.setattr(interrupts, "signal", None)
+    monkeypatch.setattr(interrupts, "threading", None)
+    assert interrupts.whole(lambda: 5, lambda: True) == 5

@@ -85,12 +85,15 @@ class _Deferral:
 _deferral: _Deferral | None = None
 
 
-def whole(work: Callable[[], _T]) -> _T:
+def whole(work: Callable[[], _T], is_going: Callable[[], bool] = sys.is_finalizing) -> _T:
     """Do some work, and let handlers of signals wait meanwhile; what they raise is raised then, and the result dropped.
 
     Python calls them in the main thread only. A signal that comes again after a second does not wait.
     """
     global _deferral
+    if is_going():
+        # The interpreter goes, and modules may be empty already; what was bound above is not.
+        return work()
     if _deferral is not None or threading.get_ident() != threading.main_thread().ident:
         return work()
     deferral = _Deferral()
