@@ -367,7 +367,7 @@ def test_what_fails_is_read_again_and_converted_once(make_shards, monkeypatch, d
     spec = Spec(n_examples=60, content_tokens=20, d_model=d_model, dtype="bfloat16")
     cfg = config(make_shards(spec), block_size=2, buffer_size=2)
     contracts.check_epoch(list(ShuffledActivations(cfg)), spec, cfg)
-    assert sum(n_failed) > 10
+    assert sum(n_failed) > 0
 
 
 def test_a_stage_smaller_than_what_is_read(make_shards, monkeypatch) -> None:
