@@ -271,7 +271,10 @@ class Selection:
 
         Part p of a sample is `(layer_idxs[p] - layer_idxs[0]) * tokens_per_example` rows further on.
         """
-        examples, layers, tokens = self.split(cells)
+        return self.rows_of(*self.split(cells))
+
+    def rows_of(self, examples: _Int64s, layers: _Int64s, tokens: _Int64s) -> tuple[_Int64s, _Int64s]:
+        """As `disk_rows`, for cells that `split` has split."""
         per_shard = self.md.examples_per_shard
         shards = examples // per_shard
         in_shard = examples - shards * per_shard

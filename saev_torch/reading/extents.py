@@ -93,8 +93,9 @@ def make_extents(shards: _Int64s, rows: _Int64s, places: _Int64s, row_nbytes: in
     trash = np.empty(row_nbytes, dtype=np.uint8)
     if not n:
         return Extents.in_a_row(trash, shards, rows, rows)
-    gap = np.diff(rows)
-    breaks = (gap <= 0) | (gap > 1 + MAX_GAP_NBYTES // row_nbytes) | (np.diff(shards) != 0)
+    # What `np.diff` would do, at a third of its time.
+    gap = rows[1:] - rows[:-1]
+    breaks = (gap <= 0) | (gap > 1 + MAX_GAP_NBYTES // row_nbytes) | (shards[1:] != shards[:-1])
     most = max(1, min(MAX_READ_ROWS, MAX_READ_NBYTES // row_nbytes))
     firsts, lengths, spans = _divide_rows(rows, breaks)
     if int(spans.max()) > most:
@@ -107,26 +108,28 @@ def make_extents(shards: _Int64s, rows: _Int64s, places: _Int64s, row_nbytes: in
         places = np.full(int(ends[-1]), trash.ctypes.data, dtype=np.int64)
         places[rows + np.repeat(begins - rows[firsts], lengths)] = wanted
     vectors, heads = _join_places(places, begins, row_nbytes)
-    counts = np.diff(np.append(heads, len(vectors)))
+    counts = np.append(heads[1:], len(vectors)) - heads
     return Extents(vectors, trash, shards[firsts], heads, counts, rows[firsts] * row_nbytes, spans * row_nbytes)
 
 
 def _divide_rows(rows: _Int64s, breaks: NDArray[np.bool_]) -> tuple[_Int64s, _Int64s, _Int64s]:
     """Divide rows at breaks: of each part its first index, its length, and the rows from its first to its last."""
-    firsts = np.append(0, np.flatnonzero(breaks) + 1)
-    stops = np.append(firsts[1:], len(rows))
+    stops = np.append(np.flatnonzero(breaks) + 1, len(rows))
+    firsts = np.zeros_like(stops)
+    firsts[1:] = stops[:-1]
     return firsts, stops - firsts, rows[stops - 1] - rows[firsts] + 1
 
 
 def _join_places(places: _Int64s, begins: _Int64s, row_nbytes: int) -> tuple[_Int64s, _Int64s]:
     """Make vectors, one for all rows whose places follow each other; also the number of each extent's first vector."""
     is_head = np.ones(len(places), dtype=bool)
-    np.not_equal(np.diff(places), row_nbytes, out=is_head[1:])
+    np.not_equal(places[1:] - places[:-1], row_nbytes, out=is_head[1:])
     is_head[begins] = True
     heads = np.flatnonzero(is_head)
     vectors = np.empty((len(heads), 2), dtype=np.int64)
     vectors[:, 0] = places[heads]
-    vectors[:, 1] = np.diff(np.append(heads, len(places))) * row_nbytes
+    vectors[:-1, 1] = (heads[1:] - heads[:-1]) * row_nbytes
+    vectors[-1, 1] = (len(places) - heads[-1]) * row_nbytes
     return vectors, np.searchsorted(heads, begins)
 
 

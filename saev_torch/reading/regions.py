@@ -21,7 +21,8 @@ from saev_torch.processes import handover
 from saev_torch.processes.machine import memory_file
 
 HUGE_PAGE = 2 << 20
-_MAP_FIXED, _MADV_REMOVE, _MADV_COLLAPSE = 0x10, 9, 25
+_MAP_FIXED, _MADV_REMOVE, _MADV_HUGEPAGE, _MADV_COLLAPSE = 0x10, 9, 14, 25
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
 _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
 
@@ -37,6 +38,15 @@ def advise(memory: NDArray[np.uint8], advice: int) -> None:
     """Give the system advice about memory that begins and ends with a page; where it takes none, nothing happens."""
     if hasattr(_libc, "madvise") and sys.platform == "linux":
         _libc.madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), advice)
+
+
+def make_pages(nbytes: int) -> NDArray[np.uint8]:
+    """Memory of this process alone, in huge pages where the system has them; an `OSError` where none is left."""
+    if nbytes < HUGE_PAGE:
+        return np.frombuffer(mmap.mmap(-1, max(1, nbytes), flags=_PRIVATE), dtype=np.uint8)
+    pages = _reserve(nbytes)
+    advise(pages, _MADV_HUGEPAGE)
+    return pages
 
 
 class Region:
@@ -210,13 +220,17 @@ def _close(fd: int, pid: int, words: NDArray[np.int64]) -> None:
 
 def _map_shared(fd: int, nbytes: int) -> NDArray[np.uint8]:
     """Map a file at a boundary of huge pages; an `OSError` where the system refuses."""
-    # A reservation of address space, given back as one with what is mapped into it.
-    reserved = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    owner = np.frombuffer(reserved, dtype=np.uint8)
-    first = -owner.ctypes.data % HUGE_PAGE
-    owner = owner[first : first + nbytes]
+    # Given back as one with what is mapped into it.
+    owner = _reserve(nbytes)
     address, protection = owner.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
     if _libc.mmap(address, nbytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != address:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
     return owner
+
+
+def _reserve(nbytes: int) -> NDArray[np.uint8]:
+    """Address space that begins at a boundary of huge pages."""
+    reserved = np.frombuffer(mmap.mmap(-1, nbytes + HUGE_PAGE, flags=_PRIVATE), dtype=np.uint8)
+    first = -reserved.ctypes.data % HUGE_PAGE
+    return reserved[first : first + nbytes]

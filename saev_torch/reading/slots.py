@@ -12,7 +12,6 @@ let go of. A worker that is killed cannot leave a lock behind.
 
 import contextlib
 import dataclasses
-import mmap
 import os
 import threading
 import weakref
@@ -26,9 +25,8 @@ from saev_torch.processes import inherited
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import has_memory_files
 from saev_torch.reading.leases import Lease, settle
-from saev_torch.reading.regions import HUGE_PAGE, Name, OwnRegion, advise
+from saev_torch.reading.regions import Name, OwnRegion, make_pages
 
-_MADV_HUGEPAGE = 14
 # The memory that was needed within so many batches is kept.
 _WINDOW = 64
 _NONE_SENT = np.zeros(2, dtype=np.int64)
@@ -48,7 +46,7 @@ class Slot:
         try:
             if shared and region is None:
                 self._region = OwnRegion(nbytes, 1)
-            self._owner = self._take_pages() if self._region is None else self._take_from(self._region)
+            self._owner = make_pages(nbytes) if self._region is None else self._take_from(self._region)
         except (OSError, MemoryError) as err:
             raise ReadError(
                 f"batch_size: expected {nbytes} bytes of memory for another batch, got: {err}; keep fewer batches, or "
@@ -56,13 +54,6 @@ class Slot:
             ) from err
         self._memory = self._owner[:nbytes]
         self.address = int(self._memory.ctypes.data)
-
-    def _take_pages(self) -> NDArray[np.uint8]:
-        nbytes = max(1, self.nbytes)
-        pages = np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=np.uint8)
-        if nbytes >= HUGE_PAGE:
-            advise(pages, _MADV_HUGEPAGE)
-        return pages
 
     def _take_from(self, region: OwnRegion) -> NDArray[np.uint8]:
         self._index = region.take()
