@@ -470,16 +470,29 @@ def mapped_kb(array, what):
     raise AssertionError("not mapped")
 
 
-def test_shared_memory_is_in_huge_pages():
-    """As far as slots that are in use stand next to each other, and where the system gives any."""
+@pytest.mark.parametrize("share", [0, 1e9])
+def test_shared_memory_that_is_used_again_becomes_huge_pages(share, monkeypatch):
+    """As far as slots that are in use stand next to each other, where the system gives any, and there is time."""
+    monkeypatch.setattr(memory, "_HUGE_SHARE", share)
     pool = SlotPool(5 << 20, shared=True)
     slots = [pool.acquire(4) for _ in range(3)]
-    memory = slots[0].lease().array()
-    if not mapped_kb(memory, "ShmemPmdMapped"):
+    for i, slot in enumerate(slots):
+        # All of it is there before anybody writes.
+        assert mapped_kb(slot.first(1), "Rss") >= (i + 1) * (5 << 10)
+        fill(slot, i)
+    array = slots[0].first(slots[0].nbytes)
+    assert mapped_kb(array, "ShmemPmdMapped") == 0
+    for slot in slots:
+        slot.release()
+    assert {pool.acquire(4) for _ in range(3)} == {*slots}
+    for i, slot in enumerate(slots):
+        assert (slot.first(slot.nbytes) == i).all()
+    found = mapped_kb(array, "ShmemPmdMapped")
+    if share and not found:
         pytest.skip("the system gives no huge pages on request")
-    assert mapped_kb(memory, "ShmemPmdMapped") == 14 << 10
+    assert found == (14 << 10 if share else 0)
     # 15 MB in all, of which the last one is in small pages.
-    assert os.fstat(slots[0].fd).st_blocks * 512 <= (14 << 20) + 8 * mmap.PAGESIZE
+    assert os.fstat(slots[0].fd).st_blocks * 512 <= (15 << 20) + 8 * mmap.PAGESIZE
 
 
 def file_mb(fd):

@@ -32,7 +32,7 @@ from saev_torch import (
     StateError,
 )
 from saev_torch.lightning import ActivationsCheckpoint
-from saev_torch.order.mixture import Weights
+from saev_torch.order.mixture import MixedSource, MixturePlan, Weights
 from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.reading import slots, source
 from saev_torch.reading.reader import Spot
@@ -313,6 +313,12 @@ def test_there_is_one_buffer(configs, monkeypatch):
     assert sum(1 for _ in mixed) == mixed.n_batches > 40
     # The batches that are on their way to the consumer come to it.
     assert len(made) <= n_slots + 6
+
+
+def test_nothing_is_read_of_a_source_before_its_first_row_is_due():
+    sources = (MixedSource(1, 1, "blocks", 1, 1, None, 0),) * 4
+    plan = MixturePlan(4, 1, Weights(((0, 1, 4), (1, 1, 3), (2, 1, 2), (3, 1, 1))), sources, 0)
+    assert plans.carry_out(plan, Share(0, 1, 4))[2] == 1
 
 
 # What is refused

@@ -235,7 +235,8 @@ class MixedActivations(Activations):
     def _engine_options(self, plan: Plan, share: Share) -> dict[str, Any]:
         n_own, n_fills = len(range(share.first, share.stop, share.stride)), 0
         for made in plan.first_passes() if isinstance(plan, MixturePlan) else ():
-            n_lanes = made.plan.n_lanes if isinstance(made.plan, ShufflePlan) else 0
+            # What comes later is not waited for.
+            n_lanes = made.plan.n_lanes if isinstance(made.plan, ShufflePlan) and made.first == 0 else 0
             lanes_here = min(n_own, n_lanes // math.gcd(share.stride, n_lanes or 1))
             n_fills += math.ceil(self.cfg.min_buffer_fill * lanes_here)
         return {"n_threads": self.cfg.n_threads, "n_fills": n_fills}

@@ -173,8 +173,10 @@ class _ShuffledSteps:
 def _mixed(plan: MixturePlan, own: range, offset: int) -> Iterator[Step]:
     """The steps of all sources together: a batch follows when each source has read its part of it."""
     sources = [_steps_of_source(plan, source, own, offset) for source in range(len(plan.sources))]
-    # All batches before these have been read, of each source.
-    complete, at, nothing = [0] * len(sources), 0, Step((), (), 0)
+    # All batches before these have been read, of each source; nothing is read of one before its first row is due.
+    passes = (plan.passes(source, own[0], own[-1] + 1) for source in range(len(sources)))
+    complete = [next((made.first for made in of_source), own.stop) for of_source in passes]
+    at, nothing = 0, Step((), (), 0)
     while at < len(own):
         steps = []
         for i, source in enumerate(sources):

@@ -6,6 +6,7 @@ locks. Memory that is given back is gone from the file, whoever maps it, and the
 """
 
 import collections
+import contextlib
 import ctypes
 import itertools
 import mmap
@@ -21,7 +22,8 @@ from saev_torch.processes import handover
 from saev_torch.processes.machine import memory_file
 
 HUGE_PAGE = 2 << 20
-_MAP_FIXED, _MADV_REMOVE, _MADV_HUGEPAGE, _MADV_COLLAPSE = 0x10, 9, 14, 25
+_MAP_FIXED = 0x10
+_MADV_REMOVE, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 9, 14, 23, 25
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
 _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
@@ -70,7 +72,7 @@ class Region:
 
 
 class OwnRegion(Region):
-    """A region that this process made; it takes only as much memory as was written to.
+    """A region that this process made; it takes memory for the slots that are used.
 
     Args:
         nbytes: Size of a slot.
@@ -103,14 +105,21 @@ class OwnRegion(Region):
         """The number of a slot that nobody uses, of which there must be one."""
         index = self._unused.pop()
         self._is_used[index] = True
-        if self.nbytes >= HUGE_PAGE:
-            self._make_huge(index)
+        self._populate(index)
         return index
 
-    def _make_huge(self, index: int) -> None:
-        """Let the memory of a slot be of huge pages, but for what it would share with one that is not used."""
-        # A huge page comes where there is a small one. Without any, all is as if nothing had been asked.
-        self.memory(index)[::HUGE_PAGE] = 0
+    def _populate(self, index: int) -> None:
+        """Ask for the memory of a slot at once, in small pages: a page fault for each takes half as long again."""
+        # Where the system refuses, each page comes when it is written to.
+        with contextlib.suppress(OSError):
+            os.posix_fallocate(self.fd, self.offset(index), self._stride)
+        advise(self.memory(index), _MADV_POPULATE_WRITE)
+
+    def make_huge(self, index: int) -> None:
+        """Let the memory of a slot be of huge pages, but for what it would share with one that is not used.
+
+        What is in it stays. Where the system has no huge pages, all is as if nothing had been asked.
+        """
         first, last = index * self._stride, (index + 1) * self._stride
         before, after = first % HUGE_PAGE, last % HUGE_PAGE
         first += -before if self._is_used[index - 1] else -first % HUGE_PAGE
