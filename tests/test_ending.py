@@ -401,7 +401,7 @@ def test_a_users_daemon_thread_is_at_rest_when_the_interpreter_goes(
 ) -> None:
     """Else torch's native code, which it then comes out of, aborts the process: 10 of 120 times."""
     command = [sys.executable, "-c", _WITH_A_DAEMON, str(cfg.shards), kind, str(n_workers)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
 
@@ -416,5 +416,5 @@ def test_a_thread_that_waits_for_another_does_not_keep_the_interpreter() -> None
     assert not leaving._is_busy(frames[0])
     assert leaving._is_busy(sys._getframe())
     go_on.set()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     frames.clear()

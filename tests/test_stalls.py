@@ -30,7 +30,7 @@ from saev_torch.reading.ring import Ring, RingReader
 from saev_torch.reading.store import ShardStore
 
 # What a busy machine may take on top: processes start and end slowly there.
-PATIENCE_S = 20.0 * float(os.environ.get("SAEV_TORCH_PATIENCE", "1"))
+PATIENCE_S = 60.0 * float(os.environ.get("SAEV_TORCH_PATIENCE", "1"))
 
 # Rows of 8 KB, each a read of its own.
 SPEC = Spec(n_examples=40, content_tokens=9, cls=False, layers=(0, 5), d_model=2048, examples_per_shard=13)
@@ -130,9 +130,9 @@ def test_a_read_that_never_returns(mounted, tmp_path, kind, n_workers):
     with open(log, "wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             until(lambda: is_over(process.pid), f"the process ends; it said: {log.read_text()}")
-            # Without workers it has the read itself.
-            is_stuck = any(is_waiting(task) for task in Path(f"/proc/{process.pid}/task").iterdir())
-            assert is_stuck == (not n_workers)
+            # Without workers it has the read itself, in a thread that ends no sooner than that.
+            tasks = Path(f"/proc/{process.pid}/task")
+            until(lambda: any(map(is_waiting, tasks.iterdir())) == (not n_workers), "a read is waited for, or none")
         finally:
             mounted.abort()
             process.kill()
