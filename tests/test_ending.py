@@ -152,8 +152,17 @@ def test_shutdown_in_a_signal_handler(
     cfg: ShuffledConfig, n_workers: int, persistent: bool, leave: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saev_torch.loaders.ShuffledActivations", Sending)
-    loader, parent = make(cfg, n_workers, persistent), os.getpid()
-    loader.dataset.act = lambda: (os.kill(parent, signal.SIGTERM), time.sleep(0.1 * bool(n_workers)))
+    loader, parent, taken = make(cfg, n_workers, persistent), os.getpid(), multiprocessing.RawValue("i")
+    # All that come before the fourth batch of worker 1. Earlier the signal may come when a batch was counted, and has
+    # not reached this function yet.
+    n_before = 7 if n_workers else 3
+
+    def interrupt() -> None:
+        wait_until(lambda: taken.value == n_before)
+        os.kill(parent, signal.SIGTERM)
+        time.sleep(0.1 * bool(n_workers))
+
+    loader.dataset.act = interrupt
     called, late = [], []
 
     def stop(number: int, frame: Any) -> None:
@@ -165,10 +174,10 @@ def test_shutdown_in_a_signal_handler(
             raise SystemExit(3)
 
     before = signal.signal(signal.SIGTERM, stop)
-    n_taken, left = 0, False
+    left = False
     try:
         for _ in loader:
-            n_taken += 1
+            taken.value += 1
         for err in late:
             raise err
     except SystemExit:
@@ -176,10 +185,10 @@ def test_shutdown_in_a_signal_handler(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (len(called), left) == (1, leave)
-    assert n_taken <= 7
+    assert taken.value == n_before
     assert multiprocessing.active_children() == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("saev_torch")]
-    assert loader.state_dict()["batch"] == n_taken
+    assert loader.state_dict()["batch"] == n_before
 
 
 def test_two_iterations_of_persistent_workers(cfg: ShuffledConfig, epochs: Any) -> None:
