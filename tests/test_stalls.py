@@ -204,27 +204,28 @@ def no_ring(monkeypatch):
 
 @pytest.fixture
 def slow_calls(make_shards, monkeypatch, no_ring):
-    """Each read takes 15 ms; for where there is no FUSE."""
-    real = reading._preadv
-    monkeypatch.setattr(reading, "_preadv", lambda *args: (time.sleep(0.015), real(*args))[1])
-    return make_shards(SPEC)
+    """Each read takes 30 ms, in workers, too, until it is to be fast; for where there is no FUSE."""
+    real, delay_s = reading._preadv, multiprocessing.RawValue("d", 0.03)
+    monkeypatch.setattr(reading, "_preadv", lambda *args: (time.sleep(delay_s.value), real(*args))[1])
+    return make_shards(SPEC), lambda: setattr(delay_s, "value", 0.0)
 
 
 @pytest.fixture
 def slow_mount(mounted):
     mounted.answer("slow 15000")
-    return mounted.shards
+    return mounted.shards, lambda: mounted.answer("")
 
 
 @pytest.mark.parametrize("where", ["slow_calls", "slow_mount"])
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_slow_reads_are_no_stall(request, where, n_workers, capfd):
-    """No batch comes for longer than `batch_timeout_s` and the loader's timeout: it takes 140 reads of 15 ms or more.
+    """No batch comes for longer than `batch_timeout_s` and the loader's timeout: it takes 140 reads, or two times 72.
 
     Such timeouts must be long enough for a busy machine to let workers start.
     """
+    shards, hurry = request.getfixturevalue(where)
     cfg = ShuffledConfig(
-        shards=request.getfixturevalue(where), layer=5, batch_size=72, buffer_size=4, n_lanes=2, n_threads=1,
+        shards=shards, layer=5, batch_size=72, buffer_size=4, n_lanes=2, n_threads=1,
         min_buffer_fill=1.0, batch_timeout_s=2.0, log_every_s=0.4,
     )  # fmt: skip
     options = {"num_workers": n_workers, "multiprocessing_context": "fork", "timeout": 2.0} if n_workers else {}
@@ -236,6 +237,7 @@ def test_slow_reads_are_no_stall(request, where, n_workers, capfd):
         batches = iter(loader)
         first = next(batches)
         assert time.monotonic() - began > 2.0
+        hurry()
         rest = list(batches)
     finally:
         logging.getLogger("saev_torch").removeHandler(handler)
