@@ -8,7 +8,7 @@
  *   FAULT_SKIP     let so many calls pass first, in each process
  *   FAULT_TIMES    how often, in each process; default: always
  *   FAULT_UNTIL_OPENED  fail until the file was opened so often since the fault was switched on
- *   FAULT_SECONDS  how long a call hangs
+ *   FAULT_SECONDS  how long a call hangs; it goes on as soon as FAULT_KIND is another one
  *   FAULT_NO_RING  io_uring is not allowed, as in many containers: then reads are calls of pread and preadv
  */
 #define _GNU_SOURCE
@@ -58,8 +58,12 @@ static int decide(const char *call) {
     if (!strcmp(kind, "short")) return 1;
     if (!strcmp(kind, "hang")) {
         const char *seconds = get("FAULT_SECONDS");
-        struct timespec left = {seconds ? atoi(seconds) : 3600, 0};
-        while (nanosleep(&left, &left) && errno == EINTR) continue;
+        const struct timespec step = {0, 10000000};
+        for (long left = 100 * (seconds ? atol(seconds) : 3600); left > 0; left--) {
+            const char *now = get("FAULT_KIND");
+            if (!now || strcmp(now, "hang")) break;
+            nanosleep(&step, NULL);
+        }
         return 0;
     }
     errno = atoi(kind);

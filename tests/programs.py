@@ -17,6 +17,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import errno
 import faulthandler
 import fcntl
 import gc
@@ -1005,7 +1006,6 @@ class World:
         return text.decode().strip()
 
 
-_LOCK_S = 20.0
 # As the kernel has it: type, whence, start, length, process.
 _LOCK = struct.Struct("hhqqi4x")
 
@@ -1025,13 +1025,23 @@ def _has_lock(fd: int, start: int = 0, stop: int = 0) -> bool:
 def _require_no_lock() -> None:
     """Check that this process holds no lock of the file system that another one would wait for."""
     for fd in map(int, os.listdir("/proc/self/fd")):
+        deadline = time.monotonic() + CHILD_S
+        # Another thread may have it just now, for as long as what it collects meanwhile takes to end.
+        while _has_lock_of_ours(fd):
+            if time.monotonic() > deadline:
+                faulthandler.dump_traceback()
+                raise Difference(f"behind an interrupt a lock of descriptor {fd} is held; all threads are above")
+            time.sleep(0.001)
+
+
+def _has_lock_of_ours(fd: int) -> bool:
+    try:
+        return "memfd:saev_torch" in os.readlink(f"/proc/self/fd/{fd}") and _has_lock(fd)
+    except OSError as err:
         # Another thread may close it meanwhile.
-        with contextlib.suppress(FileNotFoundError):
-            name, deadline = os.readlink(f"/proc/self/fd/{fd}"), time.monotonic() + _LOCK_S
-            while "memfd:saev_torch" in name and _has_lock(fd):
-                # Another thread may have it just now.
-                require(time.monotonic() < deadline, f"behind an interrupt a lock of {name} is held")
-                time.sleep(0.001)
+        if err.errno not in (errno.ENOENT, errno.EBADF):
+            raise
+        return False
 
 
 class _Numbered(dict[str, Any]):

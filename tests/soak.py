@@ -34,6 +34,8 @@ CONFIGS: tuple[tuple[type[Any], dict[str, Any]], ...] = (
     (OrderedConfig, {"layer": 3, "batch_size": 80, "tokens": "all"}),
 )
 SETTLE_S = 60.0
+# However slow the machine: of fewer, halves say nothing.
+N_MEASURED = 12
 
 
 @dataclasses.dataclass
@@ -75,7 +77,7 @@ def measure() -> tuple[int, int, float]:
     """Descriptors, threads and proportional memory of this process, after what is ending has ended."""
     gc.collect()
     deadline = time.monotonic() + SETTLE_S
-    while any(thread.name.startswith("saev_torch") for thread in threading.enumerate()):
+    while any(thread.name.startswith(("saev_torch", "QueueFeeder")) for thread in threading.enumerate()):
         if time.monotonic() > deadline:
             break
         time.sleep(0.01)
@@ -84,7 +86,7 @@ def measure() -> tuple[int, int, float]:
 
 
 def soak(shards: Path, seconds: float, seed: int = 0, log: Callable[[str], None] = str) -> Figures:
-    """Run for some time; `log` gets a line now and then.
+    """Run for some time, and until enough was measured; `log` gets a line now and then.
 
     Raises:
         AssertionError: A batch is not the one that has its turn, or an epoch has too few.
@@ -93,7 +95,7 @@ def soak(shards: Path, seconds: float, seed: int = 0, log: Callable[[str], None]
     references = [Reference(kind(shards=shards, **fields)) for kind, fields in CONFIGS]
     states: list[dict[str, Any] | None] = [None] * len(CONFIGS)
     figures, began, measured = Figures(), time.monotonic(), 0.0
-    while time.monotonic() - began < seconds:
+    while time.monotonic() - began < seconds or len(figures.descriptors) < N_MEASURED:
         which = rng.randrange(len(CONFIGS))
         reference, state = references[which], states[which]
         workers = rng.choice([0, 0, 0, 1, 2, 3])

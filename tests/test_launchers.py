@@ -294,7 +294,7 @@ def test_every_process_says_it_for_itself(cfg: ShuffledConfig, tmp_path: Path, c
     for i in range(2 if context == "fork" else 1):
         child: Any = start.Process(target=_iterate, args=(ds, tmp_path / str(i)))
         child.start()
-        child.join(100)
+        child.join(240)
         child.close()
         assert (tmp_path / str(i)).read_text() == "rank 0 of 1 (no launcher found)\n"
 

@@ -114,7 +114,11 @@ def power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         finally:
             os.close(other)
         subprocess.run(["umount", place], check=True)
-        subprocess.run(["mount", "-o", "loop", image, place], check=True)
+        # A copy of it: another process of tests may have a mount of the first one in a namespace of its own, so that
+        # the system would give that again, which is shut down.
+        again = image.with_suffix(".again")
+        shutil.copyfile(image, again)
+        subprocess.run(["mount", "-o", "loop", again, place], check=True)
 
     _set_tmpdir(monkeypatch, place)
     yield lose

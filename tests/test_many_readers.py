@@ -64,7 +64,8 @@ def test_each_reader_makes_its_batches(shards: Path, rank: int, worker: int) -> 
     assert all(np.array_equal(filled[batch], plan.locate(batch)) for batch in order)
     # Of what it would hold, set up and planned for two batches 16,384 apart.
     assert n_open == 1
-    assert took_s < 1.0
+    # A tenth of it, or a few tenths on a busy machine: where all chunks are worked out it is many times as much.
+    assert took_s < 3.0
     _, n_bytes, n_used = plans.count_reads(data_set._own_selection(), plan, share)
     assert n_bytes / n_used == pytest.approx(predict(data_set.metadata, cfg, N_READERS).read_per_byte, rel=0.1)
     assert n_bytes / n_used < 2.0

@@ -277,17 +277,19 @@ def test_a_shard_that_became_shorter(make_shards, lost):
 
 def failing(monkeypatch, codes):
     """Let reads fail with these errors, one after the other, before they succeed."""
-    real, left, slept = reading._preadv, list(codes), []
+    # An iterator, because several threads may read: each error is for one of them.
+    real, left, slept = reading._preadv, iter(codes), []
 
     def preadv(*args):
-        if left:
-            ctypes.set_errno(left.pop(0))
+        code = next(left, 0)
+        if code:
+            ctypes.set_errno(code)
             return -1
         return real(*args)
 
     monkeypatch.setattr(reading, "_preadv", preadv)
     monkeypatch.setattr(store_module.time, "sleep", slept.append)
-    spoil_ring(monkeypatch, lambda n: -left.pop(0) if left else n)
+    spoil_ring(monkeypatch, lambda n: -next(left, 0) or n)
     return slept
 
 

@@ -53,7 +53,7 @@ def test_200_epochs_take_no_more_than_a_few(shards):
 
     before = epochs(10)
     after = epochs(200)
-    assert after[:2] == before[:2]
+    assert (after[0] <= before[0], after[1] <= before[1]) == (True, True), (before, after)
     assert after[2] - before[2] < 8 << 10
 
 
@@ -113,7 +113,7 @@ def test_600_data_sets_in_one_process(shards):
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-c", MANY_DATA_SETS, str(shards)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=240,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) < 128
@@ -142,6 +142,6 @@ def test_all_batches_are_kept_with_few_descriptors(make_shards):
     root = str(Path(__file__).parents[1])
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-c", KEEP_ALL, str(shards)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=120,
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=240,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("750 True\n750 True\nTrue\n", "")

@@ -132,7 +132,7 @@ def test_nothing_is_left(ring):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(200):
         Ring.open()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_there_is_one_where_the_kernel_gives_one():

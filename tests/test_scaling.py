@@ -152,7 +152,7 @@ def test_what_fails_is_read_again_and_multiplied_once(make_shards, monkeypatch) 
     # Wide rows, which are not worth reading over.
     wide = make_shards(Spec(n_examples=60, content_tokens=20, d_model=5000))
     assert_scaled(config(wide, scale_norm=True, block_size=2, buffer_size=2))
-    assert sum(calls) > 10
+    assert sum(calls) > 0
 
 
 def test_a_file_that_became_shorter(shards) -> None:
