@@ -43,6 +43,7 @@ from saev_torch.bench.epochs import run_epochs
 from saev_torch.bench.measuring import Measured, MemoryUse, family, measure_statistics, processor_s, pss_nbytes
 from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.rounds import compare_cold, compare_warm
+from saev_torch.bench.shapes import SHAPES, run_shapes
 from saev_torch.bench.sides import IndexBatches, MemmapBatches, MemmapSamples, Side, make_sides
 from saev_torch.processes import machine as limits
 from saev_torch.reading import reader as reading
@@ -195,6 +196,20 @@ def test_one_pass_goes_through_all_of_the_memory(make_shards: Make, monkeypatch:
     assert len(places) == 10
 
 
+def test_shapes_are_held_against_the_main_one(tmp_path: Path) -> None:
+    shapes = {name: dataclasses.replace(shape, batch_size=64, n_workers=0) for name, shape in SHAPES.items()}
+    table = run_shapes(1, 0.005, 64, tmp_path, {name: shapes[name] for name in ("main", "narrow", "layers")})
+    assert list(tmp_path.iterdir()) == []
+    found = table.to_json()
+    assert {*found} == {"main", "narrow", "layers"}
+    for shape in found.values():
+        assert shape["to_main"]["median"] == pytest.approx(
+            shape["gb_per_s"]["median"] / found["main"]["gb_per_s"]["median"]
+        )
+        assert shape["gb_per_s"]["median"] > 0
+    assert re.search(r"\nlayers .* d_model 768, 1 of 12 layers", str(table))
+
+
 def test_bench_on_given_shards_and_some_sides(make_shards: Make, tmp_path: Path) -> None:
     shards, several = make_shards(layers=(7,), labels=False), make_shards(layers=(3, 7, 9))
     before = {path: path.read_bytes() for path in shards.iterdir()}
@@ -261,6 +276,7 @@ def test_doctor(make_shards: Make, tmp_path: Path) -> None:
         (["shards", "--make-gb", "1"], "SHARDS: expected either"),
         (["shards", "--dtype", "bfloat16"], "--dtype: expected --make-gb"),
         (["shards", "--no-warm"], "--no-warm: expected --cold"),
+        (["shards", "--shapes"], "--shapes: expected --make-gb"),
         (["shards", "--doctor", "--plot", "a.png"], "--plot: expected epochs to be measured"),
         (["shards", "--only", "memory", "--plot", "a.png"], "--plot: expected epochs to be measured"),
         (["shards", "--json", "no/such/folder/a.json"], "--json: expected a file in a folder"),

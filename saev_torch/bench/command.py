@@ -19,6 +19,7 @@ from saev_torch.bench.machine import NOT_COLD, Machine, look
 from saev_torch.bench.measuring import first_batch_s, measure_memory
 from saev_torch.bench.raw import WINDOW_NBYTES
 from saev_torch.bench.rounds import Settings, Spread, run_cold, run_rounds, run_warm, warm_up
+from saev_torch.bench.shapes import run_shapes
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
     add("--plot", type=Path, metavar="FILE", help="also draw epochs, steady state and limits into this file")
     add("--quick", action="store_true", help="two short rounds, to see that it runs")
+    add("--shapes", action="store_true", help="with --make-gb: measure other shapes of data and batches only")
     add("--doctor", action="store_true", help="look at machine and disk instead, and recommend options")
 
 
@@ -94,12 +96,27 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--no-warm: expected --cold with it, got nothing left to measure; leave it out.")
     if args.plot is not None:
         importlib.import_module("matplotlib")
-        if args.doctor or args.no_warm or not _is_wanted("epochs", args.only):
+        if args.doctor or args.shapes or args.no_warm or not _is_wanted("epochs", args.only):
             raise ConfigError("--plot: expected epochs to be measured, got options that leave them out; add them.")
     check_new_file("--json", args.json)
     check_new_file("--plot", args.plot)
     if args.folder is not None and not args.folder.is_dir():
         raise ConfigError(f"--folder: expected a folder that exists, got {args.folder}; make it first.")
+    report = _shapes(args) if args.shapes else _on_data(args)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, Any]:
+    if args.make_gb is None or args.doctor:
+        raise ConfigError("--shapes: expected --make-gb, and not --doctor, with it, got others; it makes its own data.")
+    table = run_shapes(1 if args.quick else args.rounds, args.make_gb, args.buffer_size, args.folder)
+    print(f"later epochs from the page cache, whole\n{table}")
+    return {"shapes": table.to_json()}
+
+
+def _on_data(args: argparse.Namespace) -> dict[str, Any]:
     with _data(args) as (data, layers_data):
         if args.doctor:
             findings = examine(data, data.config(args.batch_size, args.buffer_size, args.act_dtype), args.quick)
@@ -109,9 +126,7 @@ def run(args: argparse.Namespace) -> int:
             report = findings.to_json()
         else:
             report = _bench(args, data, layers_data)
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return report
 
 
 @contextlib.contextmanager
