@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -38,9 +39,11 @@ from saev_torch.bench import doctor, machine, raw
 from saev_torch.bench.advice import Vitals, interpolate, note_few, note_short, note_start, recommend
 from saev_torch.bench.command import _wants_layers
 from saev_torch.bench.data import BenchData, choose_ignored, example_nbytes, make
+from saev_torch.bench.epochs import run_epochs
 from saev_torch.bench.measuring import Measured, MemoryUse, family, measure_statistics, processor_s, pss_nbytes
 from saev_torch.bench.raw import grid_pieces, layer_pieces, read_rate, staged_rate
 from saev_torch.bench.rounds import compare_cold, compare_warm
+from saev_torch.bench.shapes import SHAPES, run_shapes
 from saev_torch.bench.sides import IndexBatches, MemmapBatches, MemmapSamples, Side, make_sides
 from saev_torch.processes import machine as limits
 from saev_torch.reading import reader as reading
@@ -112,7 +115,9 @@ def test_bench(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     out = tmp_path / "figures.json"
     size = ("--make-gb", "0.01", "--layers", "3", "--batch-size", "256", "--buffer-size", "4", "--workers", "0,1")
-    done = _bench(*size, "--quick", "--cold", "--touch", "--json", out, TMPDIR=str(tmp_path / "tmp"))
+    plot = tmp_path / "epochs.svg"
+    how = ("--quick", "--cold", "--touch", "--json", out, "--plot", plot)
+    done = _bench(*size, *how, TMPDIR=str(tmp_path / "tmp"))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "tmp").glob("saev_torch*")) == []
     assert list((tmp_path / "cache").rglob("*.npz")) == []
@@ -135,11 +140,74 @@ def test_bench(tmp_path: Path) -> None:
     for use in found["memory"]:
         assert 0 < max(use["deciles_nbytes"]) <= use["peak_nbytes"]
 
+    epochs = found["epochs"]
+    assert {*epochs["sides"]} == {"shuffled-0", "shuffled-1"}
+    for side in epochs["sides"].values():
+        assert {*side} == {"first_cold", "first", "later", "steady"}
+        assert min(min(one["rounds"]) for one in side.values()) > 0
+    limits = {"one pass", *(f"cached-{n}" for n in (1, 4, 16))}
+    assert limits <= {*epochs["limits"]} <= limits | {f"direct-{n}" for n in (1, 4, 16)}
+    assert min(one["median"] for one in epochs["limits"].values()) > 0
+    assert re.search(r"first, from disk +first, in memory +later epochs +steady state\n", done.stdout)
+    assert re.search(r"\nlimit( +[\d.]+){4}\n", done.stdout)
+    assert b"steady state" in plot.read_bytes()
+
     for name in {*warm, *cold}:
         assert f"\n{name} " in done.stdout
         assert name in done.stderr
     assert "\nfirst batch: " in done.stdout
     assert "\nmemory: " in done.stdout
+
+
+def test_data_of_less_than_three_buffers_have_no_steady_state(make_shards: Make, tmp_path: Path) -> None:
+    data = BenchData.open(make_shards(), 7)
+    for buffer_size, columns in (
+        (3, {"first_cold", "first", "later", "steady"}),
+        (4, {"first_cold", "first", "later"}),
+    ):
+        table = run_epochs(1, data, data.config(8, buffer_size), [0])
+        assert {*table.sides["shuffled-0"]} == columns
+        has_note = any("9 batches are less than 3 buffers of 4" in note for note in table.notes)
+        assert has_note == (buffer_size == 4)
+        assert str(table).splitlines()[1].endswith(" -") == has_note
+
+
+def test_reads_past_the_page_cache_have_every_byte(make_shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ShardStore(make_shards(d_model=100, n_examples=60, examples_per_shard=16))
+    found = raw.direct_rate(store, grid_pieces(store, 7000), n_threads=2)
+    assert found is None or found.nbytes == factory.oracle(store.metadata).nbytes
+
+    def refuse(fd: int, command: int, value: int) -> None:
+        raise OSError(errno.EINVAL, "no")
+
+    monkeypatch.setattr("fcntl.fcntl", refuse)
+    assert raw.direct_rate(store, grid_pieces(store, 7000), n_threads=1) is None
+
+
+def test_one_pass_goes_through_all_of_the_memory(make_shards: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, places, preadv = ShardStore(make_shards()), set(), os.preadv
+
+    def note(fd: int, buffers: list[memoryview], offset: int) -> int:
+        places.add(np.frombuffer(buffers[0], dtype=np.uint8).ctypes.data)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", note)
+    read_rate(store, grid_pieces(store, 100), repeat=False, memory_nbytes=1000)
+    assert len(places) == 10
+
+
+def test_shapes_are_held_against_the_main_one(tmp_path: Path) -> None:
+    shapes = {name: dataclasses.replace(shape, batch_size=64, n_workers=0) for name, shape in SHAPES.items()}
+    table = run_shapes(1, 0.005, 64, tmp_path, {name: shapes[name] for name in ("main", "narrow", "layers")})
+    assert list(tmp_path.iterdir()) == []
+    found = table.to_json()
+    assert {*found} == {"main", "narrow", "layers"}
+    for shape in found.values():
+        assert shape["to_main"]["median"] == pytest.approx(
+            shape["gb_per_s"]["median"] / found["main"]["gb_per_s"]["median"]
+        )
+        assert shape["gb_per_s"]["median"] > 0
+    assert re.search(r"\nlayers .* d_model 768, 1 of 12 layers", str(table))
 
 
 def test_bench_on_given_shards_and_some_sides(make_shards: Make, tmp_path: Path) -> None:
@@ -208,6 +276,9 @@ def test_doctor(make_shards: Make, tmp_path: Path) -> None:
         (["shards", "--make-gb", "1"], "SHARDS: expected either"),
         (["shards", "--dtype", "bfloat16"], "--dtype: expected --make-gb"),
         (["shards", "--no-warm"], "--no-warm: expected --cold"),
+        (["shards", "--shapes"], "--shapes: expected --make-gb"),
+        (["shards", "--doctor", "--plot", "a.png"], "--plot: expected epochs to be measured"),
+        (["shards", "--only", "memory", "--plot", "a.png"], "--plot: expected epochs to be measured"),
         (["shards", "--json", "no/such/folder/a.json"], "--json: expected a file in a folder"),
         (["--make-gb", "1", "--folder", "no/such/folder"], "--folder: expected a folder"),
         (["--make-gb", "1e9"], "--make-gb: expected room"),

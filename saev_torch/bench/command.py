@@ -14,10 +14,12 @@ from typing import Any
 
 from saev_torch.bench.data import BenchData, choose_ignored, example_nbytes, make
 from saev_torch.bench.doctor import describe, examine
+from saev_torch.bench.epochs import EpochTable, run_epochs
 from saev_torch.bench.machine import NOT_COLD, Machine, look
 from saev_torch.bench.measuring import first_batch_s, measure_memory
 from saev_torch.bench.raw import WINDOW_NBYTES
 from saev_torch.bench.rounds import Settings, Spread, run_cold, run_rounds, run_warm, warm_up
+from saev_torch.bench.shapes import run_shapes
 from saev_torch.bench.sides import FAMILIES, Side, make_sides
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
@@ -26,6 +28,7 @@ from saev_torch.tools.arguments import above_zero, at_least, check_new_file, int
 from saev_torch.writing.progress import Progress
 
 _OTHERS = {
+    "epochs": "shuffled, whole epochs beside the steady state, and the limits of memory and disk",
     "statistics": "a full pass of compute_statistics",
     "first": "time from iter() to the first batch, warm, 0 workers",
     "memory": "proportional set sizes over an epoch of ten buffers",
@@ -58,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cold-limit-s", type=above_zero, default=120.0, metavar="S", help=limit)
     add("--touch", action="store_true", help="add up the activations of each batch; else nothing looks at them")
     add("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
+    add("--plot", type=Path, metavar="FILE", help="also draw epochs, steady state and limits into this file")
     add("--quick", action="store_true", help="two short rounds, to see that it runs")
+    add("--shapes", action="store_true", help="with --make-gb: measure other shapes of data and batches only")
     add("--doctor", action="store_true", help="look at machine and disk instead, and recommend options")
 
 
@@ -89,9 +94,29 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--dtype: expected --make-gb with it, got SHARDS, which have a type; see `repack --dtype`.")
     if args.no_warm and not args.cold:
         raise ConfigError("--no-warm: expected --cold with it, got nothing left to measure; leave it out.")
+    if args.plot is not None:
+        importlib.import_module("matplotlib")
+        if args.doctor or args.shapes or args.no_warm or not _is_wanted("epochs", args.only):
+            raise ConfigError("--plot: expected epochs to be measured, got options that leave them out; add them.")
     check_new_file("--json", args.json)
+    check_new_file("--plot", args.plot)
     if args.folder is not None and not args.folder.is_dir():
         raise ConfigError(f"--folder: expected a folder that exists, got {args.folder}; make it first.")
+    report = _shapes(args) if args.shapes else _on_data(args)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _shapes(args: argparse.Namespace) -> dict[str, Any]:
+    if args.make_gb is None or args.doctor:
+        raise ConfigError("--shapes: expected --make-gb, and not --doctor, with it, got others; it makes its own data.")
+    table = run_shapes(1 if args.quick else args.rounds, args.make_gb, args.buffer_size, args.folder)
+    print(f"later epochs from the page cache, whole\n{table}")
+    return {"shapes": table.to_json()}
+
+
+def _on_data(args: argparse.Namespace) -> dict[str, Any]:
     with _data(args) as (data, layers_data):
         if args.doctor:
             findings = examine(data, data.config(args.batch_size, args.buffer_size, args.act_dtype), args.quick)
@@ -101,9 +126,7 @@ def run(args: argparse.Namespace) -> int:
             report = findings.to_json()
         else:
             report = _bench(args, data, layers_data)
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+    return report
 
 
 @contextlib.contextmanager
@@ -148,6 +171,13 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
     sides = [side for side in sides if _is_wanted(side.name, args.only)]
     if not args.no_warm:
         warm_up(data, layers_data)
+        if _is_wanted("epochs", args.only):
+            table = run_epochs(1 if args.quick else n_rounds, data, cfg, sorted(set(args.workers)))
+            report["epochs"] = table.to_json()
+            print(f"\nwhole epochs and the steady state, GB/s (of the limit)\n{table}")
+            if args.plot is not None:
+                _draw(table, args.plot)
+            warm_up(data, None)
         warm = run_warm(settings, machine.cores, data, args.batch_size, sides)
         report["warm"] = warm.to_json()
         title = f"warm, steady state, {settings.n_rounds} rounds; {_where_timed(sides)}"
@@ -160,6 +190,15 @@ def _bench(args: argparse.Namespace, data: BenchData, layers_data: BenchData | N
         if cached > NOT_COLD:
             print(f"note: up to {cached:.0%} of the pages stayed in the page cache, so this was not quite cold")
     return report
+
+
+def _draw(table: EpochTable, path: Path) -> None:
+    # Imported only here: matplotlib is an extra.
+    from saev_torch.bench.figure import draw_epochs
+    from saev_torch.tools.style import save
+
+    save(draw_epochs(table), path)
+    print(f"figure: {path}")
 
 
 def _bench_others(only: Sequence[str], settings: Settings, cfg: ShuffledConfig) -> dict[str, Any]:

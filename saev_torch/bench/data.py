@@ -68,19 +68,24 @@ class BenchData:
         return self.n_samples * self.sample_nbytes
 
 
-def example_nbytes(dtype: str) -> int:
+def example_nbytes(dtype: str, d_model: int = _D_MODEL) -> int:
     """Size of one layer of an example that is made, of values of a type."""
-    return _D_MODEL * DTYPES[dtype].nbytes * _N_CONTENT
+    return d_model * DTYPES[dtype].nbytes * _N_CONTENT
 
 
 def make(
-    root: Path, n_examples: int, n_layers: int, on_written: Callable[[int], None], dtype: str = FLOAT32.name
+    root: Path,
+    n_examples: int,
+    n_layers: int,
+    on_written: Callable[[int], None],
+    dtype: str = FLOAT32.name,
+    d_model: int = _D_MODEL,
 ) -> Path:
     """Write shards of random activations, and labels on a third of the tokens each, into a new directory below `root`.
 
     `on_written` is called with the number of examples just written. Raises SaevTorchError, as where there is no room.
     """
-    wanted = n_examples * n_layers * example_nbytes(dtype)
+    wanted = n_examples * n_layers * example_nbytes(dtype, d_model)
     free = shutil.disk_usage(root).free
     if wanted + _ROOM_NBYTES > free:
         raise ConfigError(
@@ -93,7 +98,7 @@ def make(
         layers=tuple(range(n_layers)),
         content_tokens_per_example=_N_CONTENT,
         cls_token=False,
-        d_model=_D_MODEL,
+        d_model=d_model,
         n_examples=n_examples,
         max_tokens_per_shard=max(_MAX_TOKENS_PER_SHARD, n_layers * _N_CONTENT),
         data=base64.b64encode(pickle.dumps({"made_by": "saev_torch bench"})).decode(),
@@ -104,7 +109,7 @@ def make(
     with ShardWriter(root, md) as writer:
         for start in range(0, n_examples, _EXAMPLES_AT_ONCE):
             n = min(_EXAMPLES_AT_ONCE, n_examples - start)
-            acts = rng.random((n, n_layers, _N_CONTENT, _D_MODEL), dtype=np.float32)
+            acts = rng.random((n, n_layers, _N_CONTENT, d_model), dtype=np.float32)
             writer.write_batch(acts, start, rng.integers(_MADE_LABELS, size=(n, _N_CONTENT)))
             on_written(n)
     return writer.shards_dir

@@ -1,10 +1,11 @@
-"""The chart of `bench.compare`: samples per second of each loader, warm and cold. Needs matplotlib."""
+"""The charts of `compare`, samples per second of each loader, and of `bench`, its epochs. Need matplotlib."""
 
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from saev_torch.tools.style import BLUE, FAINT, INK, MUTED, ORANGE, in_style, make_figure
+from saev_torch.bench.epochs import COLUMNS, EpochTable
+from saev_torch.tools.style import BLUE, COLOURS, FAINT, INK, MUTED, ORANGE, in_style, make_figure
 
 _BAR = 0.38
 
@@ -46,4 +47,34 @@ def draw_comparison(report: dict[str, Any]) -> Figure:
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.09), ncols=2, fontsize=9, borderaxespad=0)
+    return figure
+
+
+def draw_epochs(table: EpochTable) -> Figure:
+    """Draw the rates of each side, a bar for each column, and the two limits as lines."""
+    names, height = list(table.sides), 0.8 / len(COLUMNS)
+    best, disk = table.disk
+    limits = {f"one pass {table.one_pass:.1f}": table.one_pass, f"disk, {best} {disk:.1f}": disk}
+    title, subtitle = "Whole epochs and the steady state", "shuffled, GB/s of activations, by number of workers"
+    with in_style():
+        figure = make_figure((9.2, 1.6 + 0.9 * len(names)), title, subtitle)
+        axes = figure.add_subplot()
+        for i, (key, label) in enumerate(COLUMNS.items()):
+            where = {y - 0.4 + (i + 0.5) * height: table.sides[name].get(key) for y, name in enumerate(names)}
+            shown = {y: found.median for y, found in where.items() if found is not None}
+            if shown:
+                axes.barh(list(shown), list(shown.values()), height=height * 0.9, color=COLOURS[i], label=label)
+            for y, value in shown.items():
+                axes.text(value, y, f" {value:.2f}", va="center", fontsize=8.5, color=INK)
+        right = 1.1 * max(*limits.values(), *(one.median for side in table.sides.values() for one in side.values()))
+        for label, rate in limits.items():
+            axes.axvline(rate, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+            side = "left" if rate < right / 2 else "right"
+            axes.text(rate, -0.55, f" {label} ", ha=side, va="bottom", fontsize=8.5, color=INK)
+        axes.set(xlim=(0, right), ylim=(len(names) - 0.4, -0.8))
+        axes.set_yticks(range(len(names)), names, color=INK)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color=FAINT)
+        axes.spines["left"].set_visible(False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(COLUMNS), fontsize=9, borderaxespad=0)
     return figure

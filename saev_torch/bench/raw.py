@@ -1,9 +1,12 @@
 """The limits that a loader is held against: reading files, gathering rows, and nothing else."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import itertools
 import math
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,19 +41,19 @@ Piece = tuple[int, int, int]
 _Task = TypeVar("_Task")
 
 
-def layer_pieces(store: ShardStore, layer: int) -> list[Piece]:
-    """The bytes of one layer in the order of the disk, in pieces of at most 4 MB.
+def layer_pieces(store: ShardStore, layer: int, nbytes: int = _BUFFER_NBYTES) -> list[Piece]:
+    """The bytes of one layer in the order of the disk, in pieces of at most so many bytes, 4 MB if not said.
 
     With several recorded layers these are runs of an example's tokens each, with gaps between them.
     """
     md = store.metadata
     if md.n_layers == 1:
-        return grid_pieces(store, _BUFFER_NBYTES)
+        return grid_pieces(store, nbytes)
     (layer_idx,) = resolve_layers(md, layer)
     run_nbytes = md.tokens_per_example * md.row_nbytes
     first = layer_idx * run_nbytes
     runs = [(i, e * md.example_nbytes + first) for i, shard in enumerate(store.shards) for e in range(shard.n_examples)]
-    return [piece for i, offset in runs for piece in _cut(i, offset, run_nbytes, _BUFFER_NBYTES)]
+    return [piece for i, offset in runs for piece in _cut(i, offset, run_nbytes, nbytes)]
 
 
 def grid_pieces(store: ShardStore, block_nbytes: int) -> list[Piece]:
@@ -71,19 +74,23 @@ def read_rate(
     seconds: float = math.inf,
     repeat: bool = True,
     reads_ahead: bool = True,
+    memory_nbytes: int = 0,
 ) -> Measured:
     """Read pieces of the shards with `preadv` into one reused buffer for each thread; the threads take them in turn.
+
+    The buffer holds a piece; or those of all threads have `memory_nbytes`, and pieces go there one behind the other.
 
     It stops after so many seconds, and a piece at least; where it does not `repeat`, after all pieces, too. Without
     `reads_ahead` the system does not read on behind each piece, as the loader tells it. Raises ReadError.
     """
     longest = max(nbytes for _, _, nbytes in pieces)
     # Ones, so that every page is there: fresh memory costs more than reading into it.
-    buffers = [np.ones(longest, dtype=np.uint8).data for _ in range(n_threads)]
+    n_places = max(1, memory_nbytes // n_threads // longest)
+    buffers = [np.ones((n_places, longest), dtype=np.uint8) for _ in range(n_threads)]
 
-    def read(buffer: memoryview, piece: Piece) -> int:
+    def read(places: Iterator[NDArray[np.uint8]], piece: Piece) -> int:
         file, offset, nbytes = piece
-        n = os.preadv(fds[file], [buffer[:nbytes]], offset)
+        n = os.preadv(fds[file], [next(places)[:nbytes].data], offset)
         if n == 0:
             raise OSError(f"shard {file} became shorter")
         return n
@@ -92,10 +99,39 @@ def read_rate(
         if not reads_ahead:
             for fd in fds:
                 advise(fd, "RANDOM")
-        reads = [functools.partial(read, buffer) for buffer in buffers]
+        reads = [functools.partial(read, itertools.cycle(buffer)) for buffer in buffers]
         try:
             return _rate(store, itertools.cycle(pieces) if repeat else iter(pieces), reads, seconds)
         except OSError as err:
+            raise ReadError(f"{store.shards_dir}: expected to read it, got: {err}; check the file system.") from err
+
+
+def direct_rate(store: ShardStore, pieces: Sequence[Piece], *, n_threads: int) -> Measured | None:
+    """Read pieces past the page cache with `preadv`, as `read_rate`; None where the file system refuses."""
+    longest = max(nbytes for _, _, nbytes in pieces) + 2 * mmap.PAGESIZE
+    buffers = [mmap.mmap(-1, longest, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(n_threads)]
+
+    def read(buffer: memoryview, piece: Piece) -> int:
+        file, offset, nbytes = piece
+        # Whole pages, to the end of the file at most.
+        first = offset % mmap.PAGESIZE
+        wanted = -(-(first + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if os.preadv(fds[file], [buffer[:wanted]], offset - first) < first + nbytes:
+            raise OSError(f"shard {file} became shorter")
+        return nbytes
+
+    for buffer in buffers:
+        # So that every page is there.
+        np.frombuffer(buffer, dtype=np.uint8)[:] = 1
+    with opened_shards(store) as fds:
+        try:
+            for fd in fds:
+                fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)
+            reads = [functools.partial(read, memoryview(buffer)) for buffer in buffers]
+            return _rate(store, iter(pieces), reads, math.inf)
+        except OSError as err:
+            if err.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+                return None
             raise ReadError(f"{store.shards_dir}: expected to read it, got: {err}; check the file system.") from err
 
 
