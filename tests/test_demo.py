@@ -43,7 +43,7 @@ def test_demo(tmp_path: Path) -> None:
     assert abs(float(cost[1])) < 0.003
     # Two layers of 40 windows of [CLS] and 127 tokens, 384 wide.
     assert "\nbfloat16 saved 8 of 16 MB\n" in done.stdout
-    for line in ("loader alone: ", "loss: ", "explained variance on held-out activations: 0.", "dead latents: "):
+    for line in ("loader alone: ", "loss: ", "explained variance on held-out activations: 0.", "dead latents, which "):
         assert f"\n{line}" in done.stdout
     assert "recording: 100%" in done.stderr
     assert "training: 100%" in done.stderr

@@ -86,9 +86,8 @@ def run(args: argparse.Namespace) -> int:
             f"rounding to {args.dtype} cost {before - variance:+.4f} of it: {before:.4f} as float32, on the same text"
         )
     print(
-        f"dead latents: {n_dead or 'none'} of {firings.n_latents:,}"
+        f"dead latents, which fire on none of the {firings.n_tokens:,} tokens: {n_dead:,} of {firings.n_latents:,}"
         + (f" ({n_dead / firings.n_latents:.1%})" if n_dead else "")
-        + f"; a dead one fires on none of the {firings.n_tokens:,} tokens"
     )
     draw(
         args.out,
