@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from saev_torch import IndexedConfig, IndexedDataset, Metadata
 from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, Corpus, make_corpus, record_corpora, split
-from saev_torch.tools.demo.figure import Firings, find_meanings
+from saev_torch.tools.demo.meanings import Firings, find_meanings
 from saev_torch.tools.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
