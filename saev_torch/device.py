@@ -69,8 +69,9 @@ def _locked_batch(batch: Mapping[str, torch.Tensor], locks: list[_Lock]) -> Acti
 class DevicePrefetcher:
     """Iterates over a loader, with the next batches copied to a device while the step runs.
 
-    Works for any loader of dicts of tensors. On the CPU it copies nothing. While it
-    iterates, what the loader yields is page-locked: to copy that yourself, use `batch.to`, which keeps its memory.
+    Works for any loader of dicts of tensors, and makes each an `ActivationBatch`. On the CPU it copies nothing.
+    While it iterates, what the loader yields is page-locked: to copy that yourself, use `batch.to`, which keeps its
+    memory.
 
     Args:
         loader: What to iterate over. Do not set `pin_memory` there: that would be one more copy.
@@ -116,21 +117,20 @@ class DevicePrefetcher:
         self._state = None
         self.loader.load_state_dict(state)  # type: ignore[attr-defined]
 
-    def __iter__(self) -> Iterator[Mapping[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[ActivationBatch]:
         self._state = None
-        if self.device.type == "cpu":
-            yield from map(self._convert, self.loader)
-        elif self.device.type != "cuda":
+        if self.device.type != "cuda":
             for batch in self.loader:
-                yield self._convert({key: value.to(self.device) for key, value in batch.items()})
+                own = batch if isinstance(batch, ActivationBatch) else ActivationBatch(batch)
+                yield self._convert(own if self.device.type == "cpu" else own.to(self.device))
         else:
             yield from self._iterate_cuda()
             self._state = None
 
-    def _iterate_cuda(self) -> Iterator[Mapping[str, torch.Tensor]]:
+    def _iterate_cuda(self) -> Iterator[ActivationBatch]:
         has_state = hasattr(self.loader, "state_dict")
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        ready: collections.deque[tuple[torch.cuda.Event, Mapping[str, torch.Tensor], Any]] = collections.deque()
+        ready: collections.deque[tuple[torch.cuda.Event, ActivationBatch, Any]] = collections.deque()
         locks: list[_Lock] = []
         pid = os.getpid()
         try:
@@ -157,16 +157,10 @@ class DevicePrefetcher:
                 for lock in locks:
                     lock()
 
-    def _convert(self, batch: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        if self.dtype is None:
-            return batch
-        if isinstance(batch, ActivationBatch):
-            return batch.to(self.dtype)
-        return {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in batch.items()}
+    def _convert(self, batch: ActivationBatch) -> ActivationBatch:
+        return batch if self.dtype is None else batch.to(self.dtype)
 
-    def _hand_out(
-        self, event: torch.cuda.Event, copy: Mapping[str, torch.Tensor], state: Any
-    ) -> Mapping[str, torch.Tensor]:
+    def _hand_out(self, event: torch.cuda.Event, copy: ActivationBatch, state: Any) -> ActivationBatch:
         self._state = state
         current = torch.cuda.current_stream(self.device)
         current.wait_event(event)

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -50,11 +51,13 @@ def pytest_configure() -> None:
     settings.load_profile("patient")
 
 
-# By what they took, most of it in processes that they start: `make check` leaves them to `make test`.
+# By what they took, most of it in processes that they start: `make check` leaves them to `make test`. What is left is
+# to take less than two minutes on two cores, lint and types included, and to try each package.
 SLOW = frozenset(
     f"test_{name}"
     for name in [
         "accelerate",
+        "bare",
         "bench",
         "checksums",
         "compat",
@@ -69,17 +72,21 @@ SLOW = frozenset(
         "faults",
         "fuzz",
         "handover",
+        "in_order",
         "installed",
         "launchers",
         "lightning",
+        "localcopy",
         "memory",
         "nodes",
         "notebooks",
+        "pipes",
         "plan_command",
         "programs",
         "quality",
         "ranks",
         "recorder",
+        "replaced_labels",
         "resources",
         "resume",
         "scaling",
@@ -87,15 +94,24 @@ SLOW = frozenset(
         "stalls",
         "statistics",
         "systems",
+        "trainer_examples",
         "trainers",
         "travel",
+        "writing_16_bits",
     ]
+)
+
+
+# As slow, in files that are else quick: by the name of a test, or of what it is tried with.
+SLOW_TESTS = re.compile(
+    r"test_every_cut|test_stateful_data_loader|test_use_tmpdir_in_several|test_the_site|test_help_needs|test_a_command_has_help|"
+    r"test_an_unknown_command|test_a_data_set_needs|test_a_mapped_file|\bspawn\b"
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in SLOW:
+        if item.path.stem in SLOW or SLOW_TESTS.search(item.name):
             item.add_marker(pytest.mark.slow)
         for warning in FOREIGN_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(warning))

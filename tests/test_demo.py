@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from saev_torch import IndexedConfig, IndexedDataset, Metadata
 from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, Corpus, make_corpus, record_corpora, split
-from saev_torch.tools.demo.figure import Firings, find_meanings
+from saev_torch.tools.demo.meanings import Firings, find_meanings
 from saev_torch.tools.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -43,7 +43,7 @@ def test_demo(tmp_path: Path) -> None:
     assert abs(float(cost[1])) < 0.003
     # Two layers of 40 windows of [CLS] and 127 tokens, 384 wide.
     assert "\nbfloat16 saved 8 of 16 MB\n" in done.stdout
-    for line in ("loader alone: ", "loss: ", "explained variance on held-out activations: 0.", "dead latents: "):
+    for line in ("loader alone: ", "loss: ", "explained variance on held-out activations: 0.", "dead latents, which "):
         assert f"\n{line}" in done.stdout
     assert "recording: 100%" in done.stderr
     assert "training: 100%" in done.stderr

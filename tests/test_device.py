@@ -82,6 +82,7 @@ def test_the_cpu_converts_too(half_config, dtype):
         assert torch.equal(a["act"], b["act"].to(dtype))
         assert a["example_idx"].dtype == torch.int64
     plain = next(iter(DevicePrefetcher([{"x": torch.ones(2), "i": torch.arange(2)}], "cpu", dtype=dtype)))
+    assert type(plain) is ActivationBatch
     assert plain["x"].dtype == dtype
     assert plain["i"].dtype == torch.int64
 

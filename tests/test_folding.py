@@ -65,3 +65,10 @@ def test_refusals() -> None:
             fold(w_enc, b_enc, w_dec, b_dec, scale=scale)
     with pytest.raises(ConfigError, match="mean"):
         fold(w_enc, b_enc, w_dec, b_dec, scale=1.0, mean=torch.ones(6))
+
+
+def test_without_a_scale_weights_stay() -> None:
+    given = torch.randn(4, 6), torch.randn(6), torch.randn(6, 4), torch.randn(4)
+    folded = fold(*given, scale=None)
+    for got, wanted in zip((folded.w_enc, folded.b_enc, folded.w_dec, folded.b_dec), given, strict=True):
+        assert torch.equal(got, wanted)

@@ -5,7 +5,10 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from saev_torch import Examples, Metadata, verify
 from saev_torch.__main__ import main
 from saev_torch.errors import ConfigError, FormatError, ShardsNotFoundError, WriteError
 from saev_torch.tools.export import export_array
-from saev_torch.tools.importing import arrays
+from saev_torch.tools.importing import arrays, chunks
 from saev_torch.tools.importing.arrays import import_arrays
 from saev_torch.tools.importing.rows import Joined
 from saev_torch.writing import checkpoints
@@ -127,6 +130,48 @@ def test_round_trip_of_a_data_set(dataset, tmp_path, monkeypatch):
     check(dataset, tmp_path, HALF)
     with pytest.raises(FormatError, match=r"token_ids'.*expected numbers of a float type, got int32"):
         import_arrays(dataset, tmp_path / "other", array="token_ids")
+
+
+_LOADED = """
+import sys
+from saev_torch import import_arrays
+import_arrays(sys.argv[1], sys.argv[2])
+print(*sys.modules)
+"""
+
+
+def test_a_data_set_needs_pyarrow_alone(dataset, tmp_path):
+    """pandas, which pyarrow loads where it can, is 30 MB of memory."""
+    command = [sys.executable, "-c", _LOADED, dataset, tmp_path]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout.split()
+    assert "pyarrow" in loaded
+    assert not {"pandas", "datasets"} & {*loaded}
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_a_mapped_file_does_not_stay_in_memory(tmp_path, monkeypatch, is_turned):
+    """What a process maps and has read counts as its memory."""
+    tensor = torch.arange(1 << 22, dtype=torch.float32).view(64, 64, 1024)
+    torch.save(tensor.transpose(0, 1) if is_turned else tensor, tmp_path / "large.pt")
+    monkeypatch.setattr(chunks, "_MAX_MAPPED_NBYTES", 1 << 20)
+    monkeypatch.setattr(arrays, "_BATCH_NBYTES", 1 << 18)
+    mapped, read, n_loaded, load = [], Joined.read, [], torch.load
+
+    def read_and_look(joined: Joined, start: int, stop: int) -> torch.Tensor:
+        rows = read(joined, start, stop)
+        _, _, found = Path("/proc/self/smaps").read_text().partition(f"{tmp_path}/large.pt\n")
+        mapped.append(sum(map(int, re.findall(r"^Rss: *(\d+) kB", found, re.MULTILINE)[:1])))
+        return rows
+
+    monkeypatch.setattr(Joined, "read", read_and_look)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: (n_loaded.append(1), load(*args, **options))[1])
+    import_arrays(tmp_path / "large.pt", tmp_path)
+    assert len(mapped) >= 64
+    if is_turned:
+        # Copied as a whole, and so but once.
+        assert len(n_loaded) == 2
+    else:
+        assert 0 < max(mapped) < 6 << 10
 
 
 @pytest.mark.parametrize("name", ["two", "three", "group"])

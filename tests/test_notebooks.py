@@ -24,6 +24,18 @@ def test_all_are_here():
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+def test_outputs_are_kept(name):
+    """A site that hosts notebooks shows what is in the file: all figures, all lines, and no warning."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            n_figures = sum("image/png" in output.get("data", {}) for output in cell.outputs)
+            assert n_figures == ("plt.subplots" in cell.source), cell.source
+            assert cell.outputs
+            assert all(output.get("name") != "stderr" for output in cell.outputs)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook(name, monkeypatch):
     needs, says = NOTEBOOKS[name]
     for package in needs.split():

@@ -23,7 +23,7 @@ def fold(
     w_dec: torch.Tensor,
     b_dec: torch.Tensor,
     *,
-    scale: float,
+    scale: float | None,
     mean: torch.Tensor | None = None,
     subtracts_b_dec: bool = False,
 ) -> FoldedWeights:
@@ -39,7 +39,7 @@ def fold(
         b_enc: `[d_sae]`.
         w_dec: `[d_sae, d_model]`.
         b_dec: `[d_model]`.
-        scale: The number that activations were multiplied with, as `loader.scale`.
+        scale: The number that activations were multiplied with, as `loader.scale`; None for none.
         mean: `[d_model]`, what was subtracted from the raw activations before they were scaled; None for nothing. Of
             activations that were centred after scaling, give that mean divided by `scale`.
         subtracts_b_dec: The encoder is `f((z - b_dec) @ w_enc + b_enc)`, and the folded one does the same.
@@ -50,6 +50,7 @@ def fold(
     Raises:
         ConfigError: `scale` is no finite number above 0, or shapes do not fit.
     """
+    scale = 1.0 if scale is None else scale
     if not 0 < scale < float("inf"):
         raise ConfigError(f"scale: expected a finite number above 0, got {scale!r}.")
     d_model, d_sae = w_enc.shape

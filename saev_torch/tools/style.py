@@ -65,10 +65,10 @@ def make_figure(size: tuple[float, float], title: str, subtitle: str = "") -> Fi
 
 
 def mark_values(axes: Axes, which: str, values: list[float]) -> None:
-    """Let an axis, "x" or "y", have ticks at these values only, written as a person would: 0.5, 4, 2,048."""
+    """Let an axis, "x" or "y", have ticks at these values only, written as a person would: 0.5, 4, 20,480."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_ticks(values)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

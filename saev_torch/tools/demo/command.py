@@ -23,7 +23,7 @@ from saev_torch.format.dtypes import DTYPES, FLOAT32
 from saev_torch.iterable.activations import OrderedActivations, ShuffledActivations
 from saev_torch.tools.arguments import at_least
 from saev_torch.tools.demo.corpus import LAYERS, N_CONTENT, make_corpus, record_corpora, split
-from saev_torch.tools.demo.figure import Firings, draw, find_meanings
+from saev_torch.tools.demo.meanings import Firings, find_meanings
 from saev_torch.tools.demo.sae import Recipe, TopKSAE, TrainingStep, explained_variance, train
 
 _N_WORKERS = 2
@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     # Now, and not after all the work; to ask for --help does not take them.
     for name in ("tqdm", "matplotlib", "tokenizers", "transformers"):
         importlib.import_module(name)
+    from saev_torch.tools.demo.figure import draw
+
     if not args.out.absolute().parent.is_dir():
         raise ConfigError(f"--out: expected a file in a folder that exists, got {args.out}; make the folder first")
     corpus, held_out_corpus = split(make_corpus(args.windows))
@@ -85,11 +87,8 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"rounding to {args.dtype} cost {before - variance:+.4f} of it: {before:.4f} as float32, on the same text"
         )
-    print(
-        f"dead latents: {n_dead or 'none'} of {firings.n_latents:,}"
-        + (f" ({n_dead / firings.n_latents:.1%})" if n_dead else "")
-        + f"; a dead one fires on none of the {firings.n_tokens:,} tokens"
-    )
+    of = f"{firings.n_latents:,}" + (f" ({n_dead / firings.n_latents:.1%})" if n_dead else "")
+    print(f"dead latents, which fire on none of the {firings.n_tokens:,} tokens: {n_dead:,} of {of}")
     draw(
         args.out,
         title=f"A sparse autoencoder explains {100 * variance:.0f} % of the variance of MiniLM's layer {args.layer}",

@@ -18,7 +18,7 @@ from saev_torch.writing.writer import ShardWriter
 
 _log = logging.getLogger("saev_torch")
 
-_BATCH_NBYTES = 8 << 20
+_BATCH_NBYTES = 4 << 20
 
 
 def import_arrays(
@@ -48,7 +48,7 @@ def import_arrays(
     example. Example i of the shards is example i of the source, over all its files. Sources are not trusted: nothing is
     unpickled, no link is followed, and sizes are compared with what is there.
 
-    Memory holds a batch of 8 MB, and what is decoded together: a chunk of Zarr. `.pt` and Arrow files are mapped.
+    Memory holds a batch of 4 MB, and what is decoded together: a chunk of Zarr. `.pt` and Arrow files are mapped.
 
     Args:
         source: A file or a folder.

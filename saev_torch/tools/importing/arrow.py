@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from saev_torch.errors import ConfigError, FormatError
 from saev_torch.format.files import check_name, open_regular, read_json, short
@@ -39,11 +40,16 @@ class ArrowPiece:
             raise FormatError(f"{self.where}: expected rows, got none; leave the file out")
         self.shape = (n_rows, *inner[0])
         self.dtype: torch.dtype = getattr(torch, inner[1].name)
+        self._room = torch.empty(0)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Read rows, `[n, d_model]`."""
+        """Read rows, `[n, d_model]`, in memory that the next call uses again."""
         d_model, n_tokens = self.shape[-1], self.shape[1] if len(self.shape) == 3 else 1
-        room = torch.empty((stop - start, d_model), dtype=self.dtype)
+        if len(self._room) < stop - start:
+            # Mapped, so that it goes back to the system: on the heap each file would leave a hole of that size.
+            memory = mmap.mmap(-1, (stop - start) * d_model * self.dtype.itemsize)
+            self._room = torch.frombuffer(memory, dtype=self.dtype).view(-1, d_model)
+        room = self._room[: stop - start]
         done = start
         while done < stop:
             low, values = self._batch_of(done // n_tokens)
@@ -57,9 +63,9 @@ class ArrowPiece:
         return room
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, and of the memory that was read to."""
         self._batches, self._now = iter(()), None
-        self._file = None
+        self._file, self._room = None, torch.empty(0)
 
     def _batch_of(self, row: int) -> tuple[int, Any]:
         """Return the batch of the file that has a row, and where it begins; forward is quick."""
@@ -101,14 +107,21 @@ def _values(where: str, column: Any) -> Any:
         if values.null_count or (n and len(inner) % n):
             raise FormatError(f"{where}: expected rows of one length, got several, or none; cut the text to windows")
         if hasattr(values, "offsets"):
-            lengths = np.diff(np.asarray(values.offsets))
+            lengths = np.diff(_view(values.offsets, "i"))
             if n and (lengths != lengths[0]).any():
                 raise FormatError(f"{where}: expected rows of one length, got {set(lengths.tolist())}")
         shape.append(len(inner) // n if n else 0)
         values = inner
     if values.null_count or not pa.types.is_floating(values.type):
         raise FormatError(f"{where}: expected numbers of a float type, got {values.type}; choose another column")
-    return values.to_numpy(zero_copy_only=True).reshape(shape)
+    return _view(values, "f").reshape(shape)
+
+
+def _view(numbers: Any, kind: str) -> NDArray[Any]:
+    """The memory of numbers, none of which is null, as an array; pyarrow's own way to it loads pandas."""
+    dtype = np.dtype(f"{kind}{numbers.type.bit_width // 8}")
+    start, n = numbers.offset, len(numbers)
+    return np.frombuffer(numbers.buffers()[1], dtype, start + n)[start:] if n else np.empty(0, dtype)
 
 
 def open_dataset(folder: Path, column: str | None) -> list[ArrowPiece]:

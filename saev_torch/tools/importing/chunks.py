@@ -9,6 +9,9 @@ from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.format.files import open_regular, short
 
+_MAX_MAPPED_NBYTES = 16 << 20
+"""What has been read of a mapped file counts as memory of the process, until the file is mapped anew."""
+
 _FLOATS = {torch.float64, *(getattr(torch, name) for name in DTYPES)}
 
 
@@ -22,20 +25,26 @@ class TensorPiece:
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
         self._path, self._name = path, name
         self._rows: torch.Tensor | None = None
+        self._n_mapped, self._is_mapped = 0, False
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return rows, `[n, d_model]`, which lie in the file."""
-        if self._rows is None:
+        if self._rows is None or self._n_mapped >= _MAX_MAPPED_NBYTES:
+            self.close()
             found = _load(self._path)
             tensor = found.get(self._name) if isinstance(found, dict) else found
             if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
                 raise FormatError(f"{self.where}: expected {list(self.shape)} as before, got another file; start anew")
             self._rows = tensor.flatten(0, -2)
-        return self._rows[start:stop]
+            self._is_mapped = tensor.is_contiguous()
+        rows = self._rows[start:stop]
+        # What is not contiguous has been copied as a whole, which is not to be done over and over.
+        self._n_mapped += rows.nbytes if self._is_mapped else 0
+        return rows
 
     def close(self) -> None:
         """Let go of the file."""
-        self._rows = None
+        self._rows, self._n_mapped = None, 0
 
 
 def open_chunk(path: Path) -> dict[str | None, TensorPiece]:
