@@ -1,6 +1,7 @@
 """Rows that are gathered from mapped files: the same as ever, whatever happens to the files; what is not, and why."""
 
 import contextlib
+import gc
 import os
 import re
 import resource
@@ -231,7 +232,12 @@ def mapped(shards):
     return Path("/proc/self/maps").read_text().count(str(shards))
 
 
-def test_mappings_last_as_long_as_an_epoch(make_shards):
+def opened(shards):
+    links = (link for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    return sum(str(link.readlink()).startswith(str(shards)) for link in links)
+
+
+def test_mappings_last_as_long_as_the_data_set_and_files_as_an_epoch(make_shards):
     shards = make_shards(WIDE)
     cfg = uniform(shards, layer=0)
     data_set, n_fds = ShuffledActivations(cfg), len(os.listdir("/proc/self/fd"))
@@ -241,20 +247,37 @@ def test_mappings_last_as_long_as_an_epoch(make_shards):
         assert 0 < mapped(shards) <= 3
         with contextlib.closing(batches):
             pass
-        assert mapped(shards) == 0
         assert len(os.listdir("/proc/self/fd")) == n_fds
+    del batches, data_set
+    gc.collect()
+    assert mapped(shards) == 0
 
 
-def test_many_stores_do_not_keep_all_of_their_files_mapped(make_shards):
+def test_a_file_that_was_replaced_is_mapped_anew(make_shards):
+    shards = make_shards(WIDE)
+    first, second = ShardStore(shards), ShardStore(shards).clone()
+    second._pages = first._pages
+    before = first.mapped(0)
+    assert second.mapped(0).address == before.address
+    (shards / "copy").write_bytes((shards / "acts000000.bin").read_bytes())
+    (shards / "copy").replace(shards / "acts000000.bin")
+    third = first.clone()
+    third.identities = None
+    assert third.mapped(0).address != before.address
+    assert before.is_whole
+
+
+def test_many_stores_do_not_keep_all_of_their_files_open(make_shards):
     """Each mapping holds a descriptor, of which a process has few: ten data sets of a hundred shards had too many."""
     shards = make_shards(SPEC)
     stores = [ShardStore(shards) for _ in range(6)]
     for store in stores:
         store._limit = 7
         assert all(store.mapped(number) is not None for number in range(7))
-        assert mapped(shards) <= 14
+        assert opened(shards) <= 14
     for store in stores:
         store.close()
+    del stores, store
     assert mapped(shards) == 0
 
 

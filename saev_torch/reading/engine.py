@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
+from saev_torch.order.runs import MAX_READ_ROWS
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
@@ -122,7 +123,8 @@ class Engine:
             yield Task(functools.partial(self._read_token_ids, placed, running))
         rows = self._find_rows(placed)
         if self._gather is not None and rows is not None:
-            most = max(1, _TASK_NBYTES // rows.row_nbytes)
+            # Whole calls.
+            most = MAX_READ_ROWS * max(1, _MAX_TASK_NBYTES // (MAX_READ_ROWS * rows.row_nbytes))
             for start in range(0, len(rows), most):
                 part = rows.part(start, min(len(rows), start + most))
                 yield Task(functools.partial(self._gather_rows, self._gather, part, placed, running))

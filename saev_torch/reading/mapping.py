@@ -23,24 +23,41 @@ class Descriptor(Protocol):
     fd: int
 
 
-class Mapping:
-    """A file that is mapped, and open as long; see `open`. It is unmapped when nobody holds it any more."""
+class Pages:
+    """The address space of a file, unmapped when nobody holds it any more; `key` tells which file, and its size."""
 
-    def __init__(self, address: int, nbytes: int, descriptor: Descriptor) -> None:
-        self.address, self._nbytes, self._descriptor = address, nbytes, descriptor
-        weakref.finalize(self, _libc.munmap, address, nbytes).atexit = False
+    def __init__(self, address: int, key: tuple[int, int, int]) -> None:
+        self.address, self.key = address, key
+        weakref.finalize(self, _libc.munmap, address, key[2]).atexit = False
+
+
+class Mapping:
+    """A file that is mapped, and open as long; see `open`."""
+
+    def __init__(self, pages: Pages, descriptor: Descriptor) -> None:
+        self.pages, self.address, self._descriptor = pages, pages.address, descriptor
 
     @classmethod
-    def open(cls, descriptor: Descriptor) -> "Mapping | None":
-        """Map a file; None where the system refuses. Python's own would open the file once more."""
-        nbytes = os.fstat(descriptor.fd).st_size
-        address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor.fd, 0) if _can_map else None
-        return None if address in (None, _FAILED) else cls(int(address), nbytes, descriptor)
+    def open(cls, descriptor: Descriptor, known: Pages | None) -> "Mapping | None":
+        """Map a file, where it is not the one that is `known`; None where the system refuses.
+
+        To map it anew costs a fault for each 64 KB. Python's own would open the file once more.
+        """
+        key = _key_of(descriptor)
+        if known is not None and known.key == key:
+            return cls(known, descriptor)
+        address = _libc.mmap(None, key[2], mmap.PROT_READ, mmap.MAP_SHARED, descriptor.fd, 0) if _can_map else None
+        return None if address in (None, _FAILED) else cls(Pages(int(address), key), descriptor)
 
     @property
     def is_whole(self) -> bool:
         """Whether the file is as long as it was: behind its end, a mapped page holds zeros."""
-        return os.fstat(self._descriptor.fd).st_size == self._nbytes
+        return os.fstat(self._descriptor.fd).st_size == self.pages.key[2]
+
+
+def _key_of(descriptor: Descriptor) -> tuple[int, int, int]:
+    found = os.fstat(descriptor.fd)
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def is_in_memory(address: int) -> bool:

@@ -30,7 +30,7 @@ from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.undone import close_with
-from saev_torch.reading.mapping import Mapping
+from saev_torch.reading.mapping import Mapping, Pages
 
 LABELS_IDX = sidecar_idx(LABELS)
 """Stands for labels.bin where the number of a shard is expected."""
@@ -165,6 +165,8 @@ class ShardStore:
         self._open: weakref.WeakValueDictionary[tuple[int, bool], _Descriptor] = weakref.WeakValueDictionary()
         self._kept: collections.OrderedDict[tuple[int, bool], _Descriptor] = collections.OrderedDict()
         self._mapped: dict[int, Mapping] = {}
+        # Shared with the stores that are made of this one, so that the next epoch finds the files mapped.
+        self._pages: dict[int, Pages] = {}
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._limit = _MAX_OPEN if soft == resource.RLIM_INFINITY else max(4, min(_MAX_OPEN, soft // 8))
         _stores.add(self)
@@ -188,7 +190,9 @@ class ShardStore:
 
     def clone(self) -> "ShardStore":
         """Another store on the same directory, with descriptors of its own; nothing is checked again yet."""
-        return copy.copy(self)
+        other = copy.copy(self)
+        other._pages = self._pages
+        return other
 
     @property
     def most_open(self) -> int:
@@ -218,14 +222,16 @@ class ShardStore:
             del held
 
     def mapped(self, shard_idx: int) -> Mapping | None:
-        """A shard that is mapped, as long as somebody holds it or it is kept open; None where the system refuses.
+        """A shard that is mapped; None where the system refuses.
 
+        It is open as long as somebody holds it or it is kept open, and mapped as long as this store or a clone exists.
         Errors are those of `opened`.
         """
         found = self._mapped.get(shard_idx)
         if found is None:
-            found = Mapping.open(self._hold(shard_idx, False))
+            found = Mapping.open(self._hold(shard_idx, False), self._pages.get(shard_idx))
             if found is not None:
+                self._pages[shard_idx] = found.pages
                 found = self._mapped.setdefault(shard_idx, found)
         return found
 
