@@ -12,6 +12,7 @@ import itertools
 import mmap
 import os
 import sys
+import time
 import weakref
 from typing import Any
 
@@ -24,6 +25,8 @@ from saev_torch.processes.machine import memory_file
 HUGE_PAGE = 2 << 20
 _MAP_FIXED = 0x10
 _MADV_REMOVE, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 9, 14, 23, 25
+# Huge pages are asked for in such pieces. Where they come slower than so many bytes a second, small ones come first.
+_HUGE_NBYTES, _HUGE_RATE = 2 * HUGE_PAGE, 3e9
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
 _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
@@ -36,10 +39,11 @@ Name = tuple[int, int, int, int, int, int, int, Any]
 """Process, number and descriptor of a region; size and number of its slots; the slot, its age; what was offered."""
 
 
-def advise(memory: NDArray[np.uint8], advice: int) -> None:
-    """Give the system advice about memory that begins and ends with a page; where it takes none, nothing happens."""
-    if hasattr(_libc, "madvise") and sys.platform == "linux":
-        _libc.madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), advice)
+def advise(memory: NDArray[np.uint8], advice: int) -> bool:
+    """Give the system advice about memory that begins and ends with a page; whether it took it."""
+    if not hasattr(_libc, "madvise") or sys.platform != "linux":
+        return False
+    return not _libc.madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), advice)
 
 
 def make_pages(nbytes: int) -> NDArray[np.uint8]:
@@ -94,6 +98,8 @@ class OwnRegion(Region):
         self._number = os.fstat(self.fd).st_ino
         self._unused = collections.deque(reversed(range(n_slots)))
         self._is_used = np.zeros(n_slots + 1, dtype=bool)
+        self._is_huge = np.full(n_slots, nbytes < HUGE_PAGE)
+        self._is_fast = nbytes >= HUGE_PAGE
         weakref.finalize(self, _close, self.fd, self.pid, self._words).atexit = False
 
     @property
@@ -105,7 +111,12 @@ class OwnRegion(Region):
         """The number of a slot that nobody uses, of which there must be one."""
         index = self._unused.pop()
         self._is_used[index] = True
-        self._populate(index)
+        if self._is_fast:
+            # A huge page comes where there is a small one.
+            self.memory(index)[::HUGE_PAGE] = 0
+            self._is_huge[index] = self._is_fast = self._make_huge(index, _HUGE_RATE)
+        if not self._is_fast:
+            self._populate(index)
         return index
 
     def _populate(self, index: int) -> None:
@@ -116,16 +127,23 @@ class OwnRegion(Region):
         advise(self.memory(index), _MADV_POPULATE_WRITE)
 
     def make_huge(self, index: int) -> None:
-        """Let the memory of a slot be of huge pages, but for what it would share with one that is not used.
+        """Let the memory of a slot be of huge pages, where it is not, and the system has some. What is in it stays."""
+        if not self._is_huge[index]:
+            self._is_huge[index] = True
+            self._make_huge(index)
 
-        What is in it stays. Where the system has no huge pages, all is as if nothing had been asked.
-        """
+    def _make_huge(self, index: int, least_rate: float = 0.0) -> bool:
+        """As `make_huge`, but for what a slot shares with one that is not used; whether it was as fast as asked."""
         first, last = index * self._stride, (index + 1) * self._stride
         before, after = first % HUGE_PAGE, last % HUGE_PAGE
         first += -before if self._is_used[index - 1] else -first % HUGE_PAGE
         last += -last % HUGE_PAGE if self._is_used[index + 1] else -after
-        if first < last:
-            advise(self._owner[first : min(last, self._stride * self.n_slots)], _MADV_COLLAPSE)
+        last = min(last, self._stride * self.n_slots)
+        for start in range(first, last, _HUGE_NBYTES):
+            piece, began = self._owner[start : min(start + _HUGE_NBYTES, last)], time.monotonic()
+            if not advise(piece, _MADV_COLLAPSE) or piece.nbytes < least_rate * (time.monotonic() - began):
+                return False
+        return True
 
     def give_back(self, index: int) -> None:
         """Take a slot back that nobody can see any more, and let the system have its memory."""
@@ -133,7 +151,7 @@ class OwnRegion(Region):
             advise(self.memory(index), _MADV_REMOVE)
             self._counts[index, _AGE] += 1
             self._words[_N_DISCARDED] += 1
-            self._is_used[index] = False
+            self._is_used[index], self._is_huge[index] = False, self.nbytes < HUGE_PAGE
             self._unused.append(index)
 
     def offset(self, index: int) -> int:

@@ -3,8 +3,12 @@
 Fresh memory costs more than reading into it, because of its page faults, so slots are reused. In a worker process they
 are parts of a memfd, see `regions`: it does not count against /dev/shm, travels to the parent as a name, and vanishes
 with the last process that maps it. Elsewhere they are private memory. Both are in huge pages where the system has them:
-most systems give none to shared memory when it is touched, but do so on request (`MADV_COLLAPSE`, Linux 6.1), and 50 MB
-are there in 4 ms, not in 38, wherever that was measured; copying into them is faster for good.
+copying into those is up to a fifth faster for good.
+
+Most systems give shared memory none when it is touched, but do so on request (`MADV_COLLAPSE`, Linux 6.1). Then 50 MB
+are there in 4 ms, where small pages take 38. But on a virtual machine whose host has to find memory first, they took
+33 to 230 ms, and 4 s of the first epoch. So huge pages come first where they come fast. Elsewhere small ones do, and
+become huge when they are used again, in a share of the time.
 
 A slot knows that it is free from counters with one writer each: the worker counts what it sent, the parent what it
 let go of. A worker that is killed cannot leave a lock behind.
@@ -26,12 +30,11 @@ from saev_torch.processes import inherited
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import has_memory_files
 from saev_torch.reading.leases import Lease, settle
-from saev_torch.reading.regions import HUGE_PAGE, Name, OwnRegion, make_pages
+from saev_torch.reading.regions import Name, OwnRegion, make_pages
 
 # The memory that was needed within so many batches is kept.
 _WINDOW = 64
-# Shared memory comes in small pages. Huge ones are up to 20 % faster, but to get 3 GB of them took 4 s of an epoch,
-# on a virtual machine. So they are made of memory that is used again, in a small share of the time.
+# The share of the time in which small pages may become huge.
 _HUGE_SHARE = 0.2
 _NONE_SENT = np.zeros(2, dtype=np.int64)
 
@@ -45,7 +48,7 @@ class Slot:
     def __init__(self, nbytes: int, shared: bool, region: OwnRegion | None = None) -> None:
         self.nbytes = nbytes
         self.pid = os.getpid()
-        self._held, self._counts, self._is_huge = False, _NONE_SENT, nbytes < HUGE_PAGE
+        self._held, self._counts = False, _NONE_SENT
         self.fd, self.file_offset, self._region, self._index = -1, 0, region, 0
         try:
             if shared and region is None:
@@ -78,8 +81,7 @@ class Slot:
 
     def make_huge(self) -> None:
         """Let shared memory be of huge pages, where the system has some; private memory is from the start."""
-        if self._region is not None and not self._is_huge:
-            self._is_huge = True
+        if self._region is not None:
             self._region.make_huge(self._index)
 
     def lease(self) -> Lease:
