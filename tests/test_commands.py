@@ -61,6 +61,7 @@ def flip(path, offset):
     path.write_bytes(raw)
 
 
+@pytest.mark.slow
 def test_inspect(shards_dir, tmp_path):
     figure = tmp_path / "figure.png"
     code, out, err = run_apart("inspect", shards_dir, "--plot", figure)

@@ -240,6 +240,7 @@ def make_saev(root):
         (root / path).write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_there", [False, True])
 def test_install(tmp_path, is_there):
     if is_there:
@@ -249,6 +250,7 @@ def test_install(tmp_path, is_there):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_install_comes_too_late(tmp_path):
     make_saev(tmp_path)
     (tmp_path / "saev" / "data" / "__init__.py").write_text("")

@@ -71,6 +71,7 @@ def check_collated(batch, wanted):
         assert got.tobytes() == column.astype(got.dtype).tobytes(), key
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(st.data())
 def test_indexed_samples(data):
@@ -414,6 +415,7 @@ def stalled(monkeypatch):
     wait_until(lambda: not threads())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_stalled_read(make_shards, stalled, kind, n_workers):
@@ -431,6 +433,7 @@ def test_a_stalled_read(make_shards, stalled, kind, n_workers):
     stalled.set()
 
 
+@pytest.mark.slow
 def test_a_slow_consumer_is_no_stall(make_shards):
     for batch in ShuffledActivations(config(make_shards, batch_timeout_s=2.0, batch_size=600)):
         time.sleep(2.5)
@@ -474,6 +477,7 @@ def test_debug(make_shards, kind, caplog, quiet_again):
     assert sum("samples/s" in line for line in lines) == n_batches
 
 
+@pytest.mark.slow
 def test_debug_without_logging_set_up(make_shards):
     """It is seen on stderr, from workers too; without it nothing is."""
     script = (
@@ -547,6 +551,7 @@ def test_use_tmpdir_of_a_changed_original(make_shards, tmpdir_env):
     assert batch["act"].max() > before.max() * 1.5
 
 
+@pytest.mark.slow
 def test_use_tmpdir_in_several_processes(make_shards, tmpdir_env):
     """They all ask at once: one copies, the others wait, all read the same."""
     script = (

@@ -61,6 +61,7 @@ def test_examples_run(
         assert len(names["loader"]) == -(-400 * 49 // 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
 def test_examples_of_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they stand, and then Lightning again as the page says, from the last checkpoint."""
@@ -114,6 +115,7 @@ def test_files_that_are_named_are_there(page: str) -> None:
 # The site
 
 
+@pytest.mark.slow
 def test_the_site(tmp_path: Path) -> None:
     """It builds without a warning, and has every public name."""
     pytest.importorskip("mkdocs")

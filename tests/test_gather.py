@@ -147,6 +147,7 @@ def test_a_file_that_becomes_shorter_is_an_error(make_shards, rows_left):
     store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_says_that_a_file_became_shorter(make_shards, workers):
     spec = Spec(**{**WIDE.__dict__, "n_examples": 60, "examples_per_shard": 20})

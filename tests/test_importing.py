@@ -140,6 +140,7 @@ print(*sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_data_set_needs_pyarrow_alone(dataset, tmp_path):
     """pandas, which pyarrow loads where it can, is 30 MB of memory."""
     command = [sys.executable, "-c", _LOADED, dataset, tmp_path]
@@ -148,6 +149,7 @@ def test_a_data_set_needs_pyarrow_alone(dataset, tmp_path):
     assert not {"pandas", "datasets"} & {*loaded}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_turned", [False, True])
 def test_a_mapped_file_does_not_stay_in_memory(tmp_path, monkeypatch, is_turned):
     """What a process maps and has read counts as its memory."""

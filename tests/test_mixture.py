@@ -188,6 +188,7 @@ def test_ranks_take_turns(configs, whole, world_size):
             contracts.assert_same(got, wanted[rank::world_size])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("until", ENDS)
 def test_every_cut_resumes(configs, whole, until):
     batches, mixed, digest = whole[until][0], mix(configs, until), mix(configs, until)
@@ -409,6 +410,7 @@ def test_sources_must_be_alike(configs, make_shards):
             MixedActivations([(a, 1), (other, 1)], 8)
 
 
+@pytest.mark.slow
 def test_errors_name_the_directory(configs, make_shards):
     broken = make_shards(SPECS[2])
     mixed = MixedActivations([(configs[0], 1), (dataclasses.replace(configs[2], shards=broken), 1)], 8)
@@ -439,6 +441,7 @@ def test_what_hangs_is_called_by_its_name(configs, monkeypatch):
 # Lightning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [0, 2])
 def test_lightning_resumes_within_an_epoch(configs, whole, tmp_path, n_workers):
     epochs = [[batch.digest for batch in epoch] for epoch in whole["shortest"]]

@@ -84,6 +84,7 @@ def test_epochs(source: str, graph: str, cfg: ShuffledConfig, epochs: list[list[
         assert [list(loader) for _ in range(3)] == epochs[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_resume(source: str, graph: str, cfg: ShuffledConfig, epochs: list[list[int]]) -> None:

@@ -155,6 +155,7 @@ def imports_of(module: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_importing_is_quiet() -> None:
     """No output, no warning, no thread, no extra: also not through a module that looks harmless."""
     code = f"""
@@ -178,6 +179,7 @@ def _main(*args: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_help_lists_the_commands_and_imports_none() -> None:
     code = "import sys; from saev_torch.__main__ import main\ntry: main(['--help'])\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
@@ -186,12 +188,14 @@ def test_help_lists_the_commands_and_imports_none() -> None:
     assert "saev_torch.tools.demo.command" not in done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_command_has_help_of_its_own() -> None:
     done = _main("demo", "--help")
     assert done.returncode == 0, done.stderr
     assert "--keep" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_command_is_refused() -> None:
     done = _main("dance")
     assert done.returncode == 2

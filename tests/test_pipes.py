@@ -107,6 +107,7 @@ CHAINS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
 def test_every_cut_in_one_process(chain: str, cfg: ShuffledConfig) -> None:
     make = CHAINS[chain]
@@ -124,6 +125,7 @@ def test_every_cut_in_one_process(chain: str, cfg: ShuffledConfig) -> None:
         assert [list(other), list(other)] == (epochs[1:] if is_next else [epochs[0][k:], epochs[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize(("n_workers", "persistent"), [(0, False), (1, False), (2, False), (2, True)])
 def test_stateful_data_loader(chain: str, n_workers: int, persistent: bool, cfg: ShuffledConfig) -> None:

@@ -68,6 +68,7 @@ def test_ranks_take_turns(monkeypatch, world_size, drop_last):
         assert len(batches) == n
 
 
+@pytest.mark.slow
 def test_every_cut_resumes():
     whole = [b.tolist() for b in itertools.chain(*itertools.repeat(UniformBatches(100, 16), 2))]
     for cut in range(len(whole)):

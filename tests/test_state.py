@@ -105,6 +105,7 @@ def make_loader(cfg: Config, n_workers: int = 0, state: Any = None, **options: A
 # Our loaders and data sets
 
 
+@pytest.mark.slow
 def test_every_cut(either: Run) -> None:
     """In one process; the rest, the next epoch, and the same from a second cut two batches later."""
     for k in range(either.n + 1):
@@ -123,6 +124,7 @@ def test_every_cut(either: Run) -> None:
         contracts.assert_same([*loader, *loader], either.after(0, k + n_more))
 
 
+@pytest.mark.slow
 def test_every_cut_of_a_data_set(either: Run) -> None:
     for k in range(either.n + 1):
         ds = contracts.make_data_set(either.cfg)
@@ -137,6 +139,7 @@ def test_every_cut_of_a_data_set(either: Run) -> None:
         contracts.assert_same(list(ds), either.rest(0, k))
 
 
+@pytest.mark.slow
 def test_every_cut_across_workers(small: Run) -> None:
     """0 workers, then 2, then 1, which stay for the next epoch."""
     for k in range(small.n + 1):
@@ -152,6 +155,7 @@ def test_every_cut_across_workers(small: Run) -> None:
         loader.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_random_cuts_of_a_larger_epoch(large: Run, seed: int) -> None:
     """Five in a row, anywhere in the first epochs, across any numbers of workers."""
@@ -268,6 +272,7 @@ def test_a_state_that_was_only_loaded_is_given_back(small: Run) -> None:
 # Across ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("world_sizes", [(1, 2, 4), (4, 2, 1), (3, 1, 8)])
 def test_every_cut_across_ranks(small: Run, world_sizes: tuple[int, ...], drop_last: bool) -> None:
@@ -304,6 +309,7 @@ def test_every_cut_across_ranks(small: Run, world_sizes: tuple[int, ...], drop_l
 # A plain DataLoader, which tells nothing but how many batches were taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"batch_size": None}])
 def test_every_cut_of_a_plain_loader(small: Run, options: dict[str, Any]) -> None:
     for k in range(small.n + 1):
@@ -362,6 +368,7 @@ def test_counts_that_make_no_sense(small: Run, arguments: tuple[Any, ...], name:
 # torchdata's StatefulDataLoader, which takes snapshots of its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize(("n_workers", "persistent"), [(0, False), (1, False), (2, False), (2, True)])
 def test_stateful_data_loader(small: Run, n_workers: int, persistent: bool, every: int) -> None:

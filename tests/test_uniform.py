@@ -79,6 +79,7 @@ def test_ranks_take_turns(make_shards, workers, world_size):
         contracts.assert_same(list(loader), wanted[rank::world_size])
 
 
+@pytest.mark.slow
 def test_every_cut_resumes_and_locates(make_shards):
     cfg = cfg_of(make_shards(SPEC), ignore_labels=[2])
     data_set = ShuffledActivations(cfg)

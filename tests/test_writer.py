@@ -729,6 +729,7 @@ def write_until(monkeypatch, root, md, n_calls, error, resume=False):
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("error", [KilledError(), OSError(errno.EIO, "Input/output error")], ids=["killed", "failed"])
 @pytest.mark.parametrize("fields", [{}, {"n_examples": 8}], ids=["rest", "multiple"])
