@@ -35,7 +35,7 @@ from saev_torch.reading.regions import Name, OwnRegion, make_pages
 # The memory that was needed within so many batches is kept.
 _WINDOW = 64
 # The share of the time in which small pages may become huge.
-_HUGE_SHARE = 0.2
+_HUGE_SHARE = 0.05
 _NONE_SENT = np.zeros(2, dtype=np.int64)
 
 
