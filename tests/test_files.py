@@ -278,7 +278,7 @@ def test_write_atomic_fails_whole(tmp_path, monkeypatch, call):
 
 @pytest.fixture
 def no_room():
-    """Files of 1000 bytes at most: what fails to be written stays in its buffer, and fails again when that is closed."""
+    """Files of 1000 bytes at most: what was not written stays in its buffer, and fails again when that is closed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     yield

@@ -2,9 +2,9 @@
 
 Fresh memory costs more than reading into it, because of its page faults, so slots are reused. In a worker process they
 are parts of a memfd, see `regions`: it does not count against /dev/shm, travels to the parent as a name, and vanishes
-with the last process that maps it. Elsewhere they are private memory. Both are in huge pages where the system has them:
-most systems give none to shared memory when it is touched, but do so on request (`MADV_COLLAPSE`, Linux 6.1), and 50 MB
-are there in 4 ms, not in 38, wherever that was measured; copying into them is faster for good.
+with the last process that maps it. Elsewhere they are private memory, in huge pages where the system has them. Most
+systems give none to shared memory when it is touched, but do so on request (`MADV_COLLAPSE`, Linux 6.1): copying into
+them is faster.
 
 A slot knows that it is free from counters with one writer each: the worker counts what it sent, the parent what it
 let go of. A worker that is killed cannot leave a lock behind.
