@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import resource
 import socket
 import stat
 from pathlib import Path
@@ -18,6 +19,7 @@ from saev_torch.format.files import (
     lock,
     open_regular,
     read_json,
+    replacing,
     short,
     sync_dir,
     write_atomic,
@@ -272,6 +274,29 @@ def test_write_atomic_fails_whole(tmp_path, monkeypatch, call):
     assert info.value.__cause__.errno == errno.ENOSPC
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.fixture
+def no_room():
+    """Files of 1000 bytes at most: what was not written stays in its buffer, and fails again when that is closed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("nbytes", [3000, 300_000])
+def test_write_atomic_where_there_is_no_room(tmp_path, no_room, nbytes):
+    with pytest.raises(WriteError, match=r"a\.json: could not be written: File too large"):
+        write_atomic(tmp_path / "a.json", bytes(nbytes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stopped_the_writing_is_raised(tmp_path, no_room):
+    with pytest.raises(KeyError, match="mine"), replacing(tmp_path / "a") as file:  # noqa: PT012
+        file.write(bytes(3000))
+        raise KeyError("mine")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_atomic_is_complete_before_it_is_visible(tmp_path, monkeypatch):

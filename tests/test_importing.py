@@ -176,6 +176,26 @@ def test_a_mapped_file_does_not_stay_in_memory(tmp_path, monkeypatch, is_turned)
         assert 0 < max(mapped) < 6 << 10
 
 
+def test_a_mapped_file_that_is_replaced_is_not_read_on(tmp_path, monkeypatch):
+    """It is mapped anew now and then, and another file of the same shape would be mixed into it."""
+    tensor = torch.zeros(64, 64, 1024)
+    torch.save(tensor, tmp_path / "large.pt")
+    torch.save(tensor + 1, tmp_path / "other")
+    monkeypatch.setattr(chunks, "_MAX_MAPPED_NBYTES", 1 << 20)
+    monkeypatch.setattr(arrays, "_BATCH_NBYTES", 1 << 18)
+    read, n_read = Joined.read, []
+
+    def read_and_replace(joined: Joined, start: int, stop: int) -> torch.Tensor:
+        n_read.append(1)
+        if len(n_read) == 3:
+            (tmp_path / "other").replace(tmp_path / "large.pt")
+        return read(joined, start, stop)
+
+    monkeypatch.setattr(Joined, "read", read_and_replace)
+    with pytest.raises(FormatError, match=r"large\.pt: expected \[64, 64, 1024\] as before, got another file"):
+        import_arrays(tmp_path / "large.pt", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["two", "three", "group"])
 def test_round_trip_of_zarr(zarrs, tmp_path, name, monkeypatch):
     monkeypatch.setattr(arrays, "_BATCH_NBYTES", 1)

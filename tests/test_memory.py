@@ -29,7 +29,7 @@ from saev_torch import (
     ShuffledDataLoader,
     WorkerLostError,
 )
-from saev_torch.reading import leases, received
+from saev_torch.reading import leases, received, regions
 from saev_torch.reading import slots as memory
 from saev_torch.reading.received import attach
 from saev_torch.reading.regions import OwnRegion
@@ -498,6 +498,16 @@ def test_shared_memory_is_in_huge_pages(rate, share, monkeypatch):
     assert found == (at_once if not share else 14 << 10)
     # 15 MB in all, of which the last one is in small pages.
     assert os.fstat(slots[0].fd).st_blocks * 512 <= (15 << 20) + 8 * mmap.PAGESIZE
+
+
+def test_memory_that_is_refused_at_once_is_not_asked_for_again(monkeypatch):
+    """As Python's own call does after a signal, and then for ever: kernels before 6.18 begin anew."""
+    calls = []
+    monkeypatch.setattr(regions._libc, "fallocate", lambda *args: calls.append(args) or -1)
+    slot = SlotPool(5 << 20, shared=True).acquire(4)
+    assert len(calls) == 1
+    fill(slot, 1)
+    assert (slot.first(slot.nbytes) == 1).all()
 
 
 def file_mb(fd):

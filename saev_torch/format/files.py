@@ -262,15 +262,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    file = os.fdopen(fd, "wb")
     try:
-        with os.fdopen(fd, "wb") as file:
-            yield file
-            with writing(path):
-                file.flush()
-                os.fsync(fd)
+        yield file
         with writing(path):
+            file.flush()
+            os.fsync(fd)
+            file.close()
             os.replace(temp, path)
     except BaseException:
+        # To close it writes what is left, which may fail again.
+        with contextlib.suppress(OSError):
+            file.close()
         with contextlib.suppress(OSError):
             os.unlink(temp)
         raise

@@ -29,6 +29,11 @@ class Pages:
     def __init__(self, address: int, key: tuple[int, int, int]) -> None:
         self.address, self.key = address, key
         weakref.finalize(self, _libc.munmap, address, key[2]).atexit = False
+        all_pages.add(self)
+
+
+all_pages: "weakref.WeakSet[Pages]" = weakref.WeakSet()
+"""What is mapped in this process."""
 
 
 class Mapping:

@@ -6,7 +6,6 @@ locks. Memory that is given back is gone from the file, whoever maps it, and the
 """
 
 import collections
-import contextlib
 import ctypes
 import itertools
 import mmap
@@ -34,6 +33,8 @@ _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+if hasattr(_libc, "fallocate"):
+    _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 Name = tuple[int, int, int, int, int, int, int, Any]
 """Process, number and descriptor of a region; size and number of its slots; the slot, its age; what was offered."""
@@ -121,9 +122,9 @@ class OwnRegion(Region):
 
     def _populate(self, index: int) -> None:
         """Ask for the memory of a slot at once, in small pages: a page fault for each takes half as long again."""
-        # Where the system refuses, each page comes when it is written to.
-        with contextlib.suppress(OSError):
-            os.posix_fallocate(self.fd, self.offset(index), self._stride)
+        # Where the system refuses, each page comes when it is written to. Python's own call would ask again after each
+        # signal, for which a kernel may begin anew: under a profiler's timer it would never return.
+        _libc.fallocate(self.fd, 0, self.offset(index), self._stride)
         advise(self.memory(index), _MADV_POPULATE_WRITE)
 
     def make_huge(self, index: int) -> None:

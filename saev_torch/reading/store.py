@@ -30,7 +30,7 @@ from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.undone import close_with
-from saev_torch.reading.mapping import Mapping, Pages
+from saev_torch.reading.mapping import Mapping, Pages, all_pages
 
 LABELS_IDX = sidecar_idx(LABELS)
 """Stands for labels.bin where the number of a shard is expected."""
@@ -38,6 +38,8 @@ LABELS_IDX = sidecar_idx(LABELS)
 _log = logging.getLogger("saev_torch")
 
 _MAX_OPEN = 256
+# Of 65,530 mappings that a process may have by default, its memory included.
+_MAX_MAPPED = 4096
 _WAITS_S = (0.02, 0.1, 0.5, 2.0)
 _AT_ONCE = frozenset({errno.EINTR, errno.EAGAIN})
 # EMFILE and ENFILE pass when other threads and processes close their files.
@@ -94,6 +96,15 @@ def _limit_open(most: int, store: "ShardStore") -> None:
             other._kept.clear()
             other._mapped.clear()
             other._lock.release()
+
+
+def _limit_mapped(store: "ShardStore") -> None:
+    """Let other stores than this forget files that they only keep mapped, where the process has too many."""
+    for other in tuple(_stores):
+        if len(all_pages) <= _MAX_MAPPED:
+            return
+        if other._pages is not store._pages:
+            other._pages.clear()
 
 
 class Files(Protocol):
@@ -224,14 +235,15 @@ class ShardStore:
     def mapped(self, shard_idx: int) -> Mapping | None:
         """A shard that is mapped; None where the system refuses.
 
-        It is open as long as somebody holds it or it is kept open, and mapped as long as this store or a clone exists.
-        Errors are those of `opened`.
+        It is open as long as somebody holds it or it is kept open, and mapped as long as this store or a clone exists,
+        unless the process has mapped too many. Errors are those of `opened`.
         """
         found = self._mapped.get(shard_idx)
         if found is None:
             found = Mapping.open(self._hold(shard_idx, False), self._pages.get(shard_idx))
             if found is not None:
                 self._pages[shard_idx] = found.pages
+                _limit_mapped(self)
                 found = self._mapped.setdefault(shard_idx, found)
         return found
 
