@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,25 @@ def run(args: argparse.Namespace) -> int:
 def table(report: dict[str, Any]) -> str:
     """The figures as a table for a page, and a line that says what they are of."""
     data, limits, sides = report["data"], report["limits"], report["sides"].values()
-    rows = ["| thousand samples/s | in the page cache | from disk | examples in a batch |", "|---|---:|---:|---:|"]
+    rows = [
+        "| thousand samples/s | in the page cache | from disk | distinct examples in a batch |",
+        "|---|---:|---:|---:|",
+    ]
     for side in sorted(sides, key=lambda side: -float(side["warm"]["median"])):
         rates = " | ".join(f"{side[kind]['median'] / 1e3:,.0f}" for kind in ("warm", "cold"))
         rows.append(f"| {side['label']} | {rates} | {side['distinct_examples']:,} |")
     most = " | ".join(f"*{limits[kind] / 1e3:,.0f}*" for kind in ("warm", "cold"))
     rows.append(f"| *the machine, at most* | {most} | *{data['distinct_in_a_uniform_draw']:,}* |")
+    n_cores, buffer_size = report["machine"]["cores"], data["buffer_size"]
     about = (
-        f"{data['nbytes'] / 1e9:.1f} GB of {data['d_model']} float32 in batches of {data['batch_size']:,}, a buffer of "
-        f"{data['buffer_size']}, {report['machine']['cores']:g} cores, medians of {report['rounds']} interleaved "
-        f"rounds, {report['date']}."
+        f"Measured on {data['nbytes'] / 1e9:.1f} GB, which memory holds, with {n_cores:g} cores: vectors of {data['d_model']} "
+        f"float32 values, batches of {data['batch_size']:,}, a buffer of {buffer_size} batches. "
+        f"Each figure is the median of {report['rounds']} rounds, in which the loaders take turns ({report['date']}). "
+        "*In the page cache* is the steady state. *From disk* is a first epoch, start of workers included, whose pages were "
+        "dropped from the page cache before. *The machine, at most* reads and gathers in the page cache; from disk it only "
+        "reads. The more distinct examples, the better mixed is a batch."
     )
-    return "\n".join([*rows, "", about])
+    return "\n".join([*rows, "", textwrap.fill(about, 124)])
 
 
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
