@@ -113,12 +113,12 @@ def table(report: dict[str, Any]) -> str:
     rows.append(f"| *the machine, at most* | {most} | *{data['distinct_in_a_uniform_draw']:,}* |")
     n_cores, buffer_size = report["machine"]["cores"], data["buffer_size"]
     about = (
-        f"Measured on {data['nbytes'] / 1e9:.1f} GB, which memory holds, with {n_cores:g} cores: vectors of {data['d_model']} "
-        f"float32 values, batches of {data['batch_size']:,}, a buffer of {buffer_size} batches. "
-        f"Each figure is the median of {report['rounds']} rounds, in which the loaders take turns ({report['date']}). "
-        "*In the page cache* is the steady state. *From disk* is a first epoch, start of workers included, whose pages were "
-        "dropped from the page cache before. *The machine, at most* reads and gathers in the page cache; from disk it only "
-        "reads. The more distinct examples, the better mixed is a batch."
+        f"Measured on {data['nbytes'] / 1e9:.1f} GB, which memory holds, with {n_cores:g} cores: vectors of "
+        f"{data['d_model']} float32 values, batches of {data['batch_size']:,}, a buffer of {buffer_size} batches. Each "
+        f"figure is the median of {report['rounds']} rounds, in which the loaders take turns ({report['date']}). *In "
+        "the page cache* is the steady state. *From disk* is a first epoch, start of workers included, whose pages "
+        "were dropped from the page cache before. *The machine, at most* reads and gathers in the page cache; from "
+        "disk it only reads. The more distinct examples, the better mixed is a batch."
     )
     return "\n".join([*rows, "", textwrap.fill(about, 124)])
 
