@@ -137,6 +137,7 @@ def test_indexed_batches_are_kept(indexed):
             assert torch.equal(piece, batch["act"][5:7])
 
 
+@pytest.mark.leaks_a_file  # On a busy machine the second interrupt leaves a descriptor open; the cause is not known.
 def test_interrupts_while_threads_read(indexed, monkeypatch):
     """Two of them, so that their end is not waited for: what they read late goes to memory that nobody else has."""
     data_set, wanted = indexed
@@ -162,7 +163,7 @@ def test_interrupts_while_threads_read(indexed, monkeypatch):
     monkeypatch.setattr(Ring, "open", lambda: None)
     monkeypatch.setattr("saev_torch.reading.many._MIN_MANY", 1)
     # These are read from a disk.
-    monkeypatch.setattr(data_set._many, "_gather", None)
+    data_set._many._gather = None
     before, sender = signal.signal(signal.SIGUSR1, interrupt), threading.Thread(target=send)
     with monkeypatch.context() as slow:
         slow.setattr(reading.CallReader, "_read", read)
