@@ -5,10 +5,10 @@ are parts of a memfd, see `regions`: it does not count against /dev/shm, travels
 with the last process that maps it. Elsewhere they are private memory. Both are in huge pages where the system has them:
 copying into those is up to a fifth faster for good.
 
-Most systems give shared memory none when it is touched, but do so on request (`MADV_COLLAPSE`, Linux 6.1). Then 50 MB
-are there in 4 ms, where small pages take 38. But on a virtual machine whose host has to find memory first, they took
-33 to 230 ms, and 4 s of the first epoch. So huge pages come first where they come fast. Elsewhere small ones do, and
-become huge when they are used again, in a share of the time.
+Most systems give shared memory none when it is touched, but do so on request (`MADV_COLLAPSE`, Linux 6.1). On a virtual
+machine whose host has to find memory first, 50 MB of them took 33 to 230 ms, and 3 GB 4 s of the first epoch. So huge
+pages come first where they come fast. Elsewhere small ones do, and become huge when they are used again, in a share of
+the time.
 
 A slot knows that it is free from counters with one writer each: the worker counts what it sent, the parent what it
 let go of. A worker that is killed cannot leave a lock behind.
