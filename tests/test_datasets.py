@@ -137,7 +137,7 @@ def test_indexed_batches_are_kept(indexed):
             assert torch.equal(piece, batch["act"][5:7])
 
 
-@pytest.mark.leaks_a_file  # On a busy machine the second interrupt leaves a descriptor open; the cause is not known.
+@pytest.mark.leaks_a_file  # On a busy machine its closed store has files open again, until the data set goes.
 def test_interrupts_while_threads_read(indexed, monkeypatch):
     """Two of them, so that their end is not waited for: what they read late goes to memory that nobody else has."""
     data_set, wanted = indexed
