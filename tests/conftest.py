@@ -176,15 +176,11 @@ def nothing_said() -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks(nothing_said: None, request: pytest.FixtureRequest) -> Iterator[None]:
+def no_leaks(nothing_said: None) -> Iterator[None]:
     """Fail a test that leaves a file descriptor, thread, child process or shared memory behind."""
     before = Resources.now()
     yield
-    # Where a known leak is marked, it is not waited for.
-    is_known = request.node.get_closest_marker("leaks_a_file") is not None
-    leaks = [
-        leak for leak in before.leaks_now(1.0 if is_known else GRACE_S) if not is_known or "descriptor" not in leak
-    ]
+    leaks = before.leaks_now(GRACE_S)
     if leaks:
         pytest.fail("the test leaked:\n" + "\n".join(leaks))
 

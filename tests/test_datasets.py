@@ -137,7 +137,6 @@ def test_indexed_batches_are_kept(indexed):
             assert torch.equal(piece, batch["act"][5:7])
 
 
-@pytest.mark.leaks_a_file  # On a busy machine its closed store has files open again, until the data set goes.
 def test_interrupts_while_threads_read(indexed, monkeypatch):
     """Two of them, so that their end is not waited for: what they read late goes to memory that nobody else has."""
     data_set, wanted = indexed
@@ -151,7 +150,7 @@ def test_interrupts_while_threads_read(indexed, monkeypatch):
 
     def interrupt(number, frame):
         nonlocal n_left
-        is_ours = frame.f_code.co_filename.endswith(("crew.py", "threading.py"))
+        is_ours = frame.f_code.co_filename.endswith(("crew.py", "threads.py"))
         if is_ours and begun.is_set() and n_left:
             n_left -= 1
             raise KeyboardInterrupt

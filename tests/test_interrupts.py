@@ -7,13 +7,17 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from saev_torch.processes import interrupts
 from saev_torch.processes.interrupts import whole
+from saev_torch.processes.threads import Thread
 from saev_torch.processes.undone import close_with
+from saev_torch.reading.crew import Task, run_tasks
+from saev_torch.reading.reader import Pace
 
 NUMBERS = (signal.SIGUSR1, signal.SIGINT)
 
@@ -159,3 +163,58 @@ def test_where_the_interpreter_goes_the_work_is_just_done(monkeypatch: pytest.Mo
     monkeypatch.setattr(interrupts, "signal", None)
     monkeypatch.setattr(interrupts, "threading", None)
     assert interrupts.whole(lambda: 5, lambda: True) == 5
+
+
+def send_soon(number: int, seconds: float = 0.05) -> threading.Timer:
+    """To the main thread, which waits in one call meanwhile."""
+    timer = threading.Timer(seconds, signal.pthread_kill, (threading.main_thread().ident, number))
+    timer.start()
+    return timer
+
+
+def test_a_thread_goes_on_where_an_interrupt_came_into_its_join(told: list[int]) -> None:
+    """Python 3.11 and 3.12 take it for ended, and join it no more."""
+    go_on, ended = threading.Event(), []
+    thread = Thread(lambda: ended.append(go_on.wait(60)), "waits")
+    assert not thread.is_alive()
+    thread.join()
+    thread.start()
+    for _ in range(3):
+        timer = send_soon(signal.SIGUSR1)
+        with pytest.raises(ToldError):
+            thread.join()
+        timer.join()
+        assert thread.is_alive()
+    began = time.monotonic()
+    thread.join(0.1)
+    assert time.monotonic() - began >= 0.1
+    assert (ended, thread.is_alive()) == ([], True)
+    go_on.set()
+    thread.join()
+    assert (ended, thread.is_alive()) == ([True], False)
+    thread.join()
+
+
+def test_tasks_are_waited_for_where_an_interrupt_comes(told: list[int]) -> None:
+    """What they read to is used again."""
+    n, begun, ended = 3, threading.Semaphore(0), []
+
+    def work(reader: Any) -> None:
+        begun.release()
+        # The first is waited for first.
+        time.sleep(0.8 if threading.current_thread().name.endswith("0") else 0.2)
+        ended.append(1)
+
+    def interrupt() -> None:
+        for _ in range(n):
+            begun.acquire()
+        # Till all have been started.
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    with pytest.raises(ToldError):
+        run_tasks("waits", n, Pace(n), lambda pace: SimpleNamespace(spot=None), iter([Task(work)] * n))
+    assert len(ended) == n
+    sender.join()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from saev_torch.errors import ReadError
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
+from saev_torch.processes.threads import Thread
 from saev_torch.reading.reader import Pace, Reader, Spot
 
 # Reads are announced so many tasks ahead.
@@ -46,12 +47,12 @@ def guarded(target: Callable[[], None], on_error: Callable[[BaseException], None
             del err
 
 
-def start_threads(threads: list[threading.Thread]) -> None:
+def start_threads(threads: list[Thread]) -> None:
     """Start threads, of which `threads` keeps those that could be started; a `ReadError` unless it is all."""
     whole(functools.partial(_start, threads))
 
 
-def _start(threads: list[threading.Thread]) -> None:
+def _start(threads: list[Thread]) -> None:
     n_wanted, waiting = len(threads), threads.copy()
     threads.clear()
     try:
@@ -93,10 +94,7 @@ class Crew:
         self._tasks: collections.deque[Task] = collections.deque()
         self.spots: list[Spot] = []
         self._stopped = False
-        # Daemons, because a read that hangs must not keep the interpreter from exiting.
-        self.threads = [
-            threading.Thread(target=self._run, args=(i,), name=f"{name} {i}", daemon=True) for i in range(n_threads)
-        ]
+        self.threads = [Thread(functools.partial(self._run, i), f"{name} {i}") for i in range(n_threads)]
 
     def put(self, tasks: Iterable[Task]) -> None:
         """Add tasks to the queue, unless the threads are to end."""
@@ -190,9 +188,7 @@ def run_tasks(
     finally:
         crew.stop()
         for thread in crew.threads:
-            # One that an interrupt kept from being started has no number yet.
-            if thread.ident is not None:
-                thread.join()
+            thread.join()
     if errors:
         try:
             raise errors[0]

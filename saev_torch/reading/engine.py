@@ -18,6 +18,7 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.interrupts import whole
+from saev_torch.processes.threads import Thread
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
@@ -80,8 +81,7 @@ class Engine:
         self._crew = Crew(_READER, options.n_threads, pace, feed.open_reader, fail)
         self._crew.spots.append(self._scheduler_spot)
         self._reads = Reads(self._store, self._crew.spots, self.batches.waits)
-        guard = functools.partial(guarded, self._schedule, fail)
-        scheduler = threading.Thread(target=guard, name=_SCHEDULER, daemon=True)
+        scheduler = Thread(functools.partial(guarded, self._schedule, fail), _SCHEDULER)
         self._threads = [scheduler, *self._crew.threads]
 
     def start(self) -> None:
@@ -205,14 +205,13 @@ class Engine:
         if threading.current_thread().name.startswith((_READER, _SCHEDULER)):
             # An iterator that was left in a reference cycle is collected in whichever thread allocates next. One of
             # ours cannot wait for itself, and may hold a lock, be it of another engine.
-            threading.Thread(target=self.close, name="saev_torch closer", daemon=True).start()
+            Thread(self.close, "saev_torch closer").start()
             return
         self.batches.stop()
         self._crew.stop()
-        # One that an interrupt kept from being started has no number yet.
-        started = [thread for thread in self._threads if thread.ident is not None]
         deadline = time.monotonic() + (_STALLED_S if self.batches.is_stalled else _LEAVE_S)
-        for thread in started:
+        for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        self.batches.release(len(started) == len(self._threads) and not any(thread.is_alive() for thread in started))
+        # One that an interrupt kept from being started has no number yet.
+        self.batches.release(all(thread.ident is not None and not thread.is_alive() for thread in self._threads))
         self._store.close()

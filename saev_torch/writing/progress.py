@@ -7,6 +7,8 @@ import threading
 import time
 from typing import Any, Self
 
+from saev_torch.processes.threads import Thread
+
 _EVERY_S = 60.0
 
 
@@ -25,7 +27,7 @@ class Progress:
         self._says_end = False
         self._bar: Any = None
         self._over = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     def __enter__(self) -> Self:
         self._started = time.monotonic()
@@ -34,7 +36,7 @@ class Progress:
             self._says_end = is_terminal or self._enabled is True
             self._bar = self._draw() if is_terminal else None
             if self._bar is None:
-                self._thread = threading.Thread(target=self._say_each_minute, name="progress", daemon=True)
+                self._thread = Thread(self._say_each_minute, "progress")
                 self._thread.start()
         return self
 
