@@ -1,3 +1,5 @@
+import ctypes
+import errno
 import gc
 import mmap
 import multiprocessing
@@ -9,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -498,6 +501,36 @@ def test_shared_memory_is_in_huge_pages(rate, share, monkeypatch):
     assert found == (at_once if not share else 14 << 10)
     # 15 MB in all, of which the last one is in small pages.
     assert os.fstat(slots[0].fd).st_blocks * 512 <= (15 << 20) + 8 * mmap.PAGESIZE
+
+
+def burn(seconds):
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("delay", "code", "n_asked"),
+    [(time.sleep, 0, 6), (burn, 0, 1), (time.sleep, errno.EAGAIN, 6), (time.sleep, errno.EINVAL, 1)],
+)
+def test_huge_pages_are_asked_for_as_long_as_they_come_fast(delay, code, n_asked, monkeypatch):
+    """In time of the processor: while others have it, this thread waits. A page that is busy says nothing of others."""
+    real, asked = regions.advise, []
+
+    def advise(memory, advice):
+        if advice != regions._MADV_COLLAPSE:
+            return real(memory, advice)
+        asked.append(memory.nbytes)
+        delay(0.05)
+        ctypes.set_errno(code)
+        return not code
+
+    monkeypatch.setattr(regions, "advise", advise)
+    monkeypatch.setattr(regions, "_HUGE_NBYTES", 1 << 30)
+    pool = SlotPool(8 << 20, shared=True)
+    slots = [pool.acquire(8) for _ in range(6)]
+    assert len(asked) == n_asked
+    del slots
 
 
 def test_memory_that_is_refused_at_once_is_not_asked_for_again(monkeypatch):

@@ -7,7 +7,9 @@ locks. Memory that is given back is gone from the file, whoever maps it, and the
 
 import collections
 import ctypes
+import errno
 import itertools
+import math
 import mmap
 import os
 import sys
@@ -24,8 +26,9 @@ from saev_torch.processes.machine import memory_file
 HUGE_PAGE = 2 << 20
 _MAP_FIXED = 0x10
 _MADV_REMOVE, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 9, 14, 23, 25
-# Huge pages are asked for in such pieces. Where they come slower than so many bytes a second, small ones come first.
-_HUGE_NBYTES, _HUGE_RATE = 2 * HUGE_PAGE, 3e9
+# Huge pages are asked for in such pieces. Where those of a slot come slower than so many bytes in a second of the
+# processor, small ones come first.
+_HUGE_NBYTES, _HUGE_RATE = 4 * HUGE_PAGE, 2e9
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
 _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
@@ -140,9 +143,12 @@ class OwnRegion(Region):
         first += -before if self._is_used[index - 1] else -first % HUGE_PAGE
         last += -last % HUGE_PAGE if self._is_used[index + 1] else -after
         last = min(last, self._stride * self.n_slots)
+        # Not the time that others have the core: they read, and there are more of them than cores.
+        latest = time.thread_time() + (last - first) / least_rate if least_rate else math.inf
         for start in range(first, last, _HUGE_NBYTES):
-            piece, began = self._owner[start : min(start + _HUGE_NBYTES, last)], time.monotonic()
-            if not advise(piece, _MADV_COLLAPSE) or piece.nbytes < least_rate * (time.monotonic() - began):
+            is_taken = advise(self._owner[start : min(start + _HUGE_NBYTES, last)], _MADV_COLLAPSE)
+            # One that another thread of the system has its hands on stays small.
+            if (not is_taken and ctypes.get_errno() != errno.EAGAIN) or time.thread_time() > latest:
                 return False
         return True
 

@@ -179,10 +179,11 @@ class SlotPool:
             return slot
 
     def _make_huge(self, slot: Slot) -> None:
-        now = time.monotonic()
-        if self._huge_s < _HUGE_SHARE * (now - self._began):
+        if self._huge_s < _HUGE_SHARE * (time.monotonic() - self._began):
+            # Time of the processor, which others have meanwhile, too.
+            began = time.thread_time()
             slot.make_huge()
-            self._huge_s += time.monotonic() - now
+            self._huge_s += time.thread_time() - began
 
     def _find_peak(self, n_used: int) -> int:
         if self._n_acquired % _WINDOW == 0:
