@@ -476,7 +476,7 @@ def mapped_kb(array, what):
     raise AssertionError("not mapped")
 
 
-@pytest.mark.parametrize(("rate", "share"), [(0, 0), (np.inf, 0), (np.inf, 1e9)])
+@pytest.mark.parametrize(("rate", "share"), [(1, 0), (np.inf, 0), (np.inf, 1e9)])
 def test_shared_memory_is_in_huge_pages(rate, share, monkeypatch):
     """As far as slots in use stand next to each other, where the system gives any: at once, or those used again."""
     monkeypatch.setattr(memory, "_HUGE_SHARE", share)
@@ -494,13 +494,38 @@ def test_shared_memory_is_in_huge_pages(rate, share, monkeypatch):
     for i, slot in enumerate(slots):
         assert (slot.first(slot.nbytes) == i).all()
     found = mapped_kb(array, "ShmemPmdMapped")
-    if (share or not rate) and not found:
+    if (share or rate == 1) and not found:
         pytest.skip("the system gives no huge pages on request")
     # Of the first slot it was tried how fast they come.
-    assert at_once == (4 << 10 if rate else 14 << 10)
+    assert at_once == (14 << 10 if rate == 1 else 4 << 10)
     assert found == (at_once if not share else 14 << 10)
     # 15 MB in all, of which the last one is in small pages.
     assert os.fstat(slots[0].fd).st_blocks * 512 <= (15 << 20) + 8 * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize(("rate", "share"), [(1, 0), (np.inf, 0), (np.inf, 1e9)])
+def test_private_memory_is_in_huge_pages(rate, share, monkeypatch):
+    """At once where they come fast, else that which is used again."""
+    monkeypatch.setattr(memory, "_HUGE_SHARE", share)
+    monkeypatch.setattr(regions, "_HUGE_RATE", rate)
+    monkeypatch.setattr(regions, "_HUGE_NBYTES", 2 << 20)
+    monkeypatch.setattr(regions, "_has_fast", True)
+    pool = SlotPool(8 << 20, shared=False)
+    slots = [pool.acquire(4) for _ in range(3)]
+    for i, slot in enumerate(slots):
+        fill(slot, i)
+    at_once = [mapped_kb(slot.first(slot.nbytes), "AnonHugePages") for slot in slots]
+    for slot in slots:
+        slot.release()
+    assert {pool.acquire(4) for _ in range(3)} == {*slots}
+    found = [mapped_kb(slot.first(slot.nbytes), "AnonHugePages") for slot in slots]
+    for i, slot in enumerate(slots):
+        assert (slot.first(slot.nbytes) == i).all()
+    if (share or rate == 1) and not any(found):
+        pytest.skip("the system gives no huge pages on request")
+    # Of the first piece it was tried how fast they come.
+    assert at_once == ([8 << 10] * 3 if rate == 1 else [2 << 10, 0, 0])
+    assert found == ([8 << 10] * 3 if rate == 1 or share else at_once)
 
 
 def burn(seconds):

@@ -9,7 +9,6 @@ import collections
 import ctypes
 import errno
 import itertools
-import math
 import mmap
 import os
 import sys
@@ -25,7 +24,9 @@ from saev_torch.processes.machine import memory_file
 
 HUGE_PAGE = 2 << 20
 _MAP_FIXED = 0x10
-_MADV_REMOVE, _MADV_HUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 9, 14, 23, 25
+_MADV_REMOVE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 9, 14, 15, 23, 25
+# What a signal ended, or another thread of the system has its hands on, may be had later.
+_PASSES = frozenset({errno.EINTR, errno.EAGAIN})
 # Huge pages are asked for in such pieces. Where those of a slot come slower than so many bytes in a second of the
 # processor, small ones come first.
 _HUGE_NBYTES, _HUGE_RATE = 4 * HUGE_PAGE, 2e9
@@ -50,13 +51,47 @@ def advise(memory: NDArray[np.uint8], advice: int) -> bool:
     return not _libc.madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), advice)
 
 
-def make_pages(nbytes: int) -> NDArray[np.uint8]:
-    """Memory of this process alone, in huge pages where the system has them; an `OSError` where none is left."""
+def _are_fast(memory: NDArray[np.uint8], advice: int, is_new: bool = True) -> bool | None:
+    """Ask for huge pages, one piece after the other; whether they come fast. None where the system refuses.
+
+    What is slow and `is_new` is asked for no longer.
+    """
+    # Not the time that others have the core: they read, and there are more of them than cores.
+    latest = time.thread_time() + memory.nbytes / _HUGE_RATE
+    for start in range(0, memory.nbytes, _HUGE_NBYTES):
+        if not advise(memory[start : start + _HUGE_NBYTES], advice) and ctypes.get_errno() not in _PASSES:
+            return None
+        if is_new and time.thread_time() > latest:
+            return False
+    return True
+
+
+def make_pages(nbytes: int) -> tuple[NDArray[np.uint8], bool]:
+    """Memory of this process alone, in huge pages where the system has them and they come fast; whether it is so.
+
+    Raises:
+        OSError: No memory is left.
+    """
+    global _has_fast
     if nbytes < HUGE_PAGE:
-        return np.frombuffer(mmap.mmap(-1, max(1, nbytes), flags=_PRIVATE), dtype=np.uint8)
+        return np.frombuffer(mmap.mmap(-1, max(1, nbytes), flags=_PRIVATE), dtype=np.uint8), True
     pages = _reserve(nbytes)
     advise(pages, _MADV_HUGEPAGE)
-    return pages
+    # Where nobody can ask for them they come when they are touched.
+    if _has_fast and _are_fast(pages, _MADV_POPULATE_WRITE) is False:
+        _has_fast = False
+    if not _has_fast:
+        advise(pages, _MADV_NOHUGEPAGE)
+    return pages, _has_fast
+
+
+_has_fast = True
+
+
+def make_pages_huge(pages: NDArray[np.uint8]) -> None:
+    """Let what `make_pages` returned be of huge pages, where the system has some. What is in it stays."""
+    advise(pages, _MADV_HUGEPAGE)
+    _are_fast(pages, _MADV_COLLAPSE, is_new=False)
 
 
 class Region:
@@ -118,7 +153,8 @@ class OwnRegion(Region):
         if self._is_fast:
             # A huge page comes where there is a small one.
             self.memory(index)[::HUGE_PAGE] = 0
-            self._is_huge[index] = self._is_fast = self._make_huge(index, _HUGE_RATE)
+            self._is_fast = bool(_are_fast(self._huge_part(index), _MADV_COLLAPSE))
+            self._is_huge[index] = self._is_fast
         if not self._is_fast:
             self._populate(index)
         return index
@@ -134,23 +170,15 @@ class OwnRegion(Region):
         """Let the memory of a slot be of huge pages, where it is not, and the system has some. What is in it stays."""
         if not self._is_huge[index]:
             self._is_huge[index] = True
-            self._make_huge(index)
+            _are_fast(self._huge_part(index), _MADV_COLLAPSE, is_new=False)
 
-    def _make_huge(self, index: int, least_rate: float = 0.0) -> bool:
-        """As `make_huge`, but for what a slot shares with one that is not used; whether it was as fast as asked."""
+    def _huge_part(self, index: int) -> NDArray[np.uint8]:
+        """The memory of a slot as far as it may be of huge pages: without what it shares with one that is not used."""
         first, last = index * self._stride, (index + 1) * self._stride
         before, after = first % HUGE_PAGE, last % HUGE_PAGE
         first += -before if self._is_used[index - 1] else -first % HUGE_PAGE
         last += -last % HUGE_PAGE if self._is_used[index + 1] else -after
-        last = min(last, self._stride * self.n_slots)
-        # Not the time that others have the core: they read, and there are more of them than cores.
-        latest = time.thread_time() + (last - first) / least_rate if least_rate else math.inf
-        for start in range(first, last, _HUGE_NBYTES):
-            is_taken = advise(self._owner[start : min(start + _HUGE_NBYTES, last)], _MADV_COLLAPSE)
-            # One that another thread of the system has its hands on stays small.
-            if (not is_taken and ctypes.get_errno() != errno.EAGAIN) or time.thread_time() > latest:
-                return False
-        return True
+        return self._owner[first : min(last, self._stride * self.n_slots)]
 
     def give_back(self, index: int) -> None:
         """Take a slot back that nobody can see any more, and let the system have its memory."""
