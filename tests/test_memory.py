@@ -528,6 +528,26 @@ def test_private_memory_is_in_huge_pages(rate, share, monkeypatch):
     assert found == ([8 << 10] * 3 if rate == 1 or share else at_once)
 
 
+def test_where_no_memory_is_had_at_once_it_is_in_huge_pages_as_it_comes(monkeypatch):
+    """Linux before 5.14 knows no such advice."""
+    real, advices = regions.advise, []
+
+    def advise(memory, advice):
+        advices.append(advice)
+        ctypes.set_errno(errno.EINVAL)
+        return advice != regions._MADV_POPULATE_WRITE and real(memory, advice)
+
+    monkeypatch.setattr(regions, "advise", advise)
+    monkeypatch.setattr(regions, "_has_fast", True)
+    slots = [Slot(8 << 20, shared=False) for _ in range(2)]
+    assert advices == [regions._MADV_HUGEPAGE, regions._MADV_POPULATE_WRITE] * 2
+    for i, slot in enumerate(slots):
+        fill(slot, i)
+        slot.make_huge()
+        assert (slot.first(slot.nbytes) == i).all()
+    assert len(advices) == 4
+
+
 def burn(seconds):
     until = time.thread_time() + seconds
     while time.thread_time() < until:
@@ -536,7 +556,7 @@ def burn(seconds):
 
 @pytest.mark.parametrize(
     ("delay", "code", "n_asked"),
-    [(time.sleep, 0, 6), (burn, 0, 1), (time.sleep, errno.EAGAIN, 6), (time.sleep, errno.EINVAL, 1)],
+    [(burn, 0, 1), *((time.sleep, *case) for case in ((0, 6), (errno.EAGAIN, 6), (errno.EINTR, 6), (errno.EINVAL, 1)))],
 )
 def test_huge_pages_are_asked_for_as_long_as_they_come_fast(delay, code, n_asked, monkeypatch):
     """In time of the processor: while others have it, this thread waits. A page that is busy says nothing of others."""

@@ -33,6 +33,8 @@ _HUGE_NBYTES, _HUGE_RATE = 4 * HUGE_PAGE, 2e9
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
 _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
+# Whether huge pages of the process alone have come fast so far.
+_has_fast = True
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -83,9 +85,6 @@ def make_pages(nbytes: int) -> tuple[NDArray[np.uint8], bool]:
     if not _has_fast:
         advise(pages, _MADV_NOHUGEPAGE)
     return pages, _has_fast
-
-
-_has_fast = True
 
 
 def make_pages_huge(pages: NDArray[np.uint8]) -> None:
