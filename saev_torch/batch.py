@@ -150,12 +150,10 @@ def make_batch(opened: OpenBatch, selection: AnySelection, label_key: str = "tok
     """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result."""
     n, md = opened.size, selection.md
     found = selection.columns(opened.cells)
-    columns = {key: found.pop(key) for key in ("example_idx", "token_idx")}
-    if opened.labels is not None:
-        columns[label_key] = np.where(columns["token_idx"] < 0, -1, opened.labels.astype(np.int64))
-    if opened.token_ids is not None:
-        columns["token_ids"] = np.where(columns["token_idx"] < 0, -1, opened.token_ids.astype(np.int64))
-    columns |= found
+    columns: dict[str, NDArray[Any]] = {key: found.pop(key) for key in ("example_idx", "token_idx")}
+    beside = {label_key: opened.labels, "token_ids": opened.token_ids}
+    of_content = {key: column for key, column in beside.items() if column is not None}
+    columns |= of_content | found
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
     act_nbytes = slot_nbytes(n, selection.act_nbytes) - N_COLUMNS * 8 * n
     fields: list[_Field] = [("act", selection.act_type.name, 0, shape)]
@@ -163,6 +161,10 @@ def make_batch(opened: OpenBatch, selection: AnySelection, label_key: str = "tok
     batch = _from_memory(opened.slot.lease(), tuple(fields))
     for key, column in columns.items():
         batch[key].numpy()[:] = column
+    special = columns["token_idx"] < 0
+    if special.any():
+        for key in of_content:
+            batch[key].numpy()[special] = -1
     batch._slot, batch._fields, batch._tensors = opened.slot, tuple(fields), tuple(batch.values())
     return batch
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from saev_torch import IndexedConfig, IndexedDataset, ReadError, ShuffledActivations, ShuffledConfig
 from saev_torch.order.selection import Selection
+from saev_torch.reading import columns
 from saev_torch.reading import gather as gather_module
 from saev_torch.reading.gather import Gather, ScatteredRows
 from saev_torch.reading.mapping import all_pages
@@ -64,7 +65,11 @@ def uniform(shards, **fields):
     ],
     ids=str,
 )
-def test_every_selection(make_shards, counted, dtype, fields):
+@pytest.mark.parametrize("is_small", [True, False])
+def test_every_selection(make_shards, monkeypatch, counted, dtype, fields, is_small):
+    """Rows stand in no order on disk; neither do labels, which are read one by one where they are not kept."""
+    if not is_small:
+        monkeypatch.setattr(columns, "_MAX_KEPT_NBYTES", 0)
     spec = Spec(**{**SPEC.__dict__, "dtype": dtype})
     cfg = uniform(make_shards(spec), **fields)
     data_set = ShuffledActivations(cfg)

@@ -476,11 +476,25 @@ def mapped_kb(array, what):
     raise AssertionError("not mapped")
 
 
+def used_again(pool, slots, what):
+    """How many KB of slots are in huge pages after each time that they were used again; what is in them stays."""
+    found = []
+    for _ in range(4):
+        for slot in slots:
+            slot.release()
+        assert {pool.acquire(4) for _ in slots} == {*slots}
+        found.append([mapped_kb(slot.first(slot.nbytes), what) for slot in slots])
+        for i, slot in enumerate(slots):
+            assert (slot.first(slot.nbytes) == i).all()
+    return found
+
+
 @pytest.mark.parametrize(("rate", "share"), [(1, 0), (np.inf, 0), (np.inf, 1e9)])
 def test_shared_memory_is_in_huge_pages(rate, share, monkeypatch):
-    """As far as slots in use stand next to each other, where the system gives any: at once, or those used again."""
+    """As far as slots in use stand next to each other, where the system gives any: at once, or a piece at each use."""
     monkeypatch.setattr(memory, "_HUGE_SHARE", share)
-    monkeypatch.setattr("saev_torch.reading.regions._HUGE_RATE", rate)
+    monkeypatch.setattr(regions, "_HUGE_RATE", rate)
+    monkeypatch.setattr(regions, "_HUGE_NBYTES", 2 << 20)
     pool = SlotPool(5 << 20, shared=True)
     slots = [pool.acquire(4) for _ in range(3)]
     array = slots[0].first(slots[0].nbytes)
@@ -489,23 +503,20 @@ def test_shared_memory_is_in_huge_pages(rate, share, monkeypatch):
     at_once = mapped_kb(array, "ShmemPmdMapped")
     for i, slot in enumerate(slots):
         fill(slot, i)
-        slot.release()
-    assert {pool.acquire(4) for _ in range(3)} == {*slots}
-    for i, slot in enumerate(slots):
-        assert (slot.first(slot.nbytes) == i).all()
-    found = mapped_kb(array, "ShmemPmdMapped")
-    if (share or rate == 1) and not found:
+    # They are in one mapping.
+    found = [kb[0] for kb in used_again(pool, slots, "ShmemPmdMapped")]
+    if (share or rate == 1) and not found[0]:
         pytest.skip("the system gives no huge pages on request")
-    # Of the first slot it was tried how fast they come.
-    assert at_once == (14 << 10 if rate == 1 else 4 << 10)
-    assert found == (at_once if not share else 14 << 10)
+    # Of the first piece it was tried how fast they come.
+    assert at_once == (14 << 10 if rate == 1 else 2 << 10)
+    assert found == ([6 << 10, 12 << 10, 14 << 10, 14 << 10] if share else [at_once] * 4)
     # 15 MB in all, of which the last one is in small pages.
     assert os.fstat(slots[0].fd).st_blocks * 512 <= (15 << 20) + 8 * mmap.PAGESIZE
 
 
 @pytest.mark.parametrize(("rate", "share"), [(1, 0), (np.inf, 0), (np.inf, 1e9)])
 def test_private_memory_is_in_huge_pages(rate, share, monkeypatch):
-    """At once where they come fast, else that which is used again."""
+    """At once where they come fast, else a piece each time that it is used again."""
     monkeypatch.setattr(memory, "_HUGE_SHARE", share)
     monkeypatch.setattr(regions, "_HUGE_RATE", rate)
     monkeypatch.setattr(regions, "_HUGE_NBYTES", 2 << 20)
@@ -515,17 +526,12 @@ def test_private_memory_is_in_huge_pages(rate, share, monkeypatch):
     for i, slot in enumerate(slots):
         fill(slot, i)
     at_once = [mapped_kb(slot.first(slot.nbytes), "AnonHugePages") for slot in slots]
-    for slot in slots:
-        slot.release()
-    assert {pool.acquire(4) for _ in range(3)} == {*slots}
-    found = [mapped_kb(slot.first(slot.nbytes), "AnonHugePages") for slot in slots]
-    for i, slot in enumerate(slots):
-        assert (slot.first(slot.nbytes) == i).all()
-    if (share or rate == 1) and not any(found):
+    found = used_again(pool, slots, "AnonHugePages")
+    if (share or rate == 1) and not any(found[0]):
         pytest.skip("the system gives no huge pages on request")
     # Of the first piece it was tried how fast they come.
     assert at_once == ([8 << 10] * 3 if rate == 1 else [2 << 10, 0, 0])
-    assert found == ([8 << 10] * 3 if rate == 1 or share else at_once)
+    assert found == ([[n << 11] * 3 for n in range(1, 5)] if share else [at_once] * 4)
 
 
 def test_where_no_memory_is_had_at_once_it_is_in_huge_pages_as_it_comes(monkeypatch):

@@ -7,6 +7,7 @@ global random number generator.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -67,7 +68,8 @@ def shuffled(n: int, key: int) -> _Int64s:
 def _divmod(x: _UInt64s, by: np.uint64) -> tuple[_UInt64s, _UInt64s]:
     # numpy divides by one number with vector instructions, but takes remainders one by one: five times slower.
     quotients = x // by
-    return quotients, x - quotients * by
+    rest = quotients * by
+    return quotients, np.subtract(x, rest, out=rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,13 @@ class Bijection:
         """Map images `y [m] int64` back, so that `inverse(self(x)) == x`."""
         return self._walk(y, self._decrypt)
 
-    @property
-    def _side(self) -> int:
-        return math.isqrt(max(0, self.n - 1)) + 1
+    @functools.cached_property
+    def _side(self) -> np.uint64:
+        return np.uint64(math.isqrt(max(0, self.n - 1)) + 1)
+
+    @functools.cached_property
+    def _keys(self) -> list[int]:
+        return [make_key(self.key, i) for i in range(_N_ROUNDS)]
 
     def _walk(self, x: _Int64s, step: Callable[[_UInt64s], _UInt64s]) -> _Int64s:
         out = step(x.astype(np.uint64))
@@ -104,20 +110,23 @@ class Bijection:
         return out.view(np.int64)
 
     def _round(self, half: _UInt64s, i: int) -> _UInt64s:
-        h = hashed(half, make_key(self.key, i))
+        h = hashed(half, self._keys[i])
         h ^= h >> np.uint64(29)
-        return _divmod(h, np.uint64(self._side))[1]
+        return _divmod(h, self._side)[1]
+
+    def _reduced(self, x: _UInt64s) -> _UInt64s:
+        # Of what is below twice the side. Below zero, whole numbers begin again at the largest.
+        less: _UInt64s = x - self._side
+        return np.minimum(x, less, out=less)
 
     def _encrypt(self, x: _UInt64s) -> _UInt64s:
-        side = np.uint64(self._side)
-        left, right = _divmod(x, side)
+        left, right = _divmod(x, self._side)
         for i in range(_N_ROUNDS):
-            left, right = right, _divmod(left + self._round(right, i), side)[1]
-        return left * side + right
+            left, right = right, self._reduced(left + self._round(right, i))
+        return left * self._side + right
 
     def _decrypt(self, y: _UInt64s) -> _UInt64s:
-        side = np.uint64(self._side)
-        left, right = _divmod(y, side)
+        left, right = _divmod(y, self._side)
         for i in reversed(range(_N_ROUNDS)):
-            left, right = _divmod(right + side - self._round(left, i), side)[1], left
-        return left * side + right
+            left, right = self._reduced(right + self._side - self._round(left, i)), left
+        return left * self._side + right

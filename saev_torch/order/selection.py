@@ -166,6 +166,10 @@ class Selection:
     def _kept_cells(self, kept: Filter, samples: _Int64s) -> _Int64s:
         if not len(samples):
             return samples
+        if (samples[1:] < samples[:-1]).any():
+            # So that the labels of an example are read once.
+            samples, at = np.unique(samples, return_inverse=True)
+            return self._kept_cells(kept, samples)[at]
         n_layers, width = self.n_grid_layers, self.md.tokens_per_example
         heads = np.flatnonzero(np.diff(samples, prepend=samples[0] - 2) != 1)
         starts = samples[heads]

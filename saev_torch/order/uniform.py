@@ -40,9 +40,7 @@ class UniformPlan(Batching):
         return self.at(position)
 
     def whole(self, batch: int) -> Chunk:
-        """A batch as one chunk, in the order of the disk."""
+        """A batch as one chunk, in its own order."""
         samples = self.locate(batch)
-        # No two are equal, so every sort gives the same.
-        rows = np.argsort(samples)
-        ones, dealt = np.ones(len(rows), dtype=np.int64), np.arange(len(rows))
-        return Chunk(samples[rows], ones, dealt, (batch,), (0, len(rows)), rows)
+        ones, rows = np.ones_like(samples), np.arange(len(samples))
+        return Chunk(samples, ones, rows, (batch,), (0, len(rows)), rows)

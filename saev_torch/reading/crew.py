@@ -96,6 +96,10 @@ class Crew:
         self._stopped = False
         self.threads = [Thread(functools.partial(self._run, i), f"{name} {i}") for i in range(n_threads)]
 
+    def count_working(self) -> int:
+        """How many of the threads do not wait, as things stand."""
+        return max(1, sum(self._pace.wait_s(number) is None for number in range(len(self.threads))))
+
     def put(self, tasks: Iterable[Task]) -> None:
         """Add tasks to the queue, unless the threads are to end."""
         with self._lock:

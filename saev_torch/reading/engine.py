@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
-from saev_torch.order.runs import MAX_READ_ROWS
 from saev_torch.order.selection import Selection
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
@@ -30,7 +29,7 @@ from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 
 # A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
-_TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 16 << 20
+_TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 64 << 20
 _TASKS_PER_THREAD = 2
 # How long all threads together have to leave what they are at; one that waits for a disk may never do so.
 _LEAVE_S, _STALLED_S = 5.0, 0.2
@@ -114,23 +113,23 @@ class Engine:
         """Cut the reads of a step into tasks."""
         if not step.loads:
             return
-        placed = place(step, self.batches.open, self._selection)
+        rows = self._find_rows(step)
+        if rows is None:
+            placed = place(step, self.batches.open, self._selection)
+        else:
+            placed = Placed.in_own_order(self._only(step), self._selection.act_nbytes)
         running.n_samples = len(placed.cells)
         self._check(placed)
         if self._store.has_labels:
             yield Task(functools.partial(self._read_labels, placed, running))
         if self._store.has_token_ids:
             yield Task(functools.partial(self._read_token_ids, placed, running))
-        rows = self._find_rows(placed)
         if self._gather is not None and rows is not None:
-            # Whole calls.
-            most = MAX_READ_ROWS * max(1, _MAX_TASK_NBYTES // (MAX_READ_ROWS * rows.row_nbytes))
-            for start in range(0, len(rows), most):
-                part = rows.part(start, min(len(rows), start + most))
+            for part in rows.divide(self._crew.count_working()):
                 yield Task(functools.partial(self._gather_rows, self._gather, part, placed, running))
             return
         for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
-            wished = int(extents.nbytes.sum()) // (_TASKS_PER_THREAD * self._options.n_threads)
+            wished = int(extents.nbytes.sum()) // (_TASKS_PER_THREAD * self._crew.count_working())
             for start, stop in extents.cut(max(_TASK_NBYTES, min(wished, _MAX_TASK_NBYTES))):
                 # The batches are named so that their memory lives as long as the task.
                 yield Task(
@@ -138,11 +137,17 @@ class Engine:
                     operator.methodcaller("announce", extents, start, stop),
                 )
 
-    def _find_rows(self, placed: Placed) -> ScatteredRows | None:
-        """The rows of a batch, in its own order, where they are to be gathered."""
-        if self._gather is None or not isinstance(self._selection, Selection) or len(placed.targets) != 1:
+    def _only(self, step: Step) -> OpenBatch:
+        """The batch of a step that has one."""
+        ((number, _),) = step.loads[0].targets
+        return self.batches.open[number]
+
+    def _find_rows(self, step: Step) -> ScatteredRows | None:
+        """The rows of a batch, in its own order, where they are to be gathered; tell the batch which cells it holds."""
+        if self._gather is None or not isinstance(self._selection, Selection):
             return None
-        ((opened, _, _),) = placed.targets
+        opened = self._only(step)
+        opened.cells[:] = self._selection.cells(step.loads[0].chunk.starts)
         return self._gather.find(self._selection, opened.cells, opened.slot.address, self._scheduler_spot)
 
     def _check(self, placed: Placed) -> None:

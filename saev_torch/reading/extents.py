@@ -15,7 +15,7 @@ from saev_torch.order.steps import Step
 from saev_torch.reading.slots import OpenBatch
 
 _Int64s = NDArray[np.int64]
-_Target = tuple[OpenBatch, _Int64s, _Int64s]
+_Target = tuple[OpenBatch, _Int64s | slice, _Int64s | slice]
 
 # More files than this are not held open for one call.
 _MAX_SHARDS = 16
@@ -152,11 +152,12 @@ def make_sample_extents(selection: AnySelection, cells: _Int64s, places: _Int64s
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """The samples of a step that are wanted, in the order of the disk.
+    """The samples of a step that are wanted, in the order in which they are read.
 
     Attributes:
         cells: `[n] int64`, the cell of each; see `Selection`.
-        addresses: `[n] int64`, where the activations of each go.
+        addresses: `[n] int64`, where the activations of each go; or of the first and the last alone, of a batch in its
+            own order.
         positions: `[n] int64`, position of each in the step.
         n_positions: Samples of the step, wanted or not.
         targets: For each batch and load: the batch, positions in the step, and the rows that they go to.
@@ -164,9 +165,16 @@ class Placed:
 
     cells: _Int64s
     addresses: _Int64s
-    positions: _Int64s
+    positions: _Int64s | slice
     n_positions: int
     targets: list[_Target]
+
+    @classmethod
+    def in_own_order(cls, opened: OpenBatch, act_nbytes: int) -> "Placed":
+        """A batch that is read row by row, whose cells are known."""
+        everything, last = slice(None), opened.slot.address + (opened.size - 1) * act_nbytes
+        addresses = np.array([opened.slot.address, last])
+        return cls(opened.cells, addresses, everything, opened.size, [(opened, everything, everything)])
 
     def deal_labels(self, labels: NDArray[np.uint8]) -> None:
         """Give the labels `[n] uint8` to the batches."""

@@ -18,6 +18,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ from saev_torch.reading.source import Source
 _Int64s = NDArray[np.int64]
 
 # Rows of a batch that are looked at; a single one that is not in the page cache takes longer than a hundred that are.
-_N_PROBES = 32
+_N_PROBES = 16
+# What one thread gathers at a time, unless a single call is more.
+_MAX_PART_NBYTES = 64 << 20
 # What is converted is gathered to memory that stays in the cache of the core.
 _STAGE_NBYTES = 256 << 10
 # Where more rows than one of so many have to be waited for, a ring is better.
@@ -85,14 +88,22 @@ class ScatteredRows:
     def __len__(self) -> int:
         return len(self.shards)
 
-    @property
-    def sources(self) -> _Int64s:
-        """`[n] int64`, the address of each row in its mapping."""
+    def sources(self, step: int = 1) -> _Int64s:
+        """`[n] int64`, the address of each row in its mapping; or of every so many."""
         bases = np.zeros(max(self.mappings, default=0) + 1, dtype=np.int64)
         for number, mapping in self.mappings.items():
             bases[number] = mapping.address
-        sources: _Int64s = bases[self.shards] + self.offsets
+        sources: _Int64s = bases[self.shards[::step]] + self.offsets[::step]
         return sources
+
+    def divide(self, n_parts: int) -> Iterator["ScatteredRows"]:
+        """Divide the rows into parts of about the same size, of whole calls."""
+        n_calls = -(-len(self) // MAX_READ_ROWS)
+        most = MAX_READ_ROWS * max(
+            1, min(-(-n_calls // n_parts), _MAX_PART_NBYTES // (MAX_READ_ROWS * self.row_nbytes))
+        )
+        for start in range(0, len(self), most):
+            yield self.part(start, min(len(self), start + most))
 
     def part(self, start: int, stop: int) -> "ScatteredRows":
         """A range of the rows."""
@@ -139,7 +150,7 @@ class Gather:
             return None
         stride = selection.act_nbytes // n_parts
         found = ScatteredRows(shards, rows * row_nbytes, row_nbytes, place, stride, mappings)
-        probed = found.sources[:: max(1, len(found) // _N_PROBES)].tolist()
+        probed = found.sources(max(1, len(found) // _N_PROBES)).tolist()
         return found if all(map(is_in_memory, probed)) else None
 
     def _map(self, wanted: list[int], spot: Spot) -> dict[int, Mapping] | None:
@@ -174,9 +185,8 @@ class Gather:
 
     def _gather(self, rows: ScatteredRows) -> int:
         """Gather rows; how many of the first ones are where they belong."""
-        sources = rows.sources
         vectors = np.empty((len(rows), 2), dtype=np.int64)
-        vectors[:, 0], vectors[:, 1] = sources, rows.row_nbytes
+        vectors[:, 0], vectors[:, 1] = rows.sources(), rows.row_nbytes
         convert = self._source.convert_run
         n_at_once, stage = MAX_READ_ROWS, None
         if convert is not None:

@@ -53,17 +53,14 @@ def advise(memory: NDArray[np.uint8], advice: int) -> bool:
     return not _libc.madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), advice)
 
 
-def _are_fast(memory: NDArray[np.uint8], advice: int, is_new: bool = True) -> bool | None:
-    """Ask for huge pages, one piece after the other; whether they come fast. None where the system refuses.
-
-    What is slow and `is_new` is asked for no longer.
-    """
+def _are_fast(memory: NDArray[np.uint8], advice: int) -> bool | None:
+    """Ask for huge pages, piece after piece, while they come fast; whether all did. None where the system refuses."""
     # Not the time that others have the core: they read, and there are more of them than cores.
     latest = time.thread_time() + memory.nbytes / _HUGE_RATE
     for start in range(0, memory.nbytes, _HUGE_NBYTES):
         if not advise(memory[start : start + _HUGE_NBYTES], advice) and ctypes.get_errno() not in _PASSES:
             return None
-        if is_new and time.thread_time() > latest:
+        if time.thread_time() > latest:
             return False
     return True
 
@@ -87,10 +84,20 @@ def make_pages(nbytes: int) -> tuple[NDArray[np.uint8], bool]:
     return pages, _has_fast
 
 
-def make_pages_huge(pages: NDArray[np.uint8]) -> None:
-    """Let what `make_pages` returned be of huge pages, where the system has some. What is in it stays."""
-    advise(pages, _MADV_HUGEPAGE)
-    _are_fast(pages, _MADV_COLLAPSE, is_new=False)
+def make_pages_huge(pages: NDArray[np.uint8], n_huge: int) -> int:
+    """Let a piece more of what `make_pages` returned be of huge pages, where the system has some. What is in it stays.
+
+    The first `n_huge` bytes are done. Returns how many are from now on.
+    """
+    if not n_huge:
+        advise(pages, _MADV_HUGEPAGE)
+    return _make_huge(pages, n_huge)
+
+
+def _make_huge(memory: NDArray[np.uint8], n_huge: int) -> int:
+    # Only a piece: nothing is read ahead meanwhile, and a whole slot may take a tenth of a second.
+    advise(memory[n_huge : n_huge + _HUGE_NBYTES], _MADV_COLLAPSE)
+    return n_huge + _HUGE_NBYTES
 
 
 class Region:
@@ -136,7 +143,7 @@ class OwnRegion(Region):
         self._number = os.fstat(self.fd).st_ino
         self._unused = collections.deque(reversed(range(n_slots)))
         self._is_used = np.zeros(n_slots + 1, dtype=bool)
-        self._is_huge = np.full(n_slots, nbytes < HUGE_PAGE)
+        self._n_huge = [0] * n_slots
         self._is_fast = nbytes >= HUGE_PAGE
         weakref.finalize(self, _close, self.fd, self.pid, self._words).atexit = False
 
@@ -153,7 +160,7 @@ class OwnRegion(Region):
             # A huge page comes where there is a small one.
             self.memory(index)[::HUGE_PAGE] = 0
             self._is_fast = bool(_are_fast(self._huge_part(index), _MADV_COLLAPSE))
-            self._is_huge[index] = self._is_fast
+        self._n_huge[index] = self._stride if self._is_fast else 0
         if not self._is_fast:
             self._populate(index)
         return index
@@ -166,10 +173,9 @@ class OwnRegion(Region):
         advise(self.memory(index), _MADV_POPULATE_WRITE)
 
     def make_huge(self, index: int) -> None:
-        """Let the memory of a slot be of huge pages, where it is not, and the system has some. What is in it stays."""
-        if not self._is_huge[index]:
-            self._is_huge[index] = True
-            _are_fast(self._huge_part(index), _MADV_COLLAPSE, is_new=False)
+        """Let a piece more of the memory of a slot be of huge pages, where the system has some. What is in it stays."""
+        if self.nbytes >= HUGE_PAGE and self._n_huge[index] < self._stride:
+            self._n_huge[index] = _make_huge(self._huge_part(index), self._n_huge[index])
 
     def _huge_part(self, index: int) -> NDArray[np.uint8]:
         """The memory of a slot as far as it may be of huge pages: without what it shares with one that is not used."""
@@ -185,7 +191,7 @@ class OwnRegion(Region):
             advise(self.memory(index), _MADV_REMOVE)
             self._counts[index, _AGE] += 1
             self._words[_N_DISCARDED] += 1
-            self._is_used[index], self._is_huge[index] = False, self.nbytes < HUGE_PAGE
+            self._is_used[index] = False
             self._unused.append(index)
 
     def offset(self, index: int) -> int:

@@ -35,7 +35,7 @@ from saev_torch.reading.regions import Name, OwnRegion, make_pages, make_pages_h
 # The memory that was needed within so many batches is kept.
 _WINDOW = 64
 # The share of the time in which small pages may become huge.
-_HUGE_SHARE = 0.05
+_HUGE_SHARE = 0.02
 _NONE_SENT = np.zeros(2, dtype=np.int64)
 
 
@@ -54,7 +54,8 @@ class Slot:
             if shared and region is None:
                 self._region = OwnRegion(nbytes, 1)
             if self._region is None:
-                self._owner, self._is_huge = make_pages(nbytes)
+                self._owner, is_huge = make_pages(nbytes)
+                self._n_huge = nbytes if is_huge else 0
             else:
                 self._owner = self._take_from(self._region)
         except (OSError, MemoryError) as err:
@@ -83,12 +84,11 @@ class Slot:
         return self._region is not None and self.pid == os.getpid()
 
     def make_huge(self) -> None:
-        """Let the memory be of huge pages, where it is not, and the system has some."""
+        """Let a piece more of the memory be of huge pages, where the system has some."""
         if self._region is not None:
             self._region.make_huge(self._index)
-        elif not self._is_huge:
-            self._is_huge = True
-            make_pages_huge(self._owner)
+        elif self._n_huge < len(self._owner):
+            self._n_huge = make_pages_huge(self._owner, self._n_huge)
 
     def lease(self) -> Lease:
         """Hand the memory out; the slot is free again when the lease and all views of it are gone."""

@@ -40,7 +40,7 @@ def batch_digest(batch: Mapping[str, torch.Tensor]) -> int:
     digest = hashlib.sha256()
     for key in ("example_idx", "token_idx", "layer", "source"):
         if key in batch:
-            digest.update(batch[key].numpy(force=True).astype("<i8", copy=False).tobytes())
+            digest.update(np.ascontiguousarray(batch[key].numpy(force=True), dtype="<i8").data)
     return int.from_bytes(digest.digest()[:8], "little")
 
 
