@@ -56,8 +56,6 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         tell_counted_layers(cfg, store.metadata.layers)
         self.n_samples = self.recording.n_samples
         self.cursor = Cursor(self.n_batches, self.drop_last, rank, world_size)
-        # Here, because all workers and epochs must have the same number.
-        self.cursor.scale = find_scale(cfg, store, self._own_selection())
         self.counters = Counters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,9 +77,12 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         """What there is to yield."""
         return self._own_selection()
 
-    def _compile(self) -> None:
-        """Compile what readers convert with, here for all workers that are forked."""
-        Source(self._store, scale=self.cursor.scale, loaded=self._own_selection().act_type)
+    def _prepare(self) -> None:
+        """Find the scale, the same number for all workers and epochs, and compile what readers convert with."""
+        selection = self._own_selection()
+        self.cursor.scale = find_scale(self.cfg, self._store, selection)
+        # Here, for all workers that are forked.
+        Source(self._store, scale=self.cursor.scale, loaded=selection.act_type)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the ones after it count on from there.
@@ -276,7 +277,7 @@ class OrderedActivations(Activations):
 
     def __init__(self, cfg: OrderedConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
         super().__init__(cfg, open_store("OrderedActivations", cfg, OrderedConfig), rank, world_size)
-        self._compile()
+        self._prepare()
 
     def _plan(self, epoch: int | None) -> OrderedPlan:
         return OrderedPlan(self.n_samples, self.batch_size)
@@ -299,7 +300,7 @@ class ShuffledActivations(Activations):
                 "which must be changed; choose a layer."
             )
         super().__init__(cfg, store, rank, world_size)
-        self._compile()
+        self._prepare()
 
     def _plan(self, epoch: int | None) -> ShufflePlan | UniformPlan:
         cfg, epoch = self.cfg, self.cursor.epoch if epoch is None else operator.index(epoch)

@@ -151,7 +151,7 @@ class Selection:
         With ignored labels this reads the labels of the examples concerned, once for each run of samples that stay
         in one example, so samples in blocks are cheap.
         """
-        if self._filter is not None:
+        if self._filter is not None and len(samples):
             return self._kept_cells(self._filter, samples)
         width = self.md.tokens_per_example
         if self._subset is None and self._n_tokens == width:
@@ -164,8 +164,6 @@ class Selection:
         return samples + shift
 
     def _kept_cells(self, kept: Filter, samples: _Int64s) -> _Int64s:
-        if not len(samples):
-            return samples
         if (samples[1:] < samples[:-1]).any():
             # So that the labels of an example are read once.
             samples, at = np.unique(samples, return_inverse=True)
