@@ -514,6 +514,36 @@ def test_shared_memory_is_in_huge_pages(rate, share, monkeypatch):
     assert os.fstat(slots[0].fd).st_blocks * 512 <= (15 << 20) + 8 * mmap.PAGESIZE
 
 
+@pytest.mark.parametrize(("in_haste", "n_slots"), [(True, 16), (False, 16), (False, 15)])
+def test_a_large_buffer_is_in_huge_pages_once_the_first_batch_is_there(in_haste, n_slots, monkeypatch):
+    """Also where they come slowly."""
+    monkeypatch.setattr(memory, "_HUGE_SHARE", 0)
+    monkeypatch.setattr(regions, "_HUGE_RATE", np.inf)
+    monkeypatch.setattr(regions, "_HUGE_NBYTES", 2 << 20)
+    pool = SlotPool(4 << 20, shared=True)
+    first = pool.acquire(n_slots)
+    array = first.first(first.nbytes)
+    # Of the first piece it was tried how fast they come.
+    if not mapped_kb(array, "ShmemPmdMapped"):
+        pytest.skip("the system gives no huge pages on request")
+    assert mapped_kb(array, "ShmemPmdMapped") == 2 << 10
+    pool.in_haste = in_haste
+    others = [pool.acquire(n_slots) for _ in range(3)]
+    assert mapped_kb(array, "ShmemPmdMapped") == (2 << 10 if in_haste or n_slots < 16 else 14 << 10)
+    for i, slot in enumerate([first, *others]):
+        fill(slot, i)
+    assert all((slot.first(slot.nbytes) == i).all() for i, slot in enumerate([first, *others]))
+
+
+def test_the_first_batch_ends_the_haste(make_shards, monkeypatch):
+    seen, real = [], SlotPool.acquire
+    monkeypatch.setattr(SlotPool, "acquire", lambda self, keep: (seen.append(self.in_haste), real(self, keep))[1])
+    data_set = ShuffledActivations(config(make_shards))
+    next(iter(data_set))
+    assert seen[0]
+    assert [pool.in_haste for pool in data_set.pools.values()] == [False]
+
+
 @pytest.mark.parametrize(("rate", "share"), [(1, 0), (np.inf, 0), (np.inf, 1e9)])
 def test_private_memory_is_in_huge_pages(rate, share, monkeypatch):
     """At once where they come fast, else a piece each time that it is used again."""
@@ -645,12 +675,12 @@ def test_memory_that_was_given_back_is_other_memory():
         region.end_use(number)
         return weakref.ref(array)
 
-    assert own.take() == 0
+    assert own.take(in_haste=True) == 0
     then = use()
     assert then() is not None
     assert use()() is then()
     own.give_back(0)
-    assert own.take() == 0
+    assert own.take(in_haste=True) == 0
     assert use()() is not None
     assert then() is None
 

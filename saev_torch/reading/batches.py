@@ -165,6 +165,7 @@ class Batches:
             return finished, None
         self._fills_wanted = 0
         opened = self.open.pop(self._ready.popleft())
+        self._pool.in_haste = False
         self._taken.append(opened.slot)
         self._n_loaded -= opened.size
         self.waits.nbytes += opened.size * sample_nbytes

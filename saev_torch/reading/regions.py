@@ -9,6 +9,7 @@ import collections
 import ctypes
 import errno
 import itertools
+import math
 import mmap
 import os
 import sys
@@ -30,6 +31,8 @@ _PASSES = frozenset({errno.EINTR, errno.EAGAIN})
 # Huge pages are asked for in such pieces. Where those of a slot come slower than so many bytes in a second of the
 # processor, small ones come first.
 _HUGE_NBYTES, _HUGE_RATE = 4 * HUGE_PAGE, 2e9
+# With so many slots it would take too long until small pages have become huge.
+_N_LARGE = 16
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
 _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
@@ -53,10 +56,10 @@ def advise(memory: NDArray[np.uint8], advice: int) -> bool:
     return not _libc.madvise(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(memory.nbytes), advice)
 
 
-def _are_fast(memory: NDArray[np.uint8], advice: int) -> bool | None:
+def _are_fast(memory: NDArray[np.uint8], advice: int, may_be_slow: bool = False) -> bool | None:
     """Ask for huge pages, piece after piece, while they come fast; whether all did. None where the system refuses."""
     # Not the time that others have the core: they read, and there are more of them than cores.
-    latest = time.thread_time() + memory.nbytes / _HUGE_RATE
+    latest = math.inf if may_be_slow else time.thread_time() + memory.nbytes / _HUGE_RATE
     for start in range(0, memory.nbytes, _HUGE_NBYTES):
         if not advise(memory[start : start + _HUGE_NBYTES], advice) and ctypes.get_errno() not in _PASSES:
             return None
@@ -125,7 +128,8 @@ class OwnRegion(Region):
 
     Args:
         nbytes: Size of a slot.
-        n_slots: Slots that there is room for.
+        n_slots: Slots that there is room for. Of many, each is in huge pages, also where these come slowly, unless it
+            is taken in haste.
 
     Raises:
         OSError: There is no memory, or no descriptor.
@@ -145,6 +149,7 @@ class OwnRegion(Region):
         self._is_used = np.zeros(n_slots + 1, dtype=bool)
         self._n_huge = [0] * n_slots
         self._is_fast = nbytes >= HUGE_PAGE
+        self._is_large = self._is_fast and n_slots >= _N_LARGE
         weakref.finalize(self, _close, self.fd, self.pid, self._words).atexit = False
 
     @property
@@ -152,16 +157,19 @@ class OwnRegion(Region):
         """Whether there is a slot that nobody uses."""
         return len(self._unused) > 0
 
-    def take(self) -> int:
+    def take(self, in_haste: bool) -> int:
         """The number of a slot that nobody uses, of which there must be one."""
         index = self._unused.pop()
         self._is_used[index] = True
-        if self._is_fast:
+        may_be_slow = self._is_large and not in_haste
+        is_huge = self._is_fast or may_be_slow
+        if is_huge:
             # A huge page comes where there is a small one.
             self.memory(index)[::HUGE_PAGE] = 0
-            self._is_fast = bool(_are_fast(self._huge_part(index), _MADV_COLLAPSE))
-        self._n_huge[index] = self._stride if self._is_fast else 0
-        if not self._is_fast:
+            is_huge = bool(_are_fast(self._huge_part(index), _MADV_COLLAPSE, may_be_slow))
+            self._is_fast = is_huge and self._is_fast
+        self._n_huge[index] = self._stride if is_huge else 0
+        if not is_huge:
             self._populate(index)
         return index
 

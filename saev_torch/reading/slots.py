@@ -7,8 +7,9 @@ copying into those is up to a fifth faster for good.
 
 Most systems give shared memory none when it is touched, but do so on request (`MADV_COLLAPSE`, Linux 6.1). Where the
 machine has memory they come at 11 to 16 GB/s, and small ones at 1.4 to 2.3. On a virtual machine whose host has to find
-memory first it was 0.4: 3 GB took 4 s of the first epoch. So huge pages come first where they come fast. Elsewhere
-small ones do, and become huge when they are used again, in a share of the time.
+memory first it was 0.4: 3 GB took 4 s of the first epoch. So huge pages come first where they come fast, and in a
+buffer of many shared slots once the first batch is there: it is used for days. Elsewhere small ones come first, and
+become huge when they are used again, in a share of the time.
 
 A slot knows that it is free from counters with one writer each: the worker counts what it sent, the parent what it
 let go of. A worker that is killed cannot leave a lock behind.
@@ -45,7 +46,7 @@ class Slot:
     It begins at `file_offset` there. A `region` with a slot to take is where it is; without one it has its own.
     """
 
-    def __init__(self, nbytes: int, shared: bool, region: OwnRegion | None = None) -> None:
+    def __init__(self, nbytes: int, shared: bool, region: OwnRegion | None = None, in_haste: bool = True) -> None:
         self.nbytes = nbytes
         self.pid = os.getpid()
         self._held, self._counts = False, _NONE_SENT
@@ -57,7 +58,7 @@ class Slot:
                 self._owner, is_huge = make_pages(nbytes)
                 self._n_huge = nbytes if is_huge else 0
             else:
-                self._owner = self._take_from(self._region)
+                self._owner = self._take_from(self._region, in_haste)
         except (OSError, MemoryError) as err:
             raise ReadError(
                 f"batch_size: expected {nbytes} bytes of memory for another batch, got: {err}; keep fewer batches, or "
@@ -66,8 +67,8 @@ class Slot:
         self._memory = self._owner[:nbytes]
         self.address = int(self._memory.ctypes.data)
 
-    def _take_from(self, region: OwnRegion) -> NDArray[np.uint8]:
-        self._index = region.take()
+    def _take_from(self, region: OwnRegion, in_haste: bool) -> NDArray[np.uint8]:
+        self._index = region.take(in_haste)
         self.fd, self.file_offset = region.fd, region.offset(self._index)
         self._counts = region.counts(self._index)
         weakref.finalize(self, region.give_back, self._index).atexit = False
@@ -137,10 +138,14 @@ def _forget_returned() -> None:
 
 
 class SlotPool:
-    """Slots of one size. It never waits for a user who keeps batches: it makes another slot."""
+    """Slots of one size. It never waits for a user who keeps batches: it makes another slot.
+
+    Attributes:
+        in_haste: Whether the first batch is still awaited.
+    """
 
     def __init__(self, nbytes: int, shared: bool) -> None:
-        self.nbytes, self.shared = nbytes, shared
+        self.nbytes, self.shared, self.in_haste = nbytes, shared, True
         self._begin()
 
     def _begin(self) -> None:
@@ -203,12 +208,12 @@ class SlotPool:
             return Slot(self.nbytes, shared=False)
         for region in self._regions:
             if region.has_room:
-                return Slot(self.nbytes, shared=True, region=region)
+                return Slot(self.nbytes, True, region, self.in_haste)
         # Twice as many each time, so that few descriptors do. They cost address space, which may be limited, too.
         with contextlib.suppress(OSError, MemoryError, OverflowError):
             region = OwnRegion(self.nbytes, max(keep, len(self._slots)))
             self._regions.append(region)
-            return Slot(self.nbytes, shared=True, region=region)
+            return Slot(self.nbytes, True, region, self.in_haste)
         return Slot(self.nbytes, shared=True)
 
     def shrink(self, keep: int) -> None:
