@@ -14,7 +14,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from saev_torch.errors import ConfigError, ReadError
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.joint import AnySelection
-from saev_torch.order.steps import N_COLUMNS, slot_nbytes
+from saev_torch.order.steps import ALIGN
 from saev_torch.processes.leaving import come_by
 from saev_torch.reading.leases import Lease
 from saev_torch.reading.received import attach
@@ -155,9 +155,10 @@ def make_batch(opened: OpenBatch, selection: AnySelection, label_key: str = "tok
     of_content = {key: column for key, column in beside.items() if column is not None}
     columns |= of_content | found
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
-    act_nbytes = slot_nbytes(n, selection.act_nbytes) - N_COLUMNS * 8 * n
+    nbytes = n * selection.act_nbytes
+    first = nbytes + -nbytes % ALIGN
     fields: list[_Field] = [("act", selection.act_type.name, 0, shape)]
-    fields += [(key, "int64", act_nbytes + i * 8 * n, (n,)) for i, key in enumerate(columns)]
+    fields += [(key, "int64", first + i * 8 * n, (n,)) for i, key in enumerate(columns)]
     batch = _from_memory(opened.slot.lease(), tuple(fields))
     for key, column in columns.items():
         batch[key].numpy()[:] = column

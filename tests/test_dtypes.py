@@ -29,7 +29,7 @@ from saev_torch.__main__ import main
 from saev_torch.format.dtypes import DTYPES
 from saev_torch.order.predict import predict
 from saev_torch.order.steps import N_COLUMNS
-from saev_torch.reading import converting, engine, slots, source
+from saev_torch.reading import converting, crew, slots, source
 from saev_torch.reading import direct as staging
 from saev_torch.reading import reader as reading
 from saev_torch.reading.converting import convert_batch
@@ -324,8 +324,8 @@ def test_values_are_converted_once_wherever_they_come_from(
     monkeypatch.setattr(reading, "_CALL_S", 0.0 if where == "a slow disk" else 1e9)
     monkeypatch.setattr(staging, "fits_page_cache", lambda nbytes: where != "past the page cache")
     # Several tasks, because only the first tells that the disk is slow.
-    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
-    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1000)
+    monkeypatch.setattr(crew, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_MAX_TASK_NBYTES", 1000)
     ways = set()
     for owner, name in ((ConvertingReader, "_read_converting"), (ConvertingReader, "_read_then_convert")):
         monkeypatch.setattr(owner, name, noting(getattr(owner, name), ways, name))

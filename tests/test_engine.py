@@ -16,7 +16,7 @@ from factory import Spec
 from saev_torch import ShuffledConfig
 from saev_torch.processes import world
 from saev_torch.processes.world import count_own_cores
-from saev_torch.reading import engine
+from saev_torch.reading import crew, engine
 from saev_torch.reading import reader as reading
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.engine import Engine
@@ -94,8 +94,8 @@ def test_as_many_threads_as_cores_read(cfg, readers, monkeypatch):
 def test_all_read_where_a_disk_is_waited_for(cfg, readers, monkeypatch):
     monkeypatch.setattr(reading, "_HELP_AFTER_S", 1e9)
     always_slow(monkeypatch)
-    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
-    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_MAX_TASK_NBYTES", 1)
     together = threading.Barrier(4)
 
     def meet():
@@ -119,8 +119,8 @@ def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
             helped.set()
 
     intercept_reads(monkeypatch, hang)
-    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
-    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_MAX_TASK_NBYTES", 1)
     contracts.check_epoch(list(contracts.make_ready(cfg)), SPEC, cfg)
     assert len(set(readers)) > 1
 
@@ -153,8 +153,8 @@ def test_one_looks_for_all_whether_help_is_needed():
 def test_without_a_ring_reads_are_announced_however_large_the_data(cfg, monkeypatch):
     monkeypatch.setattr(Ring, "open", lambda: None)
     always_slow(monkeypatch)
-    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
-    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_MAX_TASK_NBYTES", 1)
     announced, announce = [], Reader.announce
     monkeypatch.setattr(Reader, "announce", lambda *args: (announced.append(args), announce(*args)))
     monkeypatch.setattr("saev_torch.reading.direct.fits_page_cache", lambda nbytes: False)

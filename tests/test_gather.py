@@ -34,8 +34,8 @@ def counted(monkeypatch):
     counts = {"gathered": 0, "read": 0}
     real_gather, real_read = Gather._gather, ScatteredRows.read
 
-    def gathering(self, rows):
-        n = real_gather(self, rows)
+    def gathering(self, rows, most_waits):
+        n = real_gather(self, rows, most_waits)
         counts["gathered"] += n
         return n
 
@@ -190,6 +190,18 @@ def test_a_disk_is_asked_by_a_ring(make_shards, monkeypatch, counted):
     # Before a read that is fast lets it gather again.
     gather.read(rows.part(100, 400), reader)
     assert counted == {"gathered": 100, "read": 300}
+    assert np.array_equal(memory, wanted)
+    store.close()
+
+
+def test_a_part_of_which_a_disk_is_waited_for_is_left_to_a_ring(make_shards, monkeypatch, counted):
+    """Else nothing would be seen to finish for as long as it takes."""
+    gather, rows, reader, memory, wanted, store = open_rows(make_shards(WIDE))
+    waits = iter([0, 3, 6, 7, 8, 9])
+    monkeypatch.setattr(gather_module, "_n_waits", lambda: next(waits))
+    monkeypatch.setattr(gather_module, "MAX_READ_ROWS", 50)
+    gather.read(rows, reader)
+    assert counted == {"gathered": 150, "read": 250}
     assert np.array_equal(memory, wanted)
     store.close()
 

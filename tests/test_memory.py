@@ -535,6 +535,26 @@ def test_a_large_buffer_is_in_huge_pages_once_the_first_batch_is_there(in_haste,
     assert all((slot.first(slot.nbytes) == i).all() for i, slot in enumerate([first, *others]))
 
 
+def test_a_slot_of_a_large_buffer_does_not_wait_for_ever(monkeypatch):
+    real, asked = regions.advise, []
+
+    def advise(memory, advice):
+        asked.append(advice == regions._MADV_COLLAPSE)
+        if asked[-1]:
+            burn(0.02)
+        return asked[-1] or real(memory, advice)
+
+    monkeypatch.setattr(regions, "advise", advise)
+    monkeypatch.setattr(regions, "_HUGE_NBYTES", 2 << 20)
+    monkeypatch.setattr(regions, "_LONGEST_S", 0.05)
+    pool = SlotPool(16 << 20, shared=True)
+    pool.in_haste = False
+    slots = [pool.acquire(16) for _ in range(2)]
+    # Three pieces of each, of eight.
+    assert sum(asked) == 6
+    del slots
+
+
 def test_the_first_batch_ends_the_haste(make_shards, monkeypatch):
     seen, real = [], SlotPool.acquire
     monkeypatch.setattr(SlotPool, "acquire", lambda self, keep: (seen.append(self.in_haste), real(self, keep))[1])

@@ -1,6 +1,9 @@
 import dataclasses
 import hashlib
 import itertools
+import os
+import signal
+import threading
 
 import numpy as np
 import plans
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saev_torch.order import permute
 from saev_torch.order.runs import choose_block_size, expand_runs
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 
@@ -137,3 +141,28 @@ def test_ordered_batches_are_slices():
     assert [plan.locate(i).tolist() for i in range(plan.n_batches)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [plan.find(i) for i in (0, 5, 9)] == [(0, 0), (1, 1), (2, 1)]
     assert OrderedPlan(0, 4).n_batches == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_that_is_forked_while_a_plan_is_worked_out_works_out_its_own(monkeypatch):
+    """Locks are inherited as they are."""
+    plan = ShufflePlan(1000, 10, 8, 2, None, 0, 0)
+    begun, go_on, real, main = threading.Event(), threading.Event(), permute.make_key, threading.current_thread()
+
+    def slow(*parts):
+        if threading.current_thread() is not main:
+            begun.set()
+            go_on.wait(60)
+        return real(*parts)
+
+    monkeypatch.setattr(permute, "make_key", slow)
+    thread = threading.Thread(target=lambda: plan._streams._permutation._keys)
+    thread.start()
+    begun.wait(60)
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        os._exit(len(dataclasses.replace(plan).locate(0)))
+    go_on.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 10

@@ -24,8 +24,8 @@ from saev_torch import (
     compute_statistics,
 )
 from saev_torch.order.selection import Selection
+from saev_torch.reading import crew, source
 from saev_torch.reading import direct as staging
-from saev_torch.reading import engine, source
 from saev_torch.reading import reader as reading
 from saev_torch.reading.direct import DirectReader
 from saev_torch.reading.extents import make_sample_extents
@@ -114,8 +114,8 @@ def test_values_are_multiplied_once_wherever_they_come_from(shards, monkeypatch,
         way = f"{owner.__name__}.{name}"
         monkeypatch.setattr(owner, name, noting(getattr(owner, name), functools.partial(ways.add, way)))
     # Several tasks, because only the first tells that the disk is slow.
-    monkeypatch.setattr(engine, "_TASK_NBYTES", 1)
-    monkeypatch.setattr(engine, "_MAX_TASK_NBYTES", 1000)
+    monkeypatch.setattr(crew, "_TASK_NBYTES", 1)
+    monkeypatch.setattr(crew, "_MAX_TASK_NBYTES", 1000)
     assert_scaled(config(shards, scale_norm=True))
     if where == "in time":
         assert ways == {"ConvertingReader._read_converting"}

@@ -11,13 +11,13 @@ is drawn for each group, so that a fraction is met on average however small it i
 
 import abc
 import dataclasses
-import functools
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.errors import ConfigError
 from saev_torch.format.examples import Examples
+from saev_torch.order.lazy import lazy
 from saev_torch.order.permute import hashed, make_key
 
 _Int64s = NDArray[np.int64]
@@ -56,7 +56,7 @@ class Ranges(Subset):
     starts: _Int64s
     stops: _Int64s
 
-    @functools.cached_property
+    @lazy
     def _before(self) -> _Int64s:
         return np.append(0, np.cumsum(self.stops - self.starts))
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saev_torch.format.rules import OrderKind
+from saev_torch.order.lazy import lazy
 from saev_torch.order.shuffle import Batching, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
 
@@ -163,7 +164,7 @@ class CutShufflePlan(_Cut, ShufflePlan):
         sizes = np.diff(self.bounds)
         return [int(sizes[lane :: self.n_lanes].sum()) for lane in range(self.n_lanes)]
 
-    @functools.cached_property
+    @lazy
     def _chunk_starts(self) -> list[_Int64s]:
         """For each lane, where its chunks begin in its stream."""
         found = []
@@ -232,7 +233,7 @@ class MixturePlan(Batching):
     sources: tuple[MixedSource, ...]
     epoch: int
 
-    @functools.cached_property
+    @lazy
     def first_samples(self) -> tuple[int, ...]:
         """Number of the first sample of each source."""
         return tuple(itertools.accumulate((source.n_samples for source in self.sources[:-1]), initial=0))

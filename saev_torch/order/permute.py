@@ -7,12 +7,13 @@ global random number generator.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from saev_torch.order.lazy import lazy
 
 _N_ROUNDS = 8
 _MASK = (1 << 64) - 1
@@ -92,11 +93,11 @@ class Bijection:
         """Map images `y [m] int64` back, so that `inverse(self(x)) == x`."""
         return self._walk(y, self._decrypt)
 
-    @functools.cached_property
+    @lazy
     def _side(self) -> np.uint64:
         return np.uint64(math.isqrt(max(0, self.n - 1)) + 1)
 
-    @functools.cached_property
+    @lazy
     def _keys(self) -> list[int]:
         return [make_key(self.key, i) for i in range(_N_ROUNDS)]
 

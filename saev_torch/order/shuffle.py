@@ -32,6 +32,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.order.lazy import lazy
 from saev_torch.order.permute import make_key, shuffled
 from saev_torch.order.runs import Chunk, choose_block_size, divisor_at_most, expand_runs
 from saev_torch.order.streams import CHUNKS, Streams
@@ -102,12 +103,12 @@ class ShufflePlan(Batching):
     seed: int
     epoch: int
 
-    @functools.cached_property
+    @lazy
     def block_size(self) -> int:
         """Consecutive samples that one lane reads at once."""
         return self.wished_block_size or choose_block_size(self.batch_size, self.depth(0))
 
-    @functools.cached_property
+    @lazy
     def n_lanes(self) -> int:
         """Lanes in use: so many that each has batches enough to fill its part of the buffer."""
         lanes = divisor_at_most(self.max_lanes, self.buffer_size)
@@ -138,7 +139,7 @@ class ShufflePlan(Batching):
         lengths[(self.n_batches - 1) % self.n_lanes] -= self.n_batches * self.batch_size - self.n_samples
         return lengths
 
-    @functools.cached_property
+    @lazy
     def _streams(self) -> Streams:
         return Streams(self.n_samples, self.block_size, tuple(self._lengths()), self.seed, self.epoch)
 

@@ -18,7 +18,9 @@ from saev_torch.order.uniform import UniformPlan
 Plan: TypeAlias = OrderedPlan | ShufflePlan | UniformPlan | MixturePlan
 """The order of one epoch."""
 
-_ALIGN = 64
+ALIGN = 64
+"""Behind the activations of a batch, its columns begin at a multiple of so many bytes."""
+
 N_COLUMNS = 6
 """Columns of a batch beside its activations, at most."""
 
@@ -85,8 +87,8 @@ def count_open_slots(plan: Plan, share: Share, buffer_size: int) -> int:
 
 def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
     """Size of the memory that holds any batch of a selection, in bytes."""
-    act = -(-batch_size * sample_nbytes // _ALIGN) * _ALIGN
-    return act + N_COLUMNS * 8 * batch_size
+    act = batch_size * sample_nbytes
+    return act + -act % ALIGN + N_COLUMNS * 8 * batch_size
 
 
 def _one_by_one(plan: OrderedPlan | UniformPlan, own: range, offset: int) -> Iterator[Step]:

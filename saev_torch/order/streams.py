@@ -16,6 +16,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.order.lazy import lazy
 from saev_torch.order.permute import Bijection, hashed, make_key
 
 _Int64s = NDArray[np.int64]
@@ -35,27 +36,27 @@ class Streams:
     seed: int
     epoch: int
 
-    @functools.cached_property
+    @lazy
     def _super_size(self) -> int:
         """Samples in a super-block."""
         return len(self.lengths) * self.block_size
 
-    @functools.cached_property
+    @lazy
     def _n_shared(self) -> int:
         """Super-blocks of which each lane takes one block."""
         return min(self.n_samples // self._super_size, min(self.lengths) // self.block_size)
 
-    @functools.cached_property
+    @lazy
     def _extra_starts(self) -> list[int]:
         """Where each lane's part of what is not split evenly begins."""
         shared = self._n_shared * self.block_size
         return list(itertools.accumulate((length - shared for length in self.lengths[:-1]), initial=0))
 
-    @functools.cached_property
+    @lazy
     def _permutation(self) -> Bijection:
         return Bijection(self.n_samples // self._super_size, make_key(self.seed, self.epoch, SUPER_BLOCKS))
 
-    @functools.cached_property
+    @lazy
     def _digits(self) -> list[tuple[int, int]]:
         """The digits of a block's number in its super-block: how many values each has, and its weight."""
         digits, weight = [], len(self.lengths)

@@ -5,11 +5,11 @@ and there is nothing to fill: the first batch comes at once, and a few batches a
 """
 
 import dataclasses
-import functools
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saev_torch.order.lazy import lazy
 from saev_torch.order.permute import Bijection, make_key
 from saev_torch.order.runs import Chunk
 from saev_torch.order.shuffle import Batching
@@ -25,7 +25,7 @@ class UniformPlan(Batching):
     seed: int
     epoch: int
 
-    @functools.cached_property
+    @lazy
     def _permutation(self) -> Bijection:
         return Bijection(self.n_samples, make_key(self.seed, self.epoch, UNIFORM))
 

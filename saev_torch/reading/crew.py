@@ -14,6 +14,10 @@ from saev_torch.processes.locks import renewed
 from saev_torch.processes.threads import Thread
 from saev_torch.reading.reader import Pace, Reader, Spot
 
+# A task is large enough that what it takes to begin one does not count, and small enough that all threads have some.
+# Where a disk is waited for, a thread that is to end has to finish one first.
+_TASK_NBYTES, _MAX_TASK_NBYTES, _MAX_SLOW_TASK_NBYTES = 4 << 20, 64 << 20, 16 << 20
+_TASKS_PER_THREAD = 2
 # Reads are announced so many tasks ahead.
 _N_ANNOUNCED = 8
 
@@ -99,6 +103,11 @@ class Crew:
     def count_working(self) -> int:
         """How many of the threads do not wait, as things stand."""
         return max(1, sum(self._pace.wait_s(number) is None for number in range(len(self.threads))))
+
+    def task_nbytes(self, nbytes: int) -> int:
+        """How many bytes a task is to read, of so many that are to be read."""
+        most = _MAX_SLOW_TASK_NBYTES if self._pace.is_slow else _MAX_TASK_NBYTES
+        return max(_TASK_NBYTES, min(nbytes // (_TASKS_PER_THREAD * self.count_working()), most))
 
     def put(self, tasks: Iterable[Task]) -> None:
         """Add tasks to the queue, unless the threads are to end."""

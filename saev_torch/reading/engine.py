@@ -28,9 +28,6 @@ from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 
-# A task is one call, or a few: small enough that all threads have some, large enough that calls do not count.
-_TASK_NBYTES, _MAX_TASK_NBYTES = 4 << 20, 64 << 20
-_TASKS_PER_THREAD = 2
 # How long all threads together have to leave what they are at; one that waits for a disk may never do so.
 _LEAVE_S, _STALLED_S = 5.0, 0.2
 _READER, _SCHEDULER = "saev_torch reader", "saev_torch scheduler"
@@ -129,8 +126,7 @@ class Engine:
                 yield Task(functools.partial(self._gather_rows, self._gather, part, placed, running))
             return
         for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
-            wished = int(extents.nbytes.sum()) // (_TASKS_PER_THREAD * self._crew.count_working())
-            for start, stop in extents.cut(max(_TASK_NBYTES, min(wished, _MAX_TASK_NBYTES))):
+            for start, stop in extents.cut(self._crew.task_nbytes(int(extents.nbytes.sum()))):
                 # The batches are named so that their memory lives as long as the task.
                 yield Task(
                     functools.partial(self._read_rows, extents, start, stop, placed, running),
@@ -144,7 +140,7 @@ class Engine:
 
     def _find_rows(self, step: Step) -> ScatteredRows | None:
         """The rows of a batch, in its own order, where they are to be gathered; tell the batch which cells it holds."""
-        if self._gather is None or not isinstance(self._selection, Selection):
+        if self._gather is None or self._gather.is_refused or not isinstance(self._selection, Selection):
             return None
         opened = self._only(step)
         opened.cells[:] = self._selection.cells(step.loads[0].chunk.starts)

@@ -158,9 +158,9 @@ class Placed:
         cells: `[n] int64`, the cell of each; see `Selection`.
         addresses: `[n] int64`, where the activations of each go; or of the first and the last alone, of a batch in its
             own order.
-        positions: `[n] int64`, position of each in the step.
+        positions: `[n] int64`, position of each in the step, or a slice of it.
         n_positions: Samples of the step, wanted or not.
-        targets: For each batch and load: the batch, positions in the step, and the rows that they go to.
+        targets: For each batch and load: the batch, positions in the step, and the rows that they go to; or slices.
     """
 
     cells: _Int64s

@@ -121,11 +121,15 @@ class ScatteredRows:
 
 
 class Gather:
-    """Gathers rows of a source, and converts them as its readers do. Threads may share it; see `open`."""
+    """Gathers rows of a source, and converts them as its readers do. Threads may share it; see `open`.
+
+    Attributes:
+        is_refused: Whether the system has refused to map a file.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source, self._store = source, source.store
-        self._is_refused = False
+        self.is_refused = False
 
     @classmethod
     def open(cls, source: Source) -> "Gather | None":
@@ -150,22 +154,23 @@ class Gather:
             return None
         stride = selection.act_nbytes // n_parts
         found = ScatteredRows(shards, rows * row_nbytes, row_nbytes, place, stride, mappings)
-        probed = found.sources(max(1, len(found) // _N_PROBES)).tolist()
+        # An odd step, so that not all are of one layer.
+        probed = found.sources(len(found) // _N_PROBES | 1).tolist()
         return found if all(map(is_in_memory, probed)) else None
 
     def _map(self, wanted: list[int], spot: Spot) -> dict[int, Mapping] | None:
         """Shards that are wanted, mapped, by number; None where the system refuses."""
         found = {}
-        for number in wanted if not self._is_refused else ():
+        for number in wanted if not self.is_refused else ():
             spot.set(functools.partial(tuple[int, int], (number, 0)))
             mapping = self._store.mapped(number)
             # Where answers may be short, only single calls tell.
-            self._is_refused = mapping is None or self._store.answers_short
-            if mapping is None or self._is_refused:
+            self.is_refused = mapping is None or self._store.answers_short
+            if mapping is None or self.is_refused:
                 break
             found[number] = mapping
         spot.clear()
-        return None if self._is_refused else found
+        return None if self.is_refused else found
 
     def read(self, rows: ScatteredRows, reader: Reader) -> None:
         """Gather rows, or read them with a reader: while a disk is waited for, and what fails. Errors are its own."""
@@ -173,7 +178,7 @@ class Gather:
         if pace is None or not pace.is_slow:
             began, n_before = time.monotonic(), _n_waits()
             reader.spot.set(functools.partial(tuple[int, int], (int(rows.shards[0]), int(rows.offsets[0]))))
-            done = self._gather(rows)
+            done = self._gather(rows, n_before + len(rows) // _ROWS_PER_WAIT)
             reader.spot.clear()
             if pace is not None:
                 # On a machine that is busy, time alone would say the same of rows that are in memory.
@@ -183,8 +188,8 @@ class Gather:
         if done < len(rows):
             rows.part(done, len(rows)).read(reader)
 
-    def _gather(self, rows: ScatteredRows) -> int:
-        """Gather rows; how many of the first ones are where they belong."""
+    def _gather(self, rows: ScatteredRows, most_waits: int) -> int:
+        """Gather rows until this thread has waited so often; how many of the first ones are where they belong."""
         vectors = np.empty((len(rows), 2), dtype=np.int64)
         vectors[:, 0], vectors[:, 1] = rows.sources(), rows.row_nbytes
         convert = self._source.convert_run
@@ -201,7 +206,7 @@ class Gather:
             if convert is not None and stage is not None:
                 convert(stage.ctypes.data, place, whole * rows.row_nbytes)
             done += whole
-            if whole < n:
+            if whole < n or _n_waits() > most_waits:
                 break
         return done if all(rows.mappings[number].is_whole for number in _numbers_in(rows.shards)) else 0
 

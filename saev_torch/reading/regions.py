@@ -9,7 +9,6 @@ import collections
 import ctypes
 import errno
 import itertools
-import math
 import mmap
 import os
 import sys
@@ -28,11 +27,10 @@ _MAP_FIXED = 0x10
 _MADV_REMOVE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 9, 14, 15, 23, 25
 # What a signal ended, or another thread of the system has its hands on, may be had later.
 _PASSES = frozenset({errno.EINTR, errno.EAGAIN})
-# Huge pages are asked for in such pieces. Where those of a slot come slower than so many bytes in a second of the
-# processor, small ones come first.
+# Huge pages are asked for in such pieces. Those of a slot come fast at so many bytes in a second of the processor. They may
+# be slow for one of many slots, as small pages would stay for too long, but take no longer than so many seconds.
 _HUGE_NBYTES, _HUGE_RATE = 4 * HUGE_PAGE, 2e9
-# With so many slots it would take too long until small pages have become huge.
-_N_LARGE = 16
+_N_LARGE, _LONGEST_S = 16, 2.0
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _IS_CLOSED, _IS_MAPPED, _N_DISCARDED, _N_WORDS = range(4)
 _SENT, _RETURNED, _AGE, _N_COUNTS = range(4)
@@ -57,9 +55,12 @@ def advise(memory: NDArray[np.uint8], advice: int) -> bool:
 
 
 def _are_fast(memory: NDArray[np.uint8], advice: int, may_be_slow: bool = False) -> bool | None:
-    """Ask for huge pages, piece after piece, while they come fast; whether all did. None where the system refuses."""
+    """Ask for huge pages, piece after piece, as long as they come fast, or fast enough where they `may_be_slow`.
+
+    Returns whether all came; None where the system refuses.
+    """
     # Not the time that others have the core: they read, and there are more of them than cores.
-    latest = math.inf if may_be_slow else time.thread_time() + memory.nbytes / _HUGE_RATE
+    latest = time.thread_time() + (_LONGEST_S if may_be_slow else memory.nbytes / _HUGE_RATE)
     for start in range(0, memory.nbytes, _HUGE_NBYTES):
         if not advise(memory[start : start + _HUGE_NBYTES], advice) and ctypes.get_errno() not in _PASSES:
             return None
@@ -128,8 +129,8 @@ class OwnRegion(Region):
 
     Args:
         nbytes: Size of a slot.
-        n_slots: Slots that there is room for. Of many, each is in huge pages, also where these come slowly, unless it
-            is taken in haste.
+        n_slots: Slots that there is room for. Of many, each is in huge pages, also where these come slowly, but for
+            those that are taken in haste.
 
     Raises:
         OSError: There is no memory, or no descriptor.

@@ -141,7 +141,7 @@ class SlotPool:
     """Slots of one size. It never waits for a user who keeps batches: it makes another slot.
 
     Attributes:
-        in_haste: Whether the first batch is still awaited.
+        in_haste: Whether an engine has still to hand out its first batch.
     """
 
     def __init__(self, nbytes: int, shared: bool) -> None:
