@@ -27,8 +27,8 @@ _MAP_FIXED = 0x10
 _MADV_REMOVE, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE, _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 9, 14, 15, 23, 25
 # What a signal ended, or another thread of the system has its hands on, may be had later.
 _PASSES = frozenset({errno.EINTR, errno.EAGAIN})
-# Huge pages are asked for in such pieces. Those of a slot come fast at so many bytes in a second of the processor. Those
-# of one of many slots may be slow, as small pages would stay for too long, but take no longer than so many seconds.
+# Huge pages are asked for in such pieces. Those of a slot come fast at so many bytes in a second of the processor. If
+# there are many slots they may be slow, as small pages would stay for too long, but each takes a few seconds at most.
 _HUGE_NBYTES, _HUGE_RATE = 4 * HUGE_PAGE, 2e9
 _N_LARGE, _LONGEST_S = 16, 2.0
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
