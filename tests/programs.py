@@ -782,6 +782,10 @@ class World:
         source = self._pick(self.sources, s)
         if source is None or source.kind == "plain" or self.env.alarm is None:
             return
+        if source.persistent:
+            # Nor can it whether the workers went to it, which ends those before.
+            for run in list(source.runs):
+                self._let_go(run)
         begun: list[Any] = []
         err = self.env.alarm.during(lambda: begun.extend(map(iter, (source.real,))), delay_us / 1e6)
         begun.clear()
