@@ -162,10 +162,8 @@ def make_batch(opened: OpenBatch, selection: AnySelection, label_key: str = "tok
     batch = _from_memory(opened.slot.lease(), tuple(fields))
     for key, column in columns.items():
         batch[key].numpy()[:] = column
-    special = columns["token_idx"] < 0
-    if special.any():
-        for key in of_content:
-            batch[key].numpy()[special] = -1
+    for key in of_content:
+        batch[key].numpy()[columns["token_idx"] < 0] = -1
     batch._slot, batch._fields, batch._tensors = opened.slot, tuple(fields), tuple(batch.values())
     return batch
 

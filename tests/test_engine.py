@@ -125,6 +125,16 @@ def test_others_help_where_one_takes_long(cfg, readers, monkeypatch):
     assert len(set(readers)) > 1
 
 
+def test_tasks_are_large_unless_a_disk_is_waited_for():
+    pace, mb = Pace(2), 1 << 20
+    crew_of_four = crew.Crew("test", 4, pace, None, None)
+    sizes = [1, 100 * mb, 1000 * mb]
+    pace.note(1, 1, 0.0)
+    assert [crew_of_four.task_nbytes(n) for n in sizes] == [4 * mb, 25 * mb, 64 * mb]
+    pace.note(1, 1, 1.0)
+    assert [crew_of_four.task_nbytes(n) for n in sizes] == [4 * mb, 12.5 * mb, 16 * mb]
+
+
 def test_one_looks_for_all_whether_help_is_needed():
     """Each look takes the interpreter lock from those that read."""
     looks, slept = [], threading.Event()

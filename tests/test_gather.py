@@ -19,6 +19,7 @@ from saev_torch.order.selection import Selection
 from saev_torch.reading import columns
 from saev_torch.reading import gather as gather_module
 from saev_torch.reading.gather import Gather, ScatteredRows
+from saev_torch.reading.labels import Labels
 from saev_torch.reading.mapping import all_pages
 from saev_torch.reading.reader import Pace, Spot
 from saev_torch.reading.source import Source
@@ -212,6 +213,35 @@ def test_rows_that_are_not_in_memory_are_left_to_a_ring(make_shards, monkeypatch
     cfg = uniform(shards, layer=0)
     contracts.check_epoch(list(ShuffledActivations(cfg)), WIDE, cfg)
     assert counted == {"gathered": 0, "read": 0}
+
+
+def test_each_layer_is_looked_for_in_the_page_cache(make_shards, monkeypatch):
+    store = ShardStore(make_shards(SPEC))
+    selection, memory = Selection(store.metadata, "content", (3, 7)), np.empty((64, 16), dtype=np.float32)
+    gather, cells = Gather.open(Source(store)), selection.cells(np.arange(64))
+    rows = gather.find(selection, cells, memory.ctypes.data, Spot())
+    # Those of the layers take turns.
+    for layer in range(2):
+        gone = set(rows.sources()[layer::2].tolist())
+        monkeypatch.setattr(gather_module, "is_in_memory", lambda address, gone=gone: address not in gone)
+        assert gather.find(selection, cells, memory.ctypes.data, Spot()) is None
+    store.close()
+
+
+def test_labels_of_an_example_are_read_once_in_whatever_order_its_samples_come(make_shards):
+    store = ShardStore(make_shards(SPEC))
+    labels, asked = Labels(store), []
+
+    def read(examples):
+        asked.extend(examples.tolist())
+        return labels.of_examples(examples)
+
+    selection = Selection(store.metadata, "content", 3, [2], read)
+    in_order, samples = selection.cells(np.arange(selection.n_samples)), np.random.default_rng(0).permutation(200)
+    asked.clear()
+    assert np.array_equal(selection.cells(samples), in_order[samples])
+    assert len(asked) == len(set(asked)) > 0
+    store.close()
 
 
 def test_what_the_page_cache_does_not_hold(make_shards):

@@ -63,9 +63,11 @@ class Column:
     def _at(self, at: _Int64s, kept: _Values | None, spot: Spot | None) -> _Values:
         if kept is not None:
             return kept[at]
-        # Each is read once, in the order of the disk.
-        at, where = np.unique(at, return_inverse=True)
-        return self._read(*find_runs(at), spot)[where]
+        if (at[1:] < at[:-1]).any():
+            # Each is read once, in the order of the disk.
+            at, where = np.unique(at, return_inverse=True)
+            return self._at(at, kept, spot)[where]
+        return self._read(*find_runs(at), spot)
 
     def of_one(self, example: int, token: int) -> int:
         """Read the value of a content token; -1 for a special one, whose number is -1."""

@@ -150,7 +150,6 @@ class OwnRegion(Region):
         self._is_used = np.zeros(n_slots + 1, dtype=bool)
         self._n_huge = [0] * n_slots
         self._is_fast = nbytes >= HUGE_PAGE
-        self._is_large = self._is_fast and n_slots >= _N_LARGE
         weakref.finalize(self, _close, self.fd, self.pid, self._words).atexit = False
 
     @property
@@ -162,7 +161,7 @@ class OwnRegion(Region):
         """The number of a slot that nobody uses, of which there must be one."""
         index = self._unused.pop()
         self._is_used[index] = True
-        may_be_slow = self._is_large and not in_haste
+        may_be_slow = not in_haste and self.n_slots >= _N_LARGE and self.nbytes >= HUGE_PAGE
         is_huge = self._is_fast or may_be_slow
         if is_huge:
             # A huge page comes where there is a small one.
