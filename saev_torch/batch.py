@@ -1,5 +1,6 @@
 """A batch of activations: a dict of tensors that may live in reusable memory; and the samples of one."""
 
+import math
 import os
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -139,7 +140,7 @@ def _make_tensors(memory: NDArray[np.uint8], fields: tuple[_Field, ...]) -> Acti
     batch = ActivationBatch()
     for key, dtype, offset, shape in fields:
         storage = DTYPES[dtype].storage if dtype in DTYPES else dtype
-        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(storage).itemsize
+        nbytes = math.prod(shape) * np.dtype(storage).itemsize
         tensor = torch.from_numpy(memory[offset : offset + nbytes].view(storage).reshape(shape))
         # Only what numpy has no name for is of another type by now.
         batch[key] = tensor.view(getattr(torch, dtype))

@@ -1307,6 +1307,8 @@ class Campaign:
                 _, message, category = warning.split(":")
                 warnings.filterwarnings("ignore", message, getattr(sys.modules["builtins"], category))
             torch.set_num_threads(1)
+            # pytest's would keep what an interrupt of a finalizer raises, and with it the frames below, and iterators.
+            sys.unraisablehook = sys.__unraisablehook__
             self.env.alarm = Alarm()
             # One page for the life of a process, which the first program would make.
             Notices.of_process().leave_parent()

@@ -316,6 +316,34 @@ def test_an_interrupt_while_workers_start_leaves_nothing(
     contracts.assert_same(list(loader), epochs[1])
 
 
+@pytest.mark.parametrize("is_last", [False, True])
+def test_no_interrupt_comes_between_a_worker_and_what_it_is_told(
+    cfg: ShuffledConfig, epochs: Any, is_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it could leave the lock of a queue held, and the end of the workers would wait for that for ever."""
+    loader, real, asked, begun, told = make(cfg, 2), multiprocessing.queues.Queue.put, [], [], []
+    batches = iter(loader)
+    next(batches)
+
+    def put(queue: Any, value: Any) -> None:
+        begun.append(value)
+        # A worker that has no more batches is told so, by None.
+        if not asked and (value is None) == is_last:
+            asked.append(value)
+            signal.raise_signal(signal.SIGINT)
+        real(queue, value)
+        told.append(value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(multiprocessing.queues.Queue, "put", put)
+        with pytest.raises(KeyboardInterrupt):
+            list(batches)
+    assert len(asked) == 1
+    assert told == begun
+    loader.set_epoch(1)
+    contracts.assert_same(list(loader), epochs[1])
+
+
 class Owner:
     """Something that has a finalizer, as descriptors, pages, leases and engines have."""
 

@@ -62,6 +62,14 @@ class WorkerBatches(_MultiProcessingDataLoaderIter):
             if found[0] or idle.is_over:
                 return found
 
+    def _try_put_index(self) -> None:
+        # An interrupt in a `put` may leave its lock held, for which `_end` would wait for ever.
+        whole(super()._try_put_index)
+
+    def _mark_worker_as_unavailable(self, worker_id: int, shutdown: bool = False) -> None:
+        mark = super()._mark_worker_as_unavailable
+        whole(lambda: mark(worker_id, shutdown))
+
     def _look(self) -> Any:
         return self._counters.beats([worker.pid or 0 for worker in self._workers])
 
