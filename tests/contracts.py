@@ -33,6 +33,9 @@ from saev_torch import (
     ShuffledConfig,
     ShuffledDataLoader,
 )
+from saev_torch.iterable import activations
+from saev_torch.reading import engine
+from saev_torch.reading.slots import SlotPool
 
 # The order must not depend on the number of workers, so tests use more than a small machine has cores. This is for
 # `pytest.mark.filterwarnings`: unlike pyproject.toml, it holds under `pytest -W error`, too.
@@ -226,6 +229,14 @@ def digest(batches: Iterable[ActivationBatch]) -> str:
 
 def make_data_set(cfg: Config) -> OrderedActivations | ShuffledActivations:
     return OrderedActivations(cfg) if isinstance(cfg, OrderedConfig) else ShuffledActivations(cfg)
+
+
+def save_buffers(monkeypatch: pytest.MonkeyPatch, is_slow: bool = True) -> None:
+    """Let no buffer be filled, however small it is, in workers that are forked and here: memory comes slowly."""
+    monkeypatch.setattr(engine, "_LARGE_NBYTES", 0)
+    monkeypatch.setattr(engine, "_WIDE_NBYTES", 0)
+    monkeypatch.setattr(activations, "ends_with_epoch", lambda: True)
+    monkeypatch.setattr(SlotPool, "is_slow", is_slow)
 
 
 def make_ready(cfg: Config, **options: Any) -> OrderedDataLoader | ShuffledDataLoader:

@@ -92,7 +92,7 @@ def count_reads(selection: Selection, plan: Plan, share: Share) -> tuple[int, in
     return n_reads, n_bytes, n_used
 
 
-def carry_out(plan: Plan, share: Share) -> tuple[dict[int, np.ndarray], list[int], int]:
+def carry_out(plan: Plan, share: Share, one_by_one: bool = False) -> tuple[dict[int, np.ndarray], list[int], int]:
     """Carry out the steps of a reader.
 
     Returns:
@@ -102,7 +102,7 @@ def carry_out(plan: Plan, share: Share) -> tuple[dict[int, np.ndarray], list[int
     filled: dict[int, np.ndarray] = {}
     order: list[int] = []
     n_open = 0
-    for step in make_steps(plan, share):
+    for step in make_steps(plan, share, one_by_one):
         for load in step.loads:
             chunk = load.chunk
             samples = expand_runs(chunk.starts, chunk.lengths)
@@ -131,6 +131,11 @@ def check_readers(plan: Plan, shares: list[Share]) -> None:
         assert filled.keys() == set(order)
         assert not found.keys() & filled.keys()
         found |= filled
+        if isinstance(plan, ShufflePlan):
+            singly, order_then, n_open_then = carry_out(plan, share, one_by_one=True)
+            assert order_then == order
+            assert all(np.array_equal(singly[batch], samples) for batch, samples in filled.items())
+            assert n_open_then <= 1
         if order:
             assert n_open <= count_open_slots(plan, share, getattr(plan, "buffer_size", 64))
     start = min(share.first for share in shares)

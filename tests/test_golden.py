@@ -87,6 +87,14 @@ def test_every_case_is_there() -> None:
     assert len(GOLD) == len(CASES) >= 30
 
 
+@pytest.fixture(params=["buffer", "one by one"])
+def _how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How batches are read, which does not show."""
+    if request.param == "one by one":
+        contracts.save_buffers(monkeypatch)
+
+
+@pytest.mark.usefixtures("_how")
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_sequences_are_what_they_were(case: int, tmp_path: Path) -> None:
     cfg, n_ranks = _make(tmp_path, case)
@@ -95,6 +103,7 @@ def test_sequences_are_what_they_were(case: int, tmp_path: Path) -> None:
     assert [_sequence(cfg, rank, n_ranks, **options) for rank in range(n_ranks)] == GOLD[case]["sequences"]
 
 
+@pytest.mark.usefixtures("_how")
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_states_of_before_load(case: int, tmp_path: Path) -> None:
     cfg, n_ranks = _make(tmp_path, case)

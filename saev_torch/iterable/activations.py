@@ -22,7 +22,7 @@ from saev_torch.order.selection import Selection
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Plan, Share, advise_lanes
 from saev_torch.order.uniform import UniformPlan
-from saev_torch.processes.callers import keep_whole, require_known_epoch, require_shared_once
+from saev_torch.processes.callers import ends_with_epoch, keep_whole, require_known_epoch, require_shared_once
 from saev_torch.processes.counters import Counters, Watch, log_to_stderr
 from saev_torch.processes.leaving import Gate
 from saev_torch.processes.undone import make_up
@@ -179,6 +179,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             timeout_s=self.cfg.batch_timeout_s,
             # Rows that are read one by one are slow from a disk: what memory can hold is to be there from then on.
             is_only=start.epoch == 0 and not isinstance(plan, UniformPlan),
+            keeps_memory=not ends_with_epoch(),
             **self._engine_options(plan, iteration.share),
         )
         return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options, self.pools)

@@ -76,3 +76,9 @@ class Chunk:
     turns: tuple[int, ...]
     bounds: tuple[int, ...]
     rows: _Int64s
+
+    @classmethod
+    def of_batch(cls, batch: int, samples: _Int64s) -> "Chunk":
+        """The samples `[size] int64` of a whole batch, in its own order."""
+        ones, rows = np.ones_like(samples), np.arange(len(samples))
+        return cls(samples, ones, rows, (batch,), (0, len(rows)), rows)

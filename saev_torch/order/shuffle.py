@@ -174,13 +174,7 @@ class ShufflePlan(Batching):
 
     def locate(self, batch: int) -> _Int64s:
         """The samples of a batch, row by row: `[size] int64`. Nothing is read."""
-        turn, lane = divmod(batch, self.n_lanes)
-        samples = np.empty(self.size(batch), dtype=np.int64)
-        for d in range(self.depth(lane)):
-            chunk = self.chunk(lane, (turn - d) % self.n_turns(lane))
-            part = slice(chunk.bounds[d], chunk.bounds[d + 1])
-            samples[chunk.rows[part]] = expand_runs(chunk.starts, chunk.lengths)[chunk.dealt[part]]
-        return samples
+        return ShuffledBatches(self).locate(batch)
 
     def find(self, sample: int) -> tuple[int, int]:
         """The inverse of `locate`: batch and row of a sample. Nothing is read."""
@@ -190,6 +184,36 @@ class ShufflePlan(Batching):
         (at,) = np.flatnonzero(chunk.dealt == position - self._chunk_start(lane, index)).tolist()
         d = bisect.bisect_right(chunk.bounds, at) - 1
         return chunk.turns[d] * self.n_lanes + lane, int(chunk.rows[at])
+
+
+class ShuffledBatches:
+    """The batches of a plan, in ascending order, each by itself. Of each lane the chunks of the last one are kept."""
+
+    def __init__(self, plan: ShufflePlan) -> None:
+        self._plan = plan
+        self._kept: dict[int, dict[int, tuple[Chunk, _Int64s]]] = {}
+
+    def locate(self, batch: int) -> _Int64s:
+        """The samples of a batch, row by row: `[size] int64`."""
+        plan = self._plan
+        turn, lane = divmod(batch, plan.n_lanes)
+        kept, used = self._kept.get(lane, {}), {}
+        samples = np.empty(plan.size(batch), dtype=np.int64)
+        for d in range(plan.depth(lane)):
+            number = (turn - d) % plan.n_turns(lane)
+            chunk, dealt = used[number] = kept.get(number) or self._deal(lane, number)
+            part = slice(chunk.bounds[d], chunk.bounds[d + 1])
+            samples[chunk.rows[part]] = dealt[part]
+        self._kept[lane] = used
+        return samples
+
+    def _deal(self, lane: int, number: int) -> tuple[Chunk, _Int64s]:
+        chunk = self._plan.chunk(lane, number)
+        return chunk, expand_runs(chunk.starts, chunk.lengths)[chunk.dealt]
+
+    def whole(self, batch: int) -> Chunk:
+        """A batch as one chunk, in its own order."""
+        return Chunk.of_batch(batch, self.locate(batch))
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from saev_torch.order.mixture import MixturePlan, Pass
 from saev_torch.order.runs import Chunk
-from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
+from saev_torch.order.shuffle import OrderedPlan, ShuffledBatches, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
 
 Plan: TypeAlias = OrderedPlan | ShufflePlan | UniformPlan | MixturePlan
@@ -57,21 +57,30 @@ class Step:
     fills: int
 
 
-def make_steps(plan: Plan, share: Share) -> Iterator[Step]:
-    """Yield the steps of one reader, in order: over all of them, each owned batch once."""
+N_ONE_BY_ONE = 3
+"""Batches that are open at a time where each is read by itself: one that is read, one before, and one behind it."""
+
+
+def make_steps(plan: Plan, share: Share, one_by_one: bool = False) -> Iterator[Step]:
+    """Yield the steps of one reader, in order: over all of them, each owned batch once.
+
+    With `one_by_one` the batches of a shuffled plan are the same, but each has a step of its own, as no buffer needs.
+    """
     n = plan.n_batches
     for start in range(share.first // n * n if n else share.stop, share.stop, max(1, n)):
         begin = max(share.first, start + (share.first - start) % share.stride)
         own = range(begin - start, min(share.stop - start, n), share.stride)
         if len(own):
-            yield from _make_steps(plan, own, start)
+            yield from _make_steps(plan, own, start, one_by_one)
 
 
-def _make_steps(plan: Plan, own: range, offset: int) -> Iterator[Step]:
+def _make_steps(plan: Plan, own: range, offset: int, one_by_one: bool = False) -> Iterator[Step]:
     """The steps of batches of one pass over a plan; `offset` counts the batches of the padded sequence before it."""
     if isinstance(plan, MixturePlan):
         return _mixed(plan, own, offset)
-    return iter(_ShuffledSteps(plan, own, offset)) if isinstance(plan, ShufflePlan) else _one_by_one(plan, own, offset)
+    if not isinstance(plan, ShufflePlan):
+        return _one_by_one(plan, own, offset)
+    return _one_by_one(ShuffledBatches(plan), own, offset) if one_by_one else iter(_ShuffledSteps(plan, own, offset))
 
 
 def count_open_slots(plan: Plan, share: Share, buffer_size: int) -> int:
@@ -80,7 +89,7 @@ def count_open_slots(plan: Plan, share: Share, buffer_size: int) -> int:
         # A batch has a slot once, for all of its sources.
         return max(count_open_slots(made.plan, share, buffer_size) for made in plan.first_passes())
     if not isinstance(plan, ShufflePlan):
-        return min(3, max(2, buffer_size))
+        return min(N_ONE_BY_ONE, max(2, buffer_size))
     turns = max(plan.depth(lane) for lane in range(plan.n_lanes)) + plan.reads_lanes_together
     return -(-turns * plan.n_lanes // share.stride) + (0 if plan.reads_lanes_together else 2)
 
@@ -91,7 +100,7 @@ def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
     return act + -act % ALIGN + N_COLUMNS * 8 * batch_size
 
 
-def _one_by_one(plan: OrderedPlan | UniformPlan, own: range, offset: int) -> Iterator[Step]:
+def _one_by_one(plan: OrderedPlan | UniformPlan | ShuffledBatches, own: range, offset: int) -> Iterator[Step]:
     for batch in own:
         yield Step((Load(plan.whole(batch), ((offset + batch, 0),)),), (offset + batch,), 0)
 

@@ -41,6 +41,4 @@ class UniformPlan(Batching):
 
     def whole(self, batch: int) -> Chunk:
         """A batch as one chunk, in its own order."""
-        samples = self.locate(batch)
-        ones, rows = np.ones_like(samples), np.arange(len(samples))
-        return Chunk(samples, ones, rows, (batch,), (0, len(rows)), rows)
+        return Chunk.of_batch(batch, self.locate(batch))

@@ -14,6 +14,7 @@ from saev_torch.errors import ConfigError
 from saev_torch.processes.world import World
 
 _ACCELERATE = "accelerate.data_loader"
+_WORKERS = "torch.utils.data._utils.worker", "torchdata.stateful_dataloader.worker"
 
 
 def _callers(module: str) -> Iterator[FrameType]:
@@ -88,6 +89,12 @@ def _take_one(batches: list[Any]) -> Any:
             "yields whole batches; set batch_size in its config instead."
         )
     return batches[0]
+
+
+def ends_with_epoch() -> bool:
+    """Whether this is a worker of torch that ends when the epoch does, so that the next one has other memory."""
+    loops = (frame.f_locals for module in _WORKERS for frame in _callers(module))
+    return any(found.get("persistent_workers") is False for found in loops)
 
 
 class EpochListener(Sampler[None]):

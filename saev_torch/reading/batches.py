@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from saev_torch.errors import EndedError
-from saev_torch.order.steps import Step
+from saev_torch.order.steps import N_ONE_BY_ONE, Step
 from saev_torch.processes.counters import Waits
 from saev_torch.processes.locks import renewed
 from saev_torch.reading.patience import Patience
@@ -35,11 +35,15 @@ class Batches:
 
     At most `max_open` are `open` at a time, by number; `n_fills` steps that fill a lane are complete before the first
     one is handed out. `waits` tells what was waited for.
+
+    Attributes:
+        one_by_one: Whether each batch is read by itself, so that few need be open.
     """
 
     def __init__(self, pool: SlotPool, max_open: int, n_fills: int) -> None:
         self.open: dict[int, OpenBatch] = {}
         self.waits = Waits()
+        self.one_by_one = False
         self._pool, self._max_open = pool, max_open
         self._fills_wanted = n_fills
         self._lock = renewed(threading.Lock())
@@ -58,6 +62,11 @@ class Batches:
 
     # The thread that opens them
 
+    @property
+    def _most(self) -> int:
+        """How many may be open now."""
+        return min(N_ONE_BY_ONE, self._max_open) if self.one_by_one else self._max_open
+
     def wait_for_room(self, n_new: int) -> bool:
         """Wait until so many batches may be opened; whether to go on."""
         with self._lock:
@@ -75,12 +84,12 @@ class Batches:
         """How long to wait before opening more batches: None if not at all, 0.0 until one is taken."""
         if not self._ready and not self._running:
             return None
-        if len(self.open) + n_new > self._max_open:
+        if len(self.open) + n_new > self._most:
             return 0.0
         self._taken = [slot for slot in self._taken if not slot.is_free]
         # Batches on their way to the consumer count too, but a user who keeps them must not be waited for.
         n_held = len(self.open) + min(len(self._taken), _MAX_TAKEN)
-        return None if n_held + n_new <= self._max_open + _N_SPARE else _POLL_S
+        return None if n_held + n_new <= self._most + _N_SPARE else _POLL_S
 
     def open_one(self, number: int, size: int, has_labels: bool, has_token_ids: bool = False) -> None:
         """Open a batch of `size` samples."""
@@ -165,7 +174,8 @@ class Batches:
             return finished, None
         self._fills_wanted = 0
         opened = self.open.pop(self._ready.popleft())
-        self._pool.in_haste = False
+        # Memory of the other batches is not for now.
+        self._pool.in_haste = self.one_by_one
         self._taken.append(opened.slot)
         self._n_loaded -= opened.size
         self.waits.nbytes += opened.size * sample_nbytes
@@ -185,7 +195,7 @@ class Batches:
     @property
     def fill(self) -> float:
         """Share of the buffer, the batches that may be open, that has been read and not handed out."""
-        return min(1.0, max(0, self._n_loaded) / max(1, self._max_open * self._batch_size))
+        return min(1.0, max(0, self._n_loaded) / max(1, self._most * self._batch_size))
 
     def stop(self) -> None:
         """Let all who wait here go on."""

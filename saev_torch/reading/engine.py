@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import Selection
+from saev_torch.order.shuffle import ShufflePlan
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.interrupts import whole
@@ -31,6 +32,11 @@ from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 # How long all threads together have to leave what they are at; one that waits for a disk may never do so.
 _LEAVE_S, _STALLED_S = 5.0, 0.2
 _READER, _SCHEDULER = "saev_torch reader", "saev_torch scheduler"
+# What a buffer of so many bytes costs until it is there pays only in later epochs; narrower rows cost more by
+# themselves.
+_LARGE_NBYTES, _WIDE_NBYTES = 256 << 20, 1 << 10
+# Batches until it is known whether memory comes slowly.
+_N_TRIED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class EngineOptions:
     """How to read.
 
     The whole job may hold `buffer_size` batches. `n_fills` steps that fill a lane are complete before the first batch.
-    Data that `is_only` may not be read again.
+    Data that `is_only` may not be read again. Without `keeps_memory` no later engine will use the memory of this one.
     """
 
     buffer_size: int
@@ -46,6 +52,7 @@ class EngineOptions:
     timeout_s: float
     n_fills: int = 0
     is_only: bool = False
+    keeps_memory: bool = True
 
 
 class Engine:
@@ -65,16 +72,16 @@ class Engine:
     ) -> None:
         self._pid = os.getpid()
         self._store, self._selection = feed.store, feed.selection
-        self._plan, self._options = plan, options
-        self._steps = make_steps(plan, share)
+        self._plan, self._share, self._options = plan, share, options
         self._feed, self.finish = feed, feed.finish
         self._scheduler_spot = Spot()
         self._gather: Gather | None = None
         pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
         max_open = count_open_slots(plan, share, options.buffer_size)
+        self._pool, self._buffer_nbytes = pool, max_open * pool.nbytes
         self.batches = Batches(pool, max_open, options.n_fills)
-        pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
-        self._crew = Crew(_READER, options.n_threads, pace, feed.open_reader, fail)
+        self._pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
+        self._crew = Crew(_READER, options.n_threads, self._pace, feed.open_reader, fail)
         self._crew.spots.append(self._scheduler_spot)
         self._reads = Reads(self._store, self._crew.spots, self.batches.waits)
         scheduler = Thread(functools.partial(guarded, self._schedule, fail), _SCHEDULER)
@@ -90,27 +97,44 @@ class Engine:
         spot, is_only = self._scheduler_spot, self._options.is_only
         self._feed.choose(is_only, spot)
         spot.clear()
+        may_save = self._may_save_buffer()
         # Other orders read many rows at once.
-        self._gather = self._feed.open_gather() if isinstance(self._plan, UniformPlan) else None
-        for step in self._steps:
+        if may_save or isinstance(self._plan, UniformPlan):
+            self._gather = self._feed.open_gather()
+        self.batches.one_by_one = may_save and self._gather is not None
+        steps, n_saved = make_steps(self._plan, self._share, self.batches.one_by_one), 0
+        while (step := next(steps, None)) is not None:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
                 return
             has = self._store.has_labels, self._store.has_token_ids
             for batch in new:
                 self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), *has)
+            rows = self._find_rows(step)
+            if self.batches.one_by_one:
+                if rows is None or (n_saved == _N_TRIED and not self._pool.is_slow):
+                    # From here on with the buffer: a disk wants many rows at a time, or its memory costs little.
+                    self.batches.one_by_one, self._gather = False, None
+                    steps = make_steps(self._plan, dataclasses.replace(self._share, first=step.batches[0]))
+                    continue
+                n_saved += 1
             running = Running(step, 0)
-            tasks = list(self._divide(step, running))
+            tasks = list(self._divide(step, rows, running))
             running.n_tasks = len(tasks)
             self.batches.begin(running)
             self._crew.put(tasks)
         self.batches.finish_scheduling()
 
-    def _divide(self, step: Step, running: Running) -> Iterator[Task]:
-        """Cut the reads of a step into tasks."""
+    def _may_save_buffer(self) -> bool:
+        """Whether a large buffer would be filled for one epoch only: rows that are in memory can be gathered there."""
+        if self._options.keeps_memory or not isinstance(self._plan, ShufflePlan):
+            return False
+        return self._buffer_nbytes >= _LARGE_NBYTES and self._selection.md.row_nbytes >= _WIDE_NBYTES
+
+    def _divide(self, step: Step, rows: ScatteredRows | None, running: Running) -> Iterator[Task]:
+        """Cut the reads of a step into tasks; `rows` are gathered."""
         if not step.loads:
             return
-        rows = self._find_rows(step)
         if rows is None:
             placed = place(step, self.batches.open, self._selection)
         else:
@@ -141,6 +165,8 @@ class Engine:
     def _find_rows(self, step: Step) -> ScatteredRows | None:
         """The rows of a batch, in its own order, where they are to be gathered; tell the batch which cells it holds."""
         if self._gather is None or self._gather.is_refused or not isinstance(self._selection, Selection):
+            return None
+        if self.batches.one_by_one and self._pace.is_slow:
             return None
         opened = self._only(step)
         opened.cells[:] = self._selection.cells(step.loads[0].chunk.starts)

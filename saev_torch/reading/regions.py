@@ -132,6 +132,9 @@ class OwnRegion(Region):
         n_slots: Slots that there is room for. Of many, each is in huge pages, also where these come slowly, but for
             those that are taken in haste.
 
+    Attributes:
+        is_fast: Whether huge pages have come fast so far.
+
     Raises:
         OSError: There is no memory, or no descriptor.
     """
@@ -149,7 +152,7 @@ class OwnRegion(Region):
         self._unused = collections.deque(reversed(range(n_slots)))
         self._is_used = np.zeros(n_slots + 1, dtype=bool)
         self._n_huge = [0] * n_slots
-        self._is_fast = nbytes >= HUGE_PAGE
+        self.is_fast = nbytes >= HUGE_PAGE
         weakref.finalize(self, _close, self.fd, self.pid, self._words).atexit = False
 
     @property
@@ -162,12 +165,12 @@ class OwnRegion(Region):
         index = self._unused.pop()
         self._is_used[index] = True
         may_be_slow = not in_haste and self.n_slots >= _N_LARGE and self.nbytes >= HUGE_PAGE
-        is_huge = self._is_fast or may_be_slow
+        is_huge = self.is_fast or may_be_slow
         if is_huge:
             # A huge page comes where there is a small one.
             self.memory(index)[::HUGE_PAGE] = 0
             is_huge = bool(_are_fast(self._huge_part(index), _MADV_COLLAPSE, may_be_slow))
-            self._is_fast = is_huge and self._is_fast
+            self.is_fast = is_huge and self.is_fast
         self._n_huge[index] = self._stride if is_huge else 0
         if not is_huge:
             self._populate(index)

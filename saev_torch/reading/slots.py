@@ -141,7 +141,7 @@ class SlotPool:
     """Slots of one size. It never waits for a user who keeps batches: it makes another slot.
 
     Attributes:
-        in_haste: Whether an engine has still to hand out its first batch.
+        in_haste: Whether memory is to come soon: an engine has still to hand out its first batch, or needs few.
     """
 
     def __init__(self, nbytes: int, shared: bool) -> None:
@@ -188,6 +188,11 @@ class SlotPool:
             if free:
                 self._make_huge(slot)
             return slot
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether memory that is shared has come slowly."""
+        return not all(region.is_fast for region in self._regions)
 
     def _make_huge(self, slot: Slot) -> None:
         if self._huge_s < _HUGE_SHARE * (time.monotonic() - self._began):

@@ -1,0 +1,147 @@
+"""A buffer that would be filled for one epoch only is not: the same batches, gathered with the memory of a few."""
+
+import contracts
+import pytest
+from factory import Spec
+from torch.utils.data import DataLoader, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from saev_torch import ShuffledActivations, ShuffledConfig
+from saev_torch.processes.callers import ends_with_epoch
+from saev_torch.reading import engine, slots
+from saev_torch.reading import gather as gather_module
+from saev_torch.reading.gather import Gather
+from saev_torch.reading.regions import HUGE_PAGE, OwnRegion
+
+SPEC = Spec(n_examples=150, content_tokens=9, layers=(3, 7), examples_per_shard=40)
+
+
+@pytest.fixture
+def cfg(make_shards):
+    return ShuffledConfig(shards=make_shards(SPEC), layer=3, batch_size=16, buffer_size=32, ignore_labels=[2])
+
+
+class Found:
+    """How many batches were found in memory, and how many were not, in this process and its workers."""
+
+    def __init__(self, file):
+        self._file = file
+        file.touch()
+
+    def note(self, is_found):
+        with self._file.open("a") as file:
+            file.write("01"[is_found])
+
+    @property
+    def counts(self):
+        text = self._file.read_text()
+        return text.count("1"), text.count("0")
+
+
+@pytest.fixture
+def found(tmp_path, monkeypatch):
+    noted, real = Found(tmp_path / "found"), Gather.find
+
+    def find(self, *args):
+        rows = real(self, *args)
+        noted.note(rows is not None)
+        return rows
+
+    monkeypatch.setattr(Gather, "find", find)
+    return noted
+
+
+def epochs(cfg, **options):
+    """Three epochs of a plain loader, and one from the middle of the second."""
+    data_set = ShuffledActivations(cfg)
+    loader = DataLoader(data_set, **options)
+    batches = [list(loader) for _ in range(3)]
+    data_set.load_state_dict(data_set.state_dict(n_batches=len(batches[0]) // 2, epoch=1))
+    return [*batches, list(loader)]
+
+
+@pytest.fixture
+def wanted(cfg):
+    return epochs(cfg, num_workers=0)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_batches_are_those_of_a_buffer(cfg, wanted, found, monkeypatch, workers, is_slow):
+    contracts.save_buffers(monkeypatch, is_slow)
+    for got, right in zip(epochs(cfg, num_workers=workers), wanted, strict=True):
+        contracts.assert_same(got, right)
+    n_batches = sum(map(len, wanted))
+    # Where memory comes fast, one more is found before the buffer is used.
+    assert found.counts == (n_batches if is_slow else 4 * workers * (engine._N_TRIED + 1), 0)
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 7, 40])
+def test_what_is_not_in_memory_needs_a_buffer_from_then_on(cfg, wanted, found, monkeypatch, n_before):
+    contracts.save_buffers(monkeypatch)
+    monkeypatch.setattr(gather_module, "is_in_memory", lambda address: found.counts[0] < n_before)
+    contracts.assert_same(list(ShuffledActivations(cfg)), wanted[0])
+    assert found.counts == (n_before, 1)
+
+
+def test_a_disk_that_is_waited_for_needs_a_buffer(cfg, wanted, found, monkeypatch):
+    contracts.save_buffers(monkeypatch)
+    read = Gather.read
+
+    def reading(self, rows, reader):
+        read(self, rows, reader)
+        reader.pace.is_slow = found.counts[0] >= 3
+
+    monkeypatch.setattr(Gather, "read", reading)
+    contracts.assert_same(list(ShuffledActivations(cfg)), wanted[0])
+    # A few may have been found before the third was read.
+    assert 3 <= found.counts[0] < len(wanted[0]) // 2
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_few_batches_have_memory(cfg, monkeypatch, kept):
+    if not kept:
+        contracts.save_buffers(monkeypatch)
+    data_set = ShuffledActivations(cfg)
+    for _ in data_set:
+        pass
+    (pool,) = data_set.pools.values()
+    assert pool._n_acquired == data_set.n_batches
+    # Those that are open, those on their way, and the one that the consumer has.
+    assert (len(pool._slots) > 24) if kept else (len(pool._slots) <= 3 + 2 + 1)
+
+
+@pytest.mark.parametrize("name", ["_LARGE_NBYTES", "_WIDE_NBYTES"])
+def test_what_costs_little_has_its_buffer(cfg, wanted, found, monkeypatch, name):
+    before = getattr(engine, name)
+    contracts.save_buffers(monkeypatch)
+    monkeypatch.setattr(engine, name, before)
+    contracts.assert_same(list(ShuffledActivations(cfg)), wanted[0])
+    assert found.counts == (0, 0)
+
+
+@pytest.mark.parametrize(("n_slots", "is_slow"), [(3, False), (1, True)])
+def test_memory_is_slow_where_huge_pages_were(monkeypatch, n_slots, is_slow):
+    pool = slots.SlotPool(HUGE_PAGE, shared=True)
+    assert not pool.is_slow
+    monkeypatch.setattr("saev_torch.reading.regions._are_fast", lambda *args: not is_slow)
+    for _ in range(n_slots):
+        pool.acquire(8)
+    assert pool.is_slow == is_slow
+    assert all(isinstance(region, OwnRegion) for region in pool._regions)
+
+
+class Asking(IterableDataset):
+    """Asks in a worker."""
+
+    def __iter__(self):
+        yield ends_with_epoch()
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_who_ends_with_the_epoch(kind, context, persistent):
+    options = {"num_workers": 1, "persistent_workers": persistent, "multiprocessing_context": context}
+    assert list(kind(Asking(), batch_size=None, **options)) == [not persistent]
+    assert list(kind(Asking(), batch_size=None, num_workers=0)) == [False]
