@@ -237,6 +237,7 @@ def save_buffers(monkeypatch: pytest.MonkeyPatch, is_slow: bool = True) -> None:
     monkeypatch.setattr(engine, "_WIDE_NBYTES", 0)
     monkeypatch.setattr(activations, "ends_with_epoch", lambda: True)
     monkeypatch.setattr(SlotPool, "is_slow", is_slow)
+    monkeypatch.setattr(SlotPool, "is_new", True)
 
 
 def make_ready(cfg: Config, **options: Any) -> OrderedDataLoader | ShuffledDataLoader:

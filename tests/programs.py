@@ -37,6 +37,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ from saev_torch import (
 )
 from saev_torch.processes.notices import Notices
 from saev_torch.processes.undone import make_up
+from saev_torch.reading import engine
 
 SPECS = {
     "small": factory.Spec(n_examples=20, content_tokens=6, cls=True, layers=(3, 7), d_model=8, examples_per_shard=4),
@@ -1201,9 +1203,14 @@ def draw(seed: int, number: int) -> list[Step]:
 
 # Running them
 
+LIMITS = engine._LARGE_NBYTES, engine._WIDE_NBYTES
+
 
 def run_one(env: Environment, program: list[Step]) -> str:
     """Run a program in this process, and look at what is left of it; what differs, or nothing."""
+    # Half of them, always the same, where workers that end with the epoch do so without a buffer.
+    saves_buffers = zlib.crc32(json.dumps(program).encode()) % 2
+    engine._LARGE_NBYTES, engine._WIDE_NBYTES = (0, 0) if saves_buffers else LIMITS
     before, n_before = Resources.now(), env.alarm.n_heard if env.alarm is not None else 0
     world, message = World(env), ""
     try:

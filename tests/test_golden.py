@@ -15,6 +15,7 @@ import pytest
 from contracts import Config
 
 from saev_torch import OrderedConfig, ShuffledConfig
+from saev_torch.reading.gather import Gather
 
 GOLDEN = Path(__file__).parent / "golden.json"
 N_EPOCHS = 3
@@ -87,25 +88,32 @@ def test_every_case_is_there() -> None:
     assert len(GOLD) == len(CASES) >= 30
 
 
-@pytest.fixture(params=["buffer", "one by one"])
-def _how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How batches are read, which does not show."""
-    if request.param == "one by one":
+HOW = [
+    (case, saves)
+    for case, (_, fields, _) in enumerate(CASES)
+    for saves in ([False, True] if "seed" in fields else [False])
+]
+
+
+@pytest.mark.parametrize(("case", "saves_buffers"), HOW)
+def test_sequences_are_what_they_were(
+    case: int, saves_buffers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if saves_buffers:
         contracts.save_buffers(monkeypatch)
-
-
-@pytest.mark.usefixtures("_how")
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_sequences_are_what_they_were(case: int, tmp_path: Path) -> None:
     cfg, n_ranks = _make(tmp_path, case)
     # The digest is of every bit, so that the number of workers shows, too.
     options = {"num_workers": 2} if case % 10 == 0 else {}
     assert [_sequence(cfg, rank, n_ranks, **options) for rank in range(n_ranks)] == GOLD[case]["sequences"]
 
 
-@pytest.mark.usefixtures("_how")
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_states_of_before_load(case: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("case", "saves_buffers"), HOW)
+def test_states_of_before_load(case: int, saves_buffers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+    if saves_buffers:
+        contracts.save_buffers(monkeypatch)
+        read = Gather.read
+        monkeypatch.setattr(Gather, "read", lambda *args: (gathered.append(1), read(*args))[1])
     cfg, n_ranks = _make(tmp_path, case)
     loader = contracts.make_ready(cfg, rank=n_ranks - 1, world_size=n_ranks)
     loader.load_state_dict(GOLD[case]["state"])
@@ -114,6 +122,8 @@ def test_states_of_before_load(case: int, tmp_path: Path) -> None:
     state, rest = _cut(cfg, n_ranks)
     assert rest == GOLD[case]["rest"]
     assert {key: state[key] for key in GOLD[case]["state"]} == GOLD[case]["state"]
+    # A buffer that must be full before the first batch is there for that.
+    assert bool(gathered) == (saves_buffers and "min_buffer_fill" not in CASES[case][1])
 
 
 def _write() -> None:

@@ -1,6 +1,8 @@
 """A buffer that would be filled for one epoch only is not: the same batches, gathered with the memory of a few."""
 
+import dataclasses
 import time
+import weakref
 
 import contracts
 import pytest
@@ -10,11 +12,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from saev_torch import ShuffledActivations, ShuffledConfig
+from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.processes.callers import ends_with_epoch
 from saev_torch.reading import engine, slots
 from saev_torch.reading import gather as gather_module
 from saev_torch.reading.gather import Gather
 from saev_torch.reading.regions import HUGE_PAGE, OwnRegion
+from saev_torch.reading.slots import SlotPool
 
 SPEC = Spec(n_examples=150, content_tokens=9, layers=(3, 7), examples_per_shard=40)
 
@@ -118,6 +122,32 @@ def test_few_batches_have_memory(cfg, monkeypatch, kept):
     assert kept or len(pool._slots) <= 3 + 2 + 1
 
 
+def test_a_long_epoch_pays_for_its_buffer(cfg, wanted, found, monkeypatch):
+    contracts.save_buffers(monkeypatch)
+    monkeypatch.setattr(engine, "_MOST_BUFFERS", 1)
+    contracts.assert_same(list(ShuffledActivations(cfg)), wanted[0])
+    plan = ShuffledActivations(cfg)._plan(0)
+    assert found.counts == (count_open_slots(plan, Share(0, 1, plan.n_batches), 32) + 1, 0)
+    assert found.counts[0] < len(wanted[0])
+
+
+def test_a_worker_that_iterates_again_has_its_buffer(cfg, wanted, found, monkeypatch):
+    is_new = SlotPool.is_new
+    contracts.save_buffers(monkeypatch)
+    monkeypatch.setattr(SlotPool, "is_new", is_new)
+    data_set = ShuffledActivations(cfg)
+    for right in wanted[:2]:
+        contracts.assert_same(list(data_set), right)
+    assert found.counts == (len(wanted[0]), 0)
+
+
+def test_a_buffer_that_is_to_be_filled_first_is(cfg, wanted, found, monkeypatch):
+    contracts.save_buffers(monkeypatch)
+    filled = dataclasses.replace(cfg, min_buffer_fill=1.0)
+    contracts.assert_same(list(ShuffledActivations(filled)), wanted[0])
+    assert found.counts == (0, 0)
+
+
 @pytest.mark.parametrize("name", ["_LARGE_NBYTES", "_WIDE_NBYTES"])
 def test_what_costs_little_has_its_buffer(cfg, wanted, found, monkeypatch, name):
     before = getattr(engine, name)
@@ -136,6 +166,30 @@ def test_memory_is_slow_where_huge_pages_were(monkeypatch, n_slots, is_slow):
         pool.acquire(8)
     assert pool.is_slow == is_slow
     assert all(isinstance(region, OwnRegion) for region in pool._regions)
+
+
+class Marker:
+    """Something that an iteration holds."""
+
+
+class Looking(IterableDataset):
+    """Asks, and yields how many iterations before are not gone."""
+
+    def __init__(self):
+        self.markers = []
+
+    def __iter__(self):
+        n_before, marker = sum(ref() is not None for ref in self.markers), Marker()
+        self.markers.append(weakref.ref(marker))
+        ends_with_epoch()
+        while True:
+            yield n_before
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_who_asks_keeps_nothing(kind):
+    loader = kind(Looking(), batch_size=None, num_workers=1, persistent_workers=True)
+    assert [next(iter(loader)) for _ in range(3)] == [0, 0, 0]
 
 
 class Asking(IterableDataset):

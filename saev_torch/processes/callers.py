@@ -1,4 +1,4 @@
-"""Who iterates a data set: trainers that tell it nothing, but are among its callers, also in a forked worker."""
+"""Who iterates a data set: torch and trainers tell it nothing, but are among its callers, also in a forked worker."""
 
 import itertools
 import sys
@@ -93,8 +93,17 @@ def _take_one(batches: list[Any]) -> Any:
 
 def ends_with_epoch() -> bool:
     """Whether this is a worker of torch that ends when the epoch does, so that the next one has other memory."""
-    loops = (frame.f_locals for module in _WORKERS for frame in _callers(module))
-    return any(found.get("persistent_workers") is False for found in loops)
+    loops = (frame for module in _WORKERS for frame in _callers(module) if frame.f_code.co_name == "_worker_loop")
+    return any(_local(frame, "persistent_workers") is False for frame in loops)
+
+
+def _local(frame: FrameType, name: str) -> Any:
+    found = frame.f_locals
+    value = found.get(name)
+    if isinstance(found, dict):
+        # Before Python 3.13 it is a copy that stays with the frame, and with it whatever is let go of there.
+        found.clear()
+    return value
 
 
 class EpochListener(Sampler[None]):

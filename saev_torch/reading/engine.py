@@ -2,6 +2,9 @@
 
 A *scheduler* thread works out what to read and waits for free memory; *reader* threads read; the consumer takes whole
 batches. Memory is bounded by the number of batches that may be open, not by time.
+
+A buffer costs memory, which may come slowly. A worker that ends with its epoch would fill it once. Where the page cache
+holds the rows, their batches are gathered there one by one instead; they are the same ones.
 """
 
 import dataclasses
@@ -35,8 +38,8 @@ _READER, _SCHEDULER = "saev_torch reader", "saev_torch scheduler"
 # What a buffer of so many bytes costs until it is there pays only in later epochs; narrower rows cost more by
 # themselves.
 _LARGE_NBYTES, _WIDE_NBYTES = 256 << 20, 1 << 10
-# Batches until it is known whether memory comes slowly.
-_N_TRIED = 4
+# Batches until it is known whether memory comes slowly, and buffers of them after which a buffer has paid all the same.
+_N_TRIED, _MOST_BUFFERS = 4, 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Engine:
         self._gather: Gather | None = None
         pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
         max_open = count_open_slots(plan, share, options.buffer_size)
-        self._pool, self._buffer_nbytes = pool, max_open * pool.nbytes
+        self._pool, self._max_open = pool, max_open
         self.batches = Batches(pool, max_open, options.n_fills)
         self._pace, fail = Pace(min(options.n_threads, count_own_cores())), self.batches.fail
         self._crew = Crew(_READER, options.n_threads, self._pace, feed.open_reader, fail)
@@ -98,7 +101,7 @@ class Engine:
         self._feed.choose(is_only, spot)
         spot.clear()
         may_save = self._may_save_buffer()
-        # Other orders read many rows at once.
+        # Else many rows are read at once.
         if may_save or isinstance(self._plan, UniformPlan):
             self._gather = self._feed.open_gather()
         self.batches.one_by_one = may_save and self._gather is not None
@@ -112,8 +115,8 @@ class Engine:
                 self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), *has)
             rows = self._find_rows(step)
             if self.batches.one_by_one:
-                if rows is None or (n_saved == _N_TRIED and not self._pool.is_slow):
-                    # From here on with the buffer: a disk wants many rows at a time, or its memory costs little.
+                if rows is None or self._wants_buffer(n_saved):
+                    # From here on with the buffer. A disk wants many rows at a time.
                     self.batches.one_by_one, self._gather = False, None
                     steps = make_steps(self._plan, dataclasses.replace(self._share, first=step.batches[0]))
                     continue
@@ -127,9 +130,15 @@ class Engine:
 
     def _may_save_buffer(self) -> bool:
         """Whether a large buffer would be filled for one epoch only: rows that are in memory can be gathered there."""
-        if self._options.keeps_memory or not isinstance(self._plan, ShufflePlan):
+        if self._options.keeps_memory or self._options.n_fills or not self._pool.is_new:
             return False
-        return self._buffer_nbytes >= _LARGE_NBYTES and self._selection.md.row_nbytes >= _WIDE_NBYTES
+        # Any other order has no buffer, or several sources.
+        is_wide = isinstance(self._plan, ShufflePlan) and self._selection.md.row_nbytes >= _WIDE_NBYTES
+        return is_wide and self._max_open * self._pool.nbytes >= _LARGE_NBYTES
+
+    def _wants_buffer(self, n_saved: int) -> bool:
+        """Whether a buffer is cheaper from now on, after so many batches without one."""
+        return (n_saved == _N_TRIED and not self._pool.is_slow) or n_saved == _MOST_BUFFERS * self._max_open
 
     def _divide(self, step: Step, rows: ScatteredRows | None, running: Running) -> Iterator[Task]:
         """Cut the reads of a step into tasks; `rows` are gathered."""

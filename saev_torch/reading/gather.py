@@ -7,8 +7,9 @@ shared memory nor a compiler. Of rows all over 3 GB, a core gathered 7.4 GB/s th
 `pwritev` to the file of a slot, and 2.8 by a ring.
 
 A mapping is address space and no memory of ours: the page cache counts as resident in each process that maps it, and
-the system takes it back when it likes. Rows that are not in the page cache are read as ever, by a ring, which asks a
-disk for many of them at a time; so are those of directories with more shards than may be kept open.
+the system takes it back when it likes. Rows that are not in the page cache are read as ever: in uniform order by a
+ring, which asks a disk for many of them at a time, else by way of a buffer. So are those of directories with more
+shards than may be kept open.
 """
 
 import ctypes

@@ -9,7 +9,8 @@ Most systems give shared memory none when it is touched, but do so on request (`
 machine has memory they come at 11 to 16 GB/s, and small ones at 1.4 to 2.3. On a virtual machine whose host has to find
 memory first it was 0.4: 3 GB took 4 s of the first epoch. So huge pages come first where they come fast, and in a
 buffer of many shared slots once the first batch is there: it is used for days. Elsewhere small ones come first, and
-become huge when they are used again, in a share of the time.
+become huge when they are used again, in a share of the time. A worker that ends with its epoch may do without most of
+it, see `Engine`.
 
 A slot knows that it is free from counters with one writer each: the worker counts what it sent, the parent what it
 let go of. A worker that is killed cannot leave a lock behind.
@@ -190,8 +191,13 @@ class SlotPool:
             return slot
 
     @property
+    def is_new(self) -> bool:
+        """Whether no engine has used it yet."""
+        return not self._n_acquired
+
+    @property
     def is_slow(self) -> bool:
-        """Whether memory that is shared has come slowly."""
+        """Whether memory that is shared has come slowly, as small pages always do."""
         return not all(region.is_fast for region in self._regions)
 
     def _make_huge(self, slot: Slot) -> None:
