@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import errno
 import gc
+import itertools
 import json
 import logging
 import os
@@ -307,15 +308,18 @@ def fork_in_epoch(run: Run) -> None:
 
 def resume_after_error(run: Run) -> None:
     """A worker dies, and the user goes on with a new loader from the old one's state."""
-    loader = run.loader()
+    loader, received = run.loader(), list[Any]()
     try:
         run.iterator = iter(loader)
-        for batch in run.iterator:
-            run.take(batch)
-            if len(run.delivered) == AFTER:
+        # Torch's error comes at any time; so nothing of this program comes between a batch and its place in the list.
+        while len(received) < len(loader):
+            received.extend(itertools.islice(run.iterator, 1))
+            if len(received) == AFTER:
                 run.begin()
     except RuntimeError as err:
         run.extra["error"] = str(err)
+    for batch in received:
+        run.take(batch)
     try:
         next(run.iterator)
     except RuntimeError as err:

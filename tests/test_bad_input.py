@@ -275,7 +275,8 @@ def test_an_error_does_not_keep_what_read(make_shards):
     for path in shards.glob("acts*.bin"):
         path.chmod(0o644)
         os.truncate(path, 100)
-    with pytest.raises(SaevTorchError, match="became shorter"):
+    # What was open then, or what was not.
+    with pytest.raises(SaevTorchError, match=r"became shorter|is truncated"):
         list(iterator)
     del iterator
     gc.collect()
