@@ -214,6 +214,8 @@ class Source:
     persistent: bool = False
     counted: "Run | None" = None
     runs: list["Run"] = dataclasses.field(default_factory=list)
+    is_unsure: bool = False
+    """Whether its latest start was interrupted, so that it may count as begun."""
 
     @property
     def data_set(self) -> Any:
@@ -246,7 +248,7 @@ class Source:
         if not self.is_foreign:
             count.latest = run
         if self.kind == "ready":
-            self.counted = run
+            self.counted, self.is_unsure = run, False
         return run
 
     def state(self) -> Place | None:
@@ -516,7 +518,8 @@ class World:
 
     def do_save(self, s: int) -> None:
         source = self._pick(self.sources, s)
-        if source is not None:
+        # Where an interrupted start and another iteration came after each other, it may tell of either.
+        if source is not None and (source.count.is_chosen or not source.is_unsure):
             owner = source.data_set if source.kind == "plain" else source.real
             self._save(source, owner.state_dict, source.state())
 
@@ -794,6 +797,7 @@ class World:
         if keep_error and err is not None:
             self.errors.append(err)
         # Whether it counts as begun cannot be known.
+        source.is_unsure = True
         source.real.set_epoch(3)
         source.count.choose((3, 0), is_state=False)
 
@@ -801,6 +805,8 @@ class World:
         """Many interrupts of who asks for the state, which is left as it is; the errors are kept."""
         source = self._pick(self.sources, s)
         if source is None or source.kind == "plain" or self.env.alarm is None or source.state() is None:
+            return
+        if source.is_unsure and not source.count.is_chosen:
             return
         for i in range(n):
             err = self.env.alarm.during(
