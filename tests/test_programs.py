@@ -46,6 +46,14 @@ FOUND: dict[str, list[list[list[Any]]]] = {
             ["set_epoch", 0, 4],
         ]
     ],
+    "a child took the place of its parent for that of its own workers": [
+        [
+            ["make", 1, "plain", 2, False, 0],
+            ["iter", 0],
+            ["copy", 1, "copy"],
+            ["fork", "fork", [["iter", 2], ["save", 2]]],
+        ]
+    ],
     "a child that iterated an inherited loader with persistent workers hung": [
         [
             ["make", 2, "ready", 1, True, 0],

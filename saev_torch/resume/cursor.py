@@ -38,7 +38,7 @@ class Iteration:
 
     def __init__(self, start: Position, share: Share, is_part: bool = False, is_resumed: bool = False) -> None:
         self.start, self.share, self.is_part, self.is_resumed = start, share, is_part, is_resumed
-        self.n_taken, self.digest = 0, start.digest
+        self.n_taken, self.digest, self.pid = 0, start.digest, os.getpid()
         # Numbers of those that came before their turn, and how many came in turn.
         self._early: set[int] = set()
         self._n_in_turn, self._is_numbered = 0, True
@@ -201,7 +201,10 @@ class Cursor:
         """Whether workers make the batches, of which this process does not know how many were taken."""
         *place, in_workers = self._epochs.current(consumer_pid())
         latest, in_worker = self._latest, get_worker_info() is not None
-        return in_workers and (latest is None or (latest.start.place != tuple(place) and not in_worker))
+        if latest is None or in_worker:
+            return in_workers and latest is None
+        # A child that is forked may begin where its parent did.
+        return in_workers and (latest.pid, latest.start.place) != (os.getpid(), tuple(place))
 
     def n_left(self, latest: Iteration | None = None) -> int:
         """Batches that this rank has still to take of the epoch that `latest`, else the latest iteration, is in.
