@@ -22,7 +22,7 @@ _log = logging.getLogger("saev_torch")
 
 # How often torch looks whether workers are alive, and how long all of them together have to end by themselves.
 _LOOK_S, _LEAVE_S = 5.0, 4.0
-# How long an interrupted start may wait for a lock, a thread or a process that is about to be free or to end.
+# How long what was interrupted may wait for a lock, a thread or a process that is about to be free or to end.
 _LOCK_S = 1.0
 _HELPERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
@@ -62,14 +62,6 @@ class WorkerBatches(_MultiProcessingDataLoaderIter):
             if found[0] or idle.is_over:
                 return found
 
-    def _try_put_index(self) -> None:
-        # An interrupt in a `put` may leave its lock held, for which `_end` would wait for ever.
-        whole(super()._try_put_index)
-
-    def _mark_worker_as_unavailable(self, worker_id: int, shutdown: bool = False) -> None:
-        mark = super()._mark_worker_as_unavailable
-        whole(lambda: mark(worker_id, shutdown))
-
     def _look(self) -> Any:
         return self._counters.beats([worker.pid or 0 for worker in self._workers])
 
@@ -80,8 +72,13 @@ class WorkerBatches(_MultiProcessingDataLoaderIter):
 
     def _end(self) -> None:
         workers: list[Any] = self._workers
+        index_queues: list[Any] = self._index_queues
         deadline = time.monotonic() + _LEAVE_S
         self._workers = [_Leaving(worker, deadline) for worker in workers]  # type: ignore[misc]
+        for queue in index_queues:
+            # An interrupt in a `put` may have left its lock held. The `put` that ends a worker would wait for ever.
+            queue._notempty.acquire(timeout=_LOCK_S)
+            queue._notempty.release()
         try:
             super()._shutdown_workers()
         finally:
