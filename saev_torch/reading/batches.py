@@ -65,7 +65,10 @@ class Batches:
     @property
     def _most(self) -> int:
         """How many may be open now."""
-        return min(N_ONE_BY_ONE, self._max_open) if self.one_by_one else self._max_open
+        if not self.one_by_one:
+            return self._max_open
+        # The first one alone, so that nothing keeps the cores from it.
+        return min(N_ONE_BY_ONE, self._max_open) if self.waits.nbytes else 1
 
     def wait_for_room(self, n_new: int) -> bool:
         """Wait until so many batches may be opened; whether to go on."""

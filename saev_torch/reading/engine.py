@@ -3,8 +3,9 @@
 A *scheduler* thread works out what to read and waits for free memory; *reader* threads read; the consumer takes whole
 batches. Memory is bounded by the number of batches that may be open, not by time.
 
-A buffer costs memory, which may come slowly. A worker that ends with its epoch would fill it once. Where the page cache
-holds the rows, their batches are gathered there one by one instead; they are the same ones.
+A buffer costs memory, which may come slowly, and its rows are read to places all over it. Where the page cache holds
+the rows, their batches are gathered there one by one instead; they are the same ones. Where only the kernel can gather,
+a buffer is faster once it is there, so this is for a worker that ends with its epoch, and would fill it once.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import Selection
-from saev_torch.order.shuffle import ShufflePlan
+from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.interrupts import whole
@@ -100,12 +101,13 @@ class Engine:
         spot, is_only = self._scheduler_spot, self._options.is_only
         self._feed.choose(is_only, spot)
         spot.clear()
-        may_save = self._may_save_buffer()
-        # Else many rows are read at once.
-        if may_save or isinstance(self._plan, UniformPlan):
-            self._gather = self._feed.open_gather()
-        self.batches.one_by_one = may_save and self._gather is not None
-        steps, n_saved = make_steps(self._plan, self._share, self.batches.one_by_one), 0
+        self._gather = self._feed.open_gather() if isinstance(self._plan, UniformPlan | ShufflePlan) else None
+        if isinstance(self._plan, ShufflePlan) and (self._gather is None or not self._may_save_buffer(self._gather)):
+            # Else many rows are read at once.
+            self._gather = None
+        saves_buffer = isinstance(self._plan, ShufflePlan) and self._gather is not None
+        self.batches.one_by_one = saves_buffer or isinstance(self._plan, UniformPlan | OrderedPlan)
+        steps, n_saved = make_steps(self._plan, self._share, saves_buffer), 0
         while (step := next(steps, None)) is not None:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -114,10 +116,11 @@ class Engine:
             for batch in new:
                 self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), *has)
             rows = self._find_rows(step)
-            if self.batches.one_by_one:
+            if saves_buffer:
                 if rows is None or self._wants_buffer(n_saved):
                     # From here on with the buffer. A disk wants many rows at a time.
-                    self.batches.one_by_one, self._gather = False, None
+                    saves_buffer = self.batches.one_by_one = False
+                    self._gather = None
                     steps = make_steps(self._plan, dataclasses.replace(self._share, first=step.batches[0]))
                     continue
                 n_saved += 1
@@ -128,16 +131,18 @@ class Engine:
             self._crew.put(tasks)
         self.batches.finish_scheduling()
 
-    def _may_save_buffer(self) -> bool:
-        """Whether a large buffer would be filled for one epoch only: rows that are in memory can be gathered there."""
-        if self._options.keeps_memory or self._options.n_fills or not self._pool.is_new:
+    def _may_save_buffer(self, gather: Gather) -> bool:
+        """Whether rows that are in memory are to be gathered there, and not read to a large buffer."""
+        is_large = self._max_open * self._pool.nbytes >= _LARGE_NBYTES
+        if self._options.n_fills or not is_large:
             return False
-        # Any other order has no buffer, or several sources.
-        is_wide = isinstance(self._plan, ShufflePlan) and self._selection.md.row_nbytes >= _WIDE_NBYTES
-        return is_wide and self._max_open * self._pool.nbytes >= _LARGE_NBYTES
+        is_wide = self._selection.md.row_nbytes >= _WIDE_NBYTES
+        return gather.is_fast or (is_wide and not self._options.keeps_memory and self._pool.is_new)
 
     def _wants_buffer(self, n_saved: int) -> bool:
         """Whether a buffer is cheaper from now on, after so many batches without one."""
+        if self._gather is not None and self._gather.is_fast:
+            return False
         return (n_saved == _N_TRIED and not self._pool.is_slow) or n_saved == _MOST_BUFFERS * self._max_open
 
     def _divide(self, step: Step, rows: ScatteredRows | None, running: Running) -> Iterator[Task]:
@@ -175,7 +180,7 @@ class Engine:
         """The rows of a batch, in its own order, where they are to be gathered; tell the batch which cells it holds."""
         if self._gather is None or self._gather.is_refused or not isinstance(self._selection, Selection):
             return None
-        if self.batches.one_by_one and self._pace.is_slow:
+        if self._pace.is_slow and isinstance(self._plan, ShufflePlan):
             return None
         opened = self._only(step)
         opened.cells[:] = self._selection.cells(step.loads[0].chunk.starts)

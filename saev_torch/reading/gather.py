@@ -19,7 +19,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from saev_torch.order.selection import Selection
 from saev_torch.reading.extents import make_extents
 from saev_torch.reading.mapping import Mapping, is_in_memory
 from saev_torch.reading.reader import Reader, Spot
+from saev_torch.reading.rowcopy import RowCopy, find_row_copy
 from saev_torch.reading.source import Source
 
 _Int64s = NDArray[np.int64]
@@ -51,11 +52,12 @@ if _has_call:
     _write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
 
 
-def _gather(vectors: _Int64s, place: int, nbytes: int) -> int:
-    """Copy what vectors `[n, 2] int64`, addresses and sizes, stand for to a place; how many bytes were copied."""
-    target = np.array([place, nbytes])
+def _copy_in_kernel(sources: _Int64s, place: int, nbytes: int) -> int:
+    """Copy rows of `nbytes` bytes at addresses `[n] int64` to a place; how many of the first ones were copied."""
+    vectors, target = np.empty((len(sources), 2), dtype=np.int64), np.array([place, len(sources) * nbytes])
+    vectors[:, 0], vectors[:, 1] = sources, nbytes
     got = _write(os.getpid(), vectors.ctypes.data, len(vectors), target.ctypes.data, 1, 0)
-    return max(0, int(got))
+    return max(0, int(got)) // nbytes
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def _can_gather() -> bool:
     if not _has_call:
         return False
     values = np.array([1, 0], dtype=np.uint8)
-    return _gather(np.array([[values.ctypes.data, 1]]), values.ctypes.data + 1, 1) == 1 and bool(values[1])
+    return _copy_in_kernel(np.array([values.ctypes.data]), values.ctypes.data + 1, 1) == 1 and bool(values[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,12 @@ class Gather:
         is_few = len(source.store.shards) <= source.store.most_open
         return cls(source) if is_free and is_few and source.can_gather and _can_gather() else None
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether a loop of ours copies, which is faster than to read to a buffer."""
+        row_copy = find_row_copy()
+        return row_copy is not None and row_copy.can_copy()
+
     def find(self, selection: Selection, cells: _Int64s, place: int, spot: Spot) -> ScatteredRows | None:
         """Find the rows of samples, which go to a place one behind the other; None where some are not in memory.
 
@@ -191,25 +199,38 @@ class Gather:
 
     def _gather(self, rows: ScatteredRows, most_waits: int) -> int:
         """Gather rows until this thread has waited so often; how many of the first ones are where they belong."""
-        vectors = np.empty((len(rows), 2), dtype=np.int64)
-        vectors[:, 0], vectors[:, 1] = rows.sources(), rows.row_nbytes
+        sources, nbytes, copy = rows.sources(), rows.row_nbytes, self._find_copy(rows)
         convert = self._source.convert_run
         n_at_once, stage = MAX_READ_ROWS, None
         if convert is not None:
-            n_at_once = min(n_at_once, max(1, _STAGE_NBYTES // rows.row_nbytes))
-            stage = np.empty(n_at_once * rows.row_nbytes, dtype=np.uint8)
+            n_at_once = min(n_at_once, max(1, _STAGE_NBYTES // nbytes))
+            stage = np.empty(n_at_once * nbytes, dtype=np.uint8)
         done = 0
         while done < len(rows):
             n = min(n_at_once, len(rows) - done)
             place = rows.place + done * rows.stride
-            got = _gather(vectors[done : done + n], place if stage is None else stage.ctypes.data, n * rows.row_nbytes)
-            whole = got // rows.row_nbytes
+            whole = copy(sources[done : done + n], place if stage is None else stage.ctypes.data, nbytes)
             if convert is not None and stage is not None:
-                convert(stage.ctypes.data, place, whole * rows.row_nbytes)
+                convert(stage.ctypes.data, place, whole * nbytes)
             done += whole
             if whole < n or _n_waits() > most_waits:
                 break
         return done if all(rows.mappings[number].is_whole for number in _numbers_in(rows.shards)) else 0
+
+    def _find_copy(self, rows: ScatteredRows) -> Callable[[_Int64s, int, int], int]:
+        """What copies rows: a loop of ours where there is one, and it may read from all these mappings."""
+        row_copy = find_row_copy()
+        are_watched = all(mapping.pages.is_watched for mapping in rows.mappings.values())
+        if row_copy is None or not are_watched or not row_copy.can_copy():
+            return _copy_in_kernel
+        # What is converted is read again at once.
+        return functools.partial(_copy_here, row_copy, self._source.convert_run is None)
+
+
+def _copy_here(row_copy: RowCopy, is_past_caches: bool, sources: _Int64s, place: int, nbytes: int) -> int:
+    """As `_copy_in_kernel`."""
+    row_copy.copy(sources, place, nbytes, is_past_caches)
+    return len(sources)
 
 
 def _n_waits() -> int:

@@ -1,4 +1,4 @@
-"""A file that is mapped: address space, and no memory of ours. Only the kernel reads from it, see `gather`."""
+"""A file that is mapped: address space, and no memory of ours. It is read by `rowcopy`, or by the kernel."""
 
 import ctypes
 import mmap
@@ -6,6 +6,8 @@ import os
 import sys
 import weakref
 from typing import Any, Protocol
+
+from saev_torch.reading.rowcopy import RowCopy, find_row_copy
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _can_map = sys.platform.startswith("linux") and hasattr(_libc, "mincore")
@@ -28,8 +30,26 @@ class Pages:
 
     def __init__(self, address: int, key: tuple[int, int, int]) -> None:
         self.address, self.key = address, key
-        weakref.finalize(self, _libc.munmap, address, key[2]).atexit = False
+        self._row_copy = find_row_copy()
+        self._number = None if self._row_copy is None else self._row_copy.watch(address, key[2])
+        weakref.finalize(self, _unmap, self._row_copy, self._number, address, key[2]).atexit = False
         all_pages.add(self)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether it may be read here, and not by the kernel alone."""
+        return self._number is not None
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether there are zeros instead of the file, since a part of it could not be read."""
+        return self._row_copy is not None and self._number is not None and self._row_copy.is_broken(self._number)
+
+
+def _unmap(row_copy: RowCopy | None, number: int | None, address: int, nbytes: int) -> None:
+    if row_copy is not None and number is not None:
+        row_copy.unwatch(number)
+    _libc.munmap(address, nbytes)
 
 
 all_pages: "weakref.WeakSet[Pages]" = weakref.WeakSet()
@@ -49,15 +69,15 @@ class Mapping:
         To map it anew costs a fault for each 64 KB. Python's own would open the file once more.
         """
         key = _key_of(descriptor)
-        if known is not None and known.key == key:
+        if known is not None and known.key == key and not known.is_broken:
             return cls(known, descriptor)
         address = _libc.mmap(None, key[2], mmap.PROT_READ, mmap.MAP_SHARED, descriptor.fd, 0) if _can_map else None
         return None if address in (None, _FAILED) else cls(Pages(int(address), key), descriptor)
 
     @property
     def is_whole(self) -> bool:
-        """Whether the file is as long as it was: behind its end, a mapped page holds zeros."""
-        return os.fstat(self._descriptor.fd).st_size == self.pages.key[2]
+        """Whether what was read is of the file, which is as long as it was: behind its end, a page holds zeros."""
+        return not self.pages.is_broken and os.fstat(self._descriptor.fd).st_size == self.pages.key[2]
 
 
 def _key_of(descriptor: Descriptor) -> tuple[int, int, int]:

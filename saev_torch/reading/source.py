@@ -15,6 +15,7 @@ from saev_torch.reading.extents import Extents
 from saev_torch.reading.kernels import ConvertKernels, find_convert_kernels
 from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.ring import Ring, RingReader
+from saev_torch.reading.rowcopy import find_row_copy
 from saev_torch.reading.store import Files, ShardStore
 
 # No number of bytes, and no error.
@@ -117,8 +118,9 @@ class Source:
         stored, scale = self.store.metadata.value_type, self.scale
         loaded = self.loaded or stored
         self._kernels: ConvertKernels | None = None
+        # Compiled here: by one thread, and for all workers that are forked later.
+        find_row_copy()
         if loaded != stored or scale is not None:
-            # Compiled here: by one thread, and for all workers that are forked later.
             self._kernels = find_convert_kernels(stored.name, loaded.name, scale is not None)
 
     def open_reader(self, pace: Pace | None = None) -> Reader:

@@ -239,12 +239,12 @@ class ShardStore:
         unless the process has mapped too many. Errors are those of `opened`.
         """
         found = self._mapped.get(shard_idx)
-        if found is None:
+        if found is None or found.pages.is_broken:
             found = Mapping.open(self._hold(shard_idx, False), self._pages.get(shard_idx))
             if found is not None:
                 self._pages[shard_idx] = found.pages
                 _limit_mapped(self)
-                found = self._mapped.setdefault(shard_idx, found)
+                self._mapped[shard_idx] = found
         return found
 
     def _hold(self, shard_idx: int, direct: bool) -> _Descriptor:
