@@ -242,7 +242,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
                             break
                         watch.count(opened.size, engine.batches.waits, engine.batches.fill)
                         batch = self._make_batch(opened)
-                        engine.finish(batch)
+                        engine.finish(opened, batch)
                         # The caller alone decides how long the batch lives.
                         del opened
                     batch.number = iteration.next_number

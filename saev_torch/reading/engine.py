@@ -14,7 +14,9 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import torch
 
 from saev_torch.errors import ReadError
 from saev_torch.order.selection import Selection
@@ -77,7 +79,7 @@ class Engine:
         self._pid = os.getpid()
         self._store, self._selection = feed.store, feed.selection
         self._plan, self._share, self._options = plan, share, options
-        self._feed, self.finish = feed, feed.finish
+        self._feed = feed
         self._scheduler_spot = Spot()
         self._gather: Gather | None = None
         pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
@@ -184,7 +186,9 @@ class Engine:
             return None
         opened = self._only(step)
         opened.cells[:] = self._selection.cells(step.loads[0].chunk.starts)
-        return self._gather.find(self._selection, opened.cells, opened.slot.address, self._scheduler_spot)
+        rows = self._gather.find(self._selection, opened.cells, opened.slot.address, self._scheduler_spot)
+        opened.is_finished = rows is not None
+        return rows
 
     def _check(self, placed: Placed) -> None:
         """Make sure that nothing is written to memory that is not for this; a `ReadError` says so."""
@@ -234,6 +238,11 @@ class Engine:
             )
         make_patience = functools.partial(Patience, self._options.timeout_s, self._reads, on_wait)
         return self.batches.take(self._selection.sample_nbytes, make_patience)
+
+    def finish(self, opened: OpenBatch, batch: Mapping[str, torch.Tensor]) -> None:
+        """Convert the activations of a batch, unless that was done when they were read."""
+        if not opened.is_finished:
+            self._feed.finish(batch)
 
     def close(self) -> None:
         """Stop the threads, and give unused memory and descriptors back. May be called twice."""

@@ -19,10 +19,11 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from saev_torch.order.runs import MAX_READ_ROWS
@@ -30,15 +31,19 @@ from saev_torch.order.selection import Selection
 from saev_torch.reading.extents import make_extents
 from saev_torch.reading.mapping import Mapping, is_in_memory
 from saev_torch.reading.reader import Reader, Spot
-from saev_torch.reading.rowcopy import RowCopy, find_row_copy
+from saev_torch.reading.rowcopy import find_row_copy
 from saev_torch.reading.source import Source
+from saev_torch.reading.watch import find_watch
 
 _Int64s = NDArray[np.int64]
+_Bytes = NDArray[np.uint8]
 
 # Rows of a batch that are looked at; a single one that is not in the page cache takes longer than a hundred that are.
 _N_PROBES = 16
 # What one thread gathers at a time, unless a single call is more.
 _MAX_PART_NBYTES = 64 << 20
+# What is copied here until it is seen whether a disk was waited for.
+_PIECE_NBYTES = 8 << 20
 # What is converted is gathered to memory that stays in the cache of the core.
 _STAGE_NBYTES = 256 << 10
 # Where more rows than one of so many have to be waited for, a ring is better.
@@ -52,11 +57,19 @@ if _has_call:
     _write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
 
 
-def _copy_in_kernel(sources: _Int64s, place: int, nbytes: int) -> int:
-    """Copy rows of `nbytes` bytes at addresses `[n] int64` to a place; how many of the first ones were copied."""
-    vectors, target = np.empty((len(sources), 2), dtype=np.int64), np.array([place, len(sources) * nbytes])
-    vectors[:, 0], vectors[:, 1] = sources, nbytes
-    got = _write(os.getpid(), vectors.ctypes.data, len(vectors), target.ctypes.data, 1, 0)
+def _copy_in_kernel(sources: _Int64s, place: int, nbytes: int, stride: int) -> int:
+    """Copy rows of `nbytes` bytes at addresses `[n] int64` to a place; how many of the first ones are there.
+
+    From one to the next it is `stride` bytes there.
+    """
+    n = len(sources)
+    vectors, targets = np.full((n, 2), nbytes), np.full((n if stride > nbytes else 1, 2), nbytes)
+    vectors[:, 0] = sources
+    if stride > nbytes:
+        targets[:, 0] = place + stride * np.arange(n)
+    else:
+        targets[:] = place, n * nbytes
+    got = _write(os.getpid(), vectors.ctypes.data, n, targets.ctypes.data, len(targets), 0)
     return max(0, int(got)) // nbytes
 
 
@@ -66,7 +79,7 @@ def _can_gather() -> bool:
     if not _has_call:
         return False
     values = np.array([1, 0], dtype=np.uint8)
-    return _copy_in_kernel(np.array([values.ctypes.data]), values.ctypes.data + 1, 1) == 1 and bool(values[1])
+    return _copy_in_kernel(np.array([values.ctypes.data]), values.ctypes.data + 1, 1, 1) == 1 and bool(values[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +145,8 @@ class Gather:
 
     def __init__(self, source: Source) -> None:
         self._source, self._store = source, source.store
+        self._convert_run = source.convert_run
+        self._row_copy, self._plain_copy, self._watch = source.find_row_copy(), find_row_copy(), find_watch()
         self.is_refused = False
 
     @classmethod
@@ -140,13 +155,12 @@ class Gather:
         # Address space that is limited is needed for batches.
         is_free = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
         is_few = len(source.store.shards) <= source.store.most_open
-        return cls(source) if is_free and is_few and source.can_gather and _can_gather() else None
+        return cls(source) if is_free and is_few and not source.past_cache and _can_gather() else None
 
     @property
     def is_fast(self) -> bool:
-        """Whether a loop of ours copies, which is faster than to read to a buffer."""
-        row_copy = find_row_copy()
-        return row_copy is not None and row_copy.can_copy()
+        """Whether rows are copied here, which is faster than to read them to a buffer."""
+        return self._watch is not None and self._watch.is_on
 
     def find(self, selection: Selection, cells: _Int64s, place: int, spot: Spot) -> ScatteredRows | None:
         """Find the rows of samples, which go to a place one behind the other; None where some are not in memory.
@@ -195,42 +209,61 @@ class Gather:
                 pace.note(done * rows.row_nbytes, 0, time.monotonic() - began if is_slow else 0.0)
                 pace.is_slow = is_slow
         if done < len(rows):
-            rows.part(done, len(rows)).read(reader)
+            left = rows.part(done, len(rows))
+            left.read(reader)
+            self._finish(left, left.place, len(left))
 
     def _gather(self, rows: ScatteredRows, most_waits: int) -> int:
         """Gather rows until this thread has waited so often; how many of the first ones are where they belong."""
-        sources, nbytes, copy = rows.sources(), rows.row_nbytes, self._find_copy(rows)
-        convert = self._source.convert_run
-        n_at_once, stage = MAX_READ_ROWS, None
-        if convert is not None:
-            n_at_once = min(n_at_once, max(1, _STAGE_NBYTES // nbytes))
-            stage = np.empty(n_at_once * nbytes, dtype=np.uint8)
+        sources, is_here = rows.sources(), self.is_fast and all(map(_is_watched, rows.mappings.values()))
+        stage, n_at_once = None, MAX_READ_ROWS
+        if is_here and self._row_copy is not None:
+            n_at_once = max(1, _PIECE_NBYTES // rows.row_nbytes)
+        elif self._convert_run is not None:
+            n_at_once = min(n_at_once, max(1, _STAGE_NBYTES // rows.row_nbytes))
+            stage = np.empty(n_at_once * rows.row_nbytes, dtype=np.uint8)
         done = 0
         while done < len(rows):
-            n = min(n_at_once, len(rows) - done)
-            place = rows.place + done * rows.stride
-            whole = copy(sources[done : done + n], place if stage is None else stage.ctypes.data, nbytes)
-            if convert is not None and stage is not None:
-                convert(stage.ctypes.data, place, whole * nbytes)
+            some = sources[done : done + n_at_once]
+            whole = self._copy(rows, some, rows.place + done * rows.stride, stage, is_here)
             done += whole
-            if whole < n or _n_waits() > most_waits:
+            if whole < len(some) or _n_waits() > most_waits:
                 break
         return done if all(rows.mappings[number].is_whole for number in _numbers_in(rows.shards)) else 0
 
-    def _find_copy(self, rows: ScatteredRows) -> Callable[[_Int64s, int, int], int]:
-        """What copies rows: a loop of ours where there is one, and it may read from all these mappings."""
-        row_copy = find_row_copy()
-        are_watched = all(mapping.pages.is_watched for mapping in rows.mappings.values())
-        if row_copy is None or not are_watched or not row_copy.can_copy():
-            return _copy_in_kernel
-        # What is converted is read again at once.
-        return functools.partial(_copy_here, row_copy, self._source.convert_run is None)
+    def _copy(self, rows: ScatteredRows, sources: _Int64s, place: int, stage: _Bytes | None, is_here: bool) -> int:
+        """Copy rows from addresses to a place, and convert them; how many of the first ones are there."""
+        nbytes, stride = rows.row_nbytes, rows.stride
+        if is_here and self._row_copy is not None:
+            self._row_copy(sources, place, nbytes, stride)
+            return len(sources)
+        if stage is not None and self._convert_run is not None:
+            n = self._copy_plain(sources, stage.ctypes.data, nbytes, nbytes, is_here)
+            self._convert_run(stage.ctypes.data, place, n * nbytes)
+            return n
+        # What becomes wider goes to the back of its place.
+        n = self._copy_plain(sources, place + stride - nbytes, nbytes, stride, is_here)
+        self._finish(rows, place, n)
+        return n
+
+    def _copy_plain(self, sources: _Int64s, place: int, nbytes: int, stride: int, is_here: bool) -> int:
+        if not is_here or self._plain_copy is None:
+            return _copy_in_kernel(sources, place, nbytes, stride)
+        # What is converted is soon read again.
+        self._plain_copy(sources, place, nbytes, stride, is_past_caches=False)
+        return len(sources)
+
+    def _finish(self, rows: ScatteredRows, place: int, n: int) -> None:
+        """Convert `n` rows at a place that were read by what does not."""
+        if self._source.is_unfinished and n:
+            memory = np.ctypeslib.as_array((ctypes.c_ubyte * (n * rows.stride)).from_address(place))
+            loaded = self._source.loaded_type
+            act = torch.from_numpy(memory.view(loaded.storage)).view(getattr(torch, loaded.name))
+            self._source.convert(act.view(n, -1))
 
 
-def _copy_here(row_copy: RowCopy, is_past_caches: bool, sources: _Int64s, place: int, nbytes: int) -> int:
-    """As `_copy_in_kernel`."""
-    row_copy.copy(sources, place, nbytes, is_past_caches)
-    return len(sources)
+def _is_watched(mapping: Mapping) -> bool:
+    return mapping.pages.is_watched
 
 
 def _n_waits() -> int:

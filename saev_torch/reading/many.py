@@ -44,6 +44,10 @@ def _gather_to(slot: Slot, gather: Gather, rows: ScatteredRows, reader: Reader) 
     gather.read(rows, reader)
 
 
+def _done(act: torch.Tensor) -> None:
+    """Nothing is left to do."""
+
+
 class ManyReader:
     """Reads samples of a source to a slot."""
 
@@ -74,7 +78,7 @@ class ManyReader:
             tasks[0].run(self._source.open_reader(Pace(1)))
         else:
             run_tasks(_NAME, n_threads, Pace(n_threads), self._source.open_reader, iter(tasks))
-        return self._source.finish
+        return _done
 
     def _read_extents(self, parts: list[Extents], slot: Slot) -> Finish:
         n_extents = max(len(extents.nbytes) for extents in parts)

@@ -1,4 +1,4 @@
-"""A file that is mapped: address space, and no memory of ours. It is read by `rowcopy`, or by the kernel."""
+"""A file that is mapped: address space, and no memory of ours. It is read by the kernel, or here under a `Watch`."""
 
 import ctypes
 import mmap
@@ -7,7 +7,7 @@ import sys
 import weakref
 from typing import Any, Protocol
 
-from saev_torch.reading.rowcopy import RowCopy, find_row_copy
+from saev_torch.reading.watch import Watch, find_watch
 
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 _can_map = sys.platform.startswith("linux") and hasattr(_libc, "mincore")
@@ -30,25 +30,25 @@ class Pages:
 
     def __init__(self, address: int, key: tuple[int, int, int]) -> None:
         self.address, self.key = address, key
-        self._row_copy = find_row_copy()
-        self._number = None if self._row_copy is None else self._row_copy.watch(address, key[2])
-        weakref.finalize(self, _unmap, self._row_copy, self._number, address, key[2]).atexit = False
+        self._watch = find_watch()
+        self._number = None if self._watch is None else self._watch.add(address, key[2])
+        weakref.finalize(self, _unmap, self._watch, self._number, address, key[2]).atexit = False
         all_pages.add(self)
 
     @property
     def is_watched(self) -> bool:
-        """Whether it may be read here, and not by the kernel alone."""
+        """Whether it may be read here, while the watch is on."""
         return self._number is not None
 
     @property
     def is_broken(self) -> bool:
-        """Whether there are zeros instead of the file, since a part of it could not be read."""
-        return self._row_copy is not None and self._number is not None and self._row_copy.is_broken(self._number)
+        """Whether there are zeros instead of the file, a part of which could not be read."""
+        return self._watch is not None and self._number is not None and self._watch.is_broken(self._number)
 
 
-def _unmap(row_copy: RowCopy | None, number: int | None, address: int, nbytes: int) -> None:
-    if row_copy is not None and number is not None:
-        row_copy.unwatch(number)
+def _unmap(watch: Watch | None, number: int | None, address: int, nbytes: int) -> None:
+    if watch is not None and number is not None:
+        watch.remove(number)
     _libc.munmap(address, nbytes)
 
 

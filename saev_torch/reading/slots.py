@@ -121,6 +121,7 @@ class OpenBatch:
         cells: `[size] int64`, the cell of each row; see `Selection`.
         labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
         token_ids: `[size] int32`, the token id of each row (anything for a special token), where they are read.
+        is_finished: Whether its activations have been converted, if they are to be.
     """
 
     slot: Slot
@@ -128,6 +129,7 @@ class OpenBatch:
     cells: NDArray[np.int64]
     labels: NDArray[np.uint8] | None
     token_ids: NDArray[np.int32] | None = None
+    is_finished: bool = False
 
 
 _sent: set[Slot] = set()

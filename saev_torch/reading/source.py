@@ -15,8 +15,9 @@ from saev_torch.reading.extents import Extents
 from saev_torch.reading.kernels import ConvertKernels, find_convert_kernels
 from saev_torch.reading.reader import CallReader, Pace, Reader
 from saev_torch.reading.ring import Ring, RingReader
-from saev_torch.reading.rowcopy import find_row_copy
+from saev_torch.reading.rowcopy import RowCopy, find_row_copy
 from saev_torch.reading.store import Files, ShardStore
+from saev_torch.reading.watch import find_watch
 
 # No number of bytes, and no error.
 _PENDING = np.iinfo(np.int64).min
@@ -115,11 +116,11 @@ class Source:
     loaded: ValueType | None = None
 
     def __post_init__(self) -> None:
-        stored, scale = self.store.metadata.value_type, self.scale
-        loaded = self.loaded or stored
+        stored, loaded, scale = self.store.metadata.value_type, self.loaded_type, self.scale
         self._kernels: ConvertKernels | None = None
         # Compiled here: by one thread, and for all workers that are forked later.
-        find_row_copy()
+        find_watch()
+        self.find_row_copy()
         if loaded != stored or scale is not None:
             self._kernels = find_convert_kernels(stored.name, loaded.name, scale is not None)
 
@@ -135,18 +136,21 @@ class Source:
     @property
     def is_unfinished(self) -> bool:
         """Whether what the readers read is still to be converted."""
-        is_same = self.scale is None and self.loaded in (None, self.store.metadata.value_type)
+        is_same = self.scale is None and self.loaded_type == self.store.metadata.value_type
         return self._kernels is None and not is_same
 
     @property
-    def can_gather(self) -> bool:
-        """Whether rows may be copied to their places, see `convert_run`, and are to be looked for in the page cache."""
-        is_in_place = self.loaded in (None, self.store.metadata.value_type)
-        return not self.past_cache and (is_in_place or self._kernels is not None)
+    def loaded_type(self) -> ValueType:
+        """Type of the values in memory."""
+        return self.loaded or self.store.metadata.value_type
+
+    def find_row_copy(self) -> RowCopy | None:
+        """What copies rows from mapped files, and converts them; see there."""
+        return find_row_copy(self.store.metadata.value_type, self.loaded_type, self.scale)
 
     @property
     def convert_run(self) -> Callable[[int, int, int], None] | None:
-        """What converts stored values from an address to another, so many bytes; None where they are to be copied."""
+        """What converts stored values from an address to another, so many bytes; None where nothing does."""
         return None if self._kernels is None else functools.partial(_convert_run, self._kernels, self.scale or 1.0)
 
     def finish(self, act: torch.Tensor) -> None:
