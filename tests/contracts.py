@@ -34,7 +34,7 @@ from saev_torch import (
     ShuffledDataLoader,
 )
 from saev_torch.iterable import activations
-from saev_torch.reading import engine
+from saev_torch.reading import engine, gather
 from saev_torch.reading.slots import SlotPool
 
 # The order must not depend on the number of workers, so tests use more than a small machine has cores. This is for
@@ -231,8 +231,15 @@ def make_data_set(cfg: Config) -> OrderedActivations | ShuffledActivations:
     return OrderedActivations(cfg) if isinstance(cfg, OrderedConfig) else ShuffledActivations(cfg)
 
 
-def save_buffers(monkeypatch: pytest.MonkeyPatch, is_slow: bool = True) -> None:
+def copy_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernel copy what is gathered, as it does where no machine code can be made."""
+    monkeypatch.setattr(gather, "find_watch", lambda: None)
+
+
+def save_buffers(monkeypatch: pytest.MonkeyPatch, is_slow: bool = True, copies_here: bool = False) -> None:
     """Let no buffer be filled, however small it is, in workers that are forked and here: memory comes slowly."""
+    if not copies_here:
+        copy_in_kernel(monkeypatch)
     monkeypatch.setattr(engine, "_LARGE_NBYTES", 0)
     monkeypatch.setattr(engine, "_WIDE_NBYTES", 0)
     monkeypatch.setattr(activations, "ends_with_epoch", lambda: True)

@@ -29,8 +29,16 @@ SPEC = Spec(n_examples=60, content_tokens=7, layers=(3, 7), examples_per_shard=9
 WIDE = Spec(n_examples=12, content_tokens=50, cls=False, layers=(0,), d_model=256, examples_per_shard=6, labels=False)
 
 
+@pytest.fixture(params=["here", "kernel"])
+def copied_by(request, monkeypatch):
+    """Machine code copies, and where none can be made, the kernel."""
+    if request.param == "kernel":
+        contracts.copy_in_kernel(monkeypatch)
+    return request.param
+
+
 @pytest.fixture
-def counted(monkeypatch):
+def counted(monkeypatch, copied_by):
     """Rows that were gathered, and rows that were read otherwise."""
     counts = {"gathered": 0, "read": 0}
     real_gather, real_read = Gather._gather, ScatteredRows.read
@@ -93,18 +101,45 @@ def test_what_is_multiplied_is_what_a_ring_reads(make_shards, monkeypatch, count
     assert counted["gathered"] == 600
 
 
-def test_without_a_compiler(make_shards, monkeypatch, counted):
-    """What is only multiplied is multiplied later; what becomes wider is read otherwise."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("act_dtype", ["float32", "stored"])
+@pytest.mark.parametrize("scale_norm", [False, True])
+@pytest.mark.parametrize("n_read", [0, 37])
+def test_without_a_compiler(make_shards, monkeypatch, counted, dtype, act_dtype, scale_norm, n_read):
+    """torch converts what was copied; what came short, and was read, too, and nothing twice."""
     monkeypatch.setattr("saev_torch.reading.source.find_convert_kernels", lambda *args: None)
-    for dtype, n_gathered in (("float32", 600), ("bfloat16", 0)):
-        counted["gathered"] = 0
-        cfg = uniform(make_shards(Spec(**{**WIDE.__dict__, "dtype": dtype})), layer=0, scale_norm=True)
-        first, second = ShuffledActivations(cfg), ShuffledActivations(cfg)
-        batches = list(first)
-        assert counted == {"gathered": n_gathered, "read": 0}
-        with monkeypatch.context() as patch:
-            patch.setattr(Gather, "open", lambda source: None)
-            contracts.assert_same(batches, list(second))
+    shards = make_shards(Spec(**{**WIDE.__dict__, "dtype": dtype}))
+    cfg = uniform(shards, layer=0, scale_norm=scale_norm, act_dtype=act_dtype, batch_size=100)
+    first, second = ShuffledActivations(cfg), ShuffledActivations(cfg)
+    gather = Gather._gather
+    monkeypatch.setattr(Gather, "_gather", lambda self, rows, most: min(gather(self, rows, most), 100 - n_read))
+    batches = list(first)
+    # A reader that was slow reads more.
+    assert counted["gathered"] > 0
+    assert counted["read"] >= 6 * n_read
+    assert n_read or counted == {"gathered": 600, "read": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Gather, "open", lambda source: None)
+        contracts.assert_same(batches, list(second))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale_norm", [False, True])
+@pytest.mark.parametrize("has_numba", [False, True])
+def test_random_access_is_converted_once(make_shards, monkeypatch, counted, dtype, scale_norm, has_numba):
+    if not has_numba:
+        monkeypatch.setattr("saev_torch.reading.source.find_convert_kernels", lambda *args: None)
+    shards = make_shards(Spec(**{**WIDE.__dict__, "dtype": dtype, "n_examples": 24}))
+    data_set = ShuffledActivations(uniform(shards, layer=0, batch_size=1200, scale_norm=scale_norm))
+    wanted = next(iter(data_set))["act"]
+    indexed, scale = IndexedDataset(IndexedConfig(shards=shards, layer=0)), data_set.cursor.scale
+    counted["gathered"] = 0
+    order = data_set.locate(0)
+    numbers = (order["example_idx"] * 50 + order["token_idx"]).tolist()
+    for found in (indexed.__getitems__(numbers), indexed.__getitems__(numbers[:700])):
+        act = torch.stack([sample["act"] for sample in found])
+        assert torch.equal(act if scale is None else act * scale, wanted[: len(act)])
+    assert counted == {"gathered": 1900, "read": 0}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -131,10 +166,11 @@ def open_rows(shards, n=400, pace=None):
 
 
 @pytest.mark.parametrize("left", [0, 1, 3])
+@pytest.mark.parametrize("copied_by", ["kernel"], indirect=True)
 def test_a_call_that_comes_short_is_finished_otherwise(make_shards, monkeypatch, counted, left):
     gather, rows, reader, memory, wanted, store = open_rows(make_shards(WIDE))
-    real = gather_module._gather
-    monkeypatch.setattr(gather_module, "_gather", lambda *args: max(0, real(*args) // 100 * left - 1))
+    real = gather_module._copy_in_kernel
+    monkeypatch.setattr(gather_module, "_copy_in_kernel", lambda *args: real(*args) // 100 * left)
     gather.read(rows, reader)
     assert np.array_equal(memory, wanted)
     assert counted["read"] == 400 - counted["gathered"] > 0
@@ -142,7 +178,7 @@ def test_a_call_that_comes_short_is_finished_otherwise(make_shards, monkeypatch,
 
 
 @pytest.mark.parametrize("rows_left", [0, 10, 149.5, 299], ids=str)
-def test_a_file_that_becomes_shorter_is_an_error(make_shards, rows_left):
+def test_a_file_that_becomes_shorter_is_an_error(make_shards, copied_by, rows_left):
     """Never SIGBUS; and no zeros, which are what a mapping holds between the end of a file and that of its page."""
     shards = make_shards(WIDE)
     gather, rows, reader, _memory, _, store = open_rows(shards)
@@ -156,7 +192,7 @@ def test_a_file_that_becomes_shorter_is_an_error(make_shards, rows_left):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_loader_says_that_a_file_became_shorter(make_shards, workers):
+def test_a_loader_says_that_a_file_became_shorter(make_shards, copied_by, workers):
     spec = Spec(**{**WIDE.__dict__, "n_examples": 60, "examples_per_shard": 20})
     shards = make_shards(spec)
     cfg = uniform(shards, layer=0, batch_size=100)
@@ -201,6 +237,7 @@ def test_a_part_of_which_a_disk_is_waited_for_is_left_to_a_ring(make_shards, mon
     waits = iter([0, 3, 6, 7, 8, 9])
     monkeypatch.setattr(gather_module, "_n_waits", lambda: next(waits))
     monkeypatch.setattr(gather_module, "MAX_READ_ROWS", 50)
+    monkeypatch.setattr(gather_module, "_PIECE_NBYTES", 50 << 10)
     gather.read(rows, reader)
     assert counted == {"gathered": 150, "read": 250}
     assert np.array_equal(memory, wanted)

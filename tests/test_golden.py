@@ -15,7 +15,8 @@ import pytest
 from contracts import Config
 
 from saev_torch import OrderedConfig, ShuffledConfig
-from saev_torch.reading.gather import Gather
+from saev_torch.reading import gather
+from saev_torch.reading.rowcopy import RowCopy
 
 GOLDEN = Path(__file__).parent / "golden.json"
 N_EPOCHS = 3
@@ -88,32 +89,29 @@ def test_every_case_is_there() -> None:
     assert len(GOLD) == len(CASES) >= 30
 
 
-HOW = [
-    (case, saves)
-    for case, (_, fields, _) in enumerate(CASES)
-    for saves in ([False, True] if "seed" in fields else [False])
-]
+# With a buffer; without one, where the kernel copies rows, and where they are copied here.
+WAYS = ["buffer", "kernel", "here"]
+HOW = [(case, way) for case, (_, fields, _) in enumerate(CASES) for way in (WAYS if "seed" in fields else WAYS[:1])]
 
 
-@pytest.mark.parametrize(("case", "saves_buffers"), HOW)
-def test_sequences_are_what_they_were(
-    case: int, saves_buffers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if saves_buffers:
-        contracts.save_buffers(monkeypatch)
+@pytest.mark.parametrize(("case", "way"), HOW)
+def test_sequences_are_what_they_were(case: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "buffer":
+        contracts.save_buffers(monkeypatch, copies_here=way == "here")
     cfg, n_ranks = _make(tmp_path, case)
     # The digest is of every bit, so that the number of workers shows, too.
     options = {"num_workers": 2} if case % 10 == 0 else {}
     assert [_sequence(cfg, rank, n_ranks, **options) for rank in range(n_ranks)] == GOLD[case]["sequences"]
 
 
-@pytest.mark.parametrize(("case", "saves_buffers"), HOW)
-def test_states_of_before_load(case: int, saves_buffers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gathered: list[int] = []
-    if saves_buffers:
-        contracts.save_buffers(monkeypatch)
-        read = Gather.read
-        monkeypatch.setattr(Gather, "read", lambda *args: (gathered.append(1), read(*args))[1])
+@pytest.mark.parametrize(("case", "way"), HOW)
+def test_states_of_before_load(case: int, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[str] = []
+    if way != "buffer":
+        contracts.save_buffers(monkeypatch, copies_here=way == "here")
+        in_kernel, here = gather._copy_in_kernel, RowCopy.__call__
+        monkeypatch.setattr(gather, "_copy_in_kernel", lambda *args: (copied.append("kernel"), in_kernel(*args))[1])
+        monkeypatch.setattr(RowCopy, "__call__", lambda *args, **k: (copied.append("here"), here(*args, **k))[1])
     cfg, n_ranks = _make(tmp_path, case)
     loader = contracts.make_ready(cfg, rank=n_ranks - 1, world_size=n_ranks)
     loader.load_state_dict(GOLD[case]["state"])
@@ -123,7 +121,7 @@ def test_states_of_before_load(case: int, saves_buffers: bool, tmp_path: Path, m
     assert rest == GOLD[case]["rest"]
     assert {key: state[key] for key in GOLD[case]["state"]} == GOLD[case]["state"]
     # A buffer that must be full before the first batch is there for that.
-    assert bool(gathered) == (saves_buffers and "min_buffer_fill" not in CASES[case][1])
+    assert set(copied) == (set() if way == "buffer" or "min_buffer_fill" in CASES[case][1] else {way})
 
 
 def _write() -> None:

@@ -83,16 +83,34 @@ def test_batches_are_those_of_a_buffer(cfg, wanted, found, monkeypatch, workers,
     assert found.counts == (n_batches if is_slow else 4 * workers * (engine._N_TRIED + 1), 0)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_what_is_copied_here_never_needs_a_buffer(cfg, wanted, found, monkeypatch, workers, persistent):
+    """That is faster than to read to a buffer, whoever asks, how fast memory comes, and how long an epoch is."""
+    ends = SlotPool.is_new, contracts.activations.ends_with_epoch
+    contracts.save_buffers(monkeypatch, is_slow=False, copies_here=True)
+    monkeypatch.setattr(SlotPool, "is_new", ends[0])
+    monkeypatch.setattr(contracts.activations, "ends_with_epoch", ends[1])
+    monkeypatch.setattr(engine, "_WIDE_NBYTES", 1 << 40)
+    monkeypatch.setattr(engine, "_MOST_BUFFERS", 0)
+    found_epochs = epochs(cfg, num_workers=workers, persistent_workers=persistent and workers > 0)
+    for got, right in zip(found_epochs, wanted, strict=True):
+        contracts.assert_same(got, right)
+    assert found.counts == (sum(map(len, wanted)), 0)
+
+
 @pytest.mark.parametrize("n_before", [0, 1, 7, 40])
-def test_what_is_not_in_memory_needs_a_buffer_from_then_on(cfg, wanted, found, monkeypatch, n_before):
-    contracts.save_buffers(monkeypatch)
+@pytest.mark.parametrize("copies_here", [False, True])
+def test_what_is_not_in_memory_needs_a_buffer_from_then_on(cfg, wanted, found, monkeypatch, n_before, copies_here):
+    contracts.save_buffers(monkeypatch, copies_here=copies_here)
     monkeypatch.setattr(gather_module, "is_in_memory", lambda address: found.counts[0] < n_before)
     contracts.assert_same(list(ShuffledActivations(cfg)), wanted[0])
     assert found.counts == (n_before, 1)
 
 
-def test_a_disk_that_is_waited_for_needs_a_buffer(cfg, wanted, found, monkeypatch):
-    contracts.save_buffers(monkeypatch)
+@pytest.mark.parametrize("copies_here", [False, True])
+def test_a_disk_that_is_waited_for_needs_a_buffer(cfg, wanted, found, monkeypatch, copies_here):
+    contracts.save_buffers(monkeypatch, copies_here=copies_here)
     read = Gather.read
 
     def reading(self, rows, reader):

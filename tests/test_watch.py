@@ -1,0 +1,232 @@
+"""What happens to a mapped file while it is read does not end the process; what it is not about goes where it went."""
+
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+from conftest import wait_until
+from factory import Spec
+from torch.utils.data import DataLoader
+
+from saev_torch import IndexedConfig, IndexedDataset, ReadError, ShuffledActivations, ShuffledConfig
+from saev_torch.reading import gather, mapping, rowcopy, watch
+from saev_torch.reading.mapping import Pages
+
+N_PAGES = 40
+WIDE = Spec(n_examples=12, content_tokens=50, cls=False, layers=(0,), d_model=256, examples_per_shard=6, labels=False)
+
+# A file of pages whose bytes are their numbers, mapped and watched in a process of its own.
+PROGRAM = """
+import ctypes, faulthandler, mmap, os, signal, sys
+import numpy as np
+from saev_torch.reading import mapping, rowcopy, watch
+
+fd = os.open(sys.argv[1], os.O_RDWR)
+nbytes = os.fstat(fd).st_size
+watched = watch.find_watch()
+
+def map_file(is_watched):
+    address = mapping._libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    number = watched.add(address, nbytes) if is_watched else None
+    return address, number
+
+def copy(address):
+    memory = np.empty(nbytes, dtype=np.uint8)
+    rowcopy.find_row_copy()(address + np.arange(nbytes // 4096) * 4096, memory.ctypes.data, 4096, 4096)
+    return memory
+"""
+
+
+@pytest.fixture
+def pages(tmp_path):
+    path = tmp_path / "pages"
+    path.write_bytes(b"".join(bytes([number]) * mmap.PAGESIZE for number in range(N_PAGES)))
+    return path
+
+
+def run(code, pages):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, "-c", PROGRAM + code, str(pages)], env=env, capture_output=True, text=True)
+
+
+def test_a_file_that_became_shorter_is_zeros_and_broken(pages):
+    """All of it, so that the system need not tell more than once; another mapping is as it was."""
+    done = run(
+        """
+assert watched.is_on and watched.is_on
+(one, first), (other, second) = map_file(True), map_file(True)
+before = copy(one)
+assert before[::4096].tolist() == list(range(40)) and not watched.is_broken(first)
+os.ftruncate(fd, 10 * 4096)
+after = copy(one)
+assert watched.is_broken(first) and not watched.is_broken(second)
+assert after[: 10 * 4096].tolist() == before[: 10 * 4096].tolist() and not after[10 * 4096 :].any()
+assert not copy(one).any()
+os.ftruncate(fd, nbytes)
+assert copy(other)[::4096].tolist() == [*range(10), *[0] * 30] and not watched.is_broken(second)
+""",
+        pages,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+NOT_OURS = {
+    # What other code reads from a mapping of its own.
+    "fault": "os.ftruncate(fd, 4096); copy(map_file(False)[0])",
+    # What somebody sends.
+    "sent": "os.kill(os.getpid(), signal.SIGBUS)",
+    # What was watched, and is not any more.
+    "removed": "address, number = map_file(True); watched.remove(number); os.ftruncate(fd, 4096); copy(address)",
+}
+
+
+@pytest.mark.parametrize("what", NOT_OURS)
+@pytest.mark.parametrize("before", ["", "faulthandler.enable(); ", "signal.signal(signal.SIGBUS, signal.SIG_DFL); "])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_another_signal_ends_the_process_as_ever(pages, what, before, is_late):
+    """Who handled it before us handles it, and who took it later does."""
+    on = "assert watched.is_on; map_file(True); "
+    done = run((on + before if is_late else before + on) + NOT_OURS[what] + "\nprint('still here')", pages)
+    assert done.returncode == -signal.SIGBUS, done.stderr
+    assert done.stdout == ""
+    assert ("Fatal Python error: Bus error" in done.stderr) == ("faulthandler" in before)
+
+
+def test_a_handler_in_python_hears_what_is_sent(pages):
+    code = """
+heard = []
+signal.signal(signal.SIGBUS, lambda *args: heard.append(args[0]))
+assert watched.is_on
+os.kill(os.getpid(), signal.SIGBUS)
+assert heard == [signal.SIGBUS]
+# It has the signal now, and keeps it.
+assert not watched.is_on
+"""
+    done = run(code, pages)
+    assert done.returncode == 0, done.stderr
+
+
+def test_who_takes_the_signal_later_keeps_it(pages):
+    """And a child that is forked, whose handlers are others, begins anew."""
+    code = """
+assert watched.is_on
+faulthandler.enable()
+assert not watched.is_on and not watched.is_on
+pid = os.fork()
+if not pid:
+    address, number = map_file(True)
+    is_on = watched.is_on
+    os.ftruncate(fd, 4096)
+    copy(address)
+    os._exit(is_on and watched.is_broken(number))
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+"""
+    done = run(code, pages)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def made(tmp_path_factory, make_shards):
+    return make_shards(WIDE)
+
+
+def uniform(shards):
+    return ShuffledConfig(shards=shards, layer=0, batch_size=100, order="uniform")
+
+
+def copies_here(monkeypatch):
+    counts = {"here": 0, "kernel": 0}
+    here, kernel = rowcopy.RowCopy.__call__, gather._copy_in_kernel
+
+    def copying(self, sources, *args, **kwargs):
+        counts["here"] += len(sources)
+        here(self, sources, *args, **kwargs)
+
+    def copying_in_kernel(sources, *args):
+        counts["kernel"] += len(sources)
+        return kernel(sources, *args)
+
+    monkeypatch.setattr(rowcopy.RowCopy, "__call__", copying)
+    monkeypatch.setattr(gather, "_copy_in_kernel", copying_in_kernel)
+    return counts
+
+
+@pytest.mark.parametrize("why", ["", "no machine code", "signal is taken", "too many mappings"])
+def test_the_kernel_copies_where_it_must(made, monkeypatch, why):
+    if why == "no machine code":
+        for module in (gather, mapping):
+            monkeypatch.setattr(module, "find_watch", lambda: None)
+        monkeypatch.setattr(gather, "find_row_copy", lambda *args: None)
+        monkeypatch.setattr("saev_torch.reading.source.find_row_copy", lambda *args: None)
+    elif why == "signal is taken":
+        monkeypatch.setattr(watch.Watch, "is_on", False)
+    elif why == "too many mappings":
+        monkeypatch.setattr(watch.find_watch(), "_unused", [3])
+    assert gather._can_gather()
+    counts = copies_here(monkeypatch)
+    wanted = np.sort(np.concatenate([batch["act"].numpy() for batch in ShuffledActivations(uniform(made))]), axis=0)
+    assert counts == ({"here": 0, "kernel": 600} if why else {"here": 600, "kernel": 0})
+    indexed = IndexedDataset(IndexedConfig(shards=made, layer=0))
+    act = np.stack([sample["act"].numpy() for sample in indexed.__getitems__(list(range(600)))])
+    assert np.array_equal(np.sort(act, axis=0), wanted)
+
+
+def test_a_mapping_that_broke_is_made_anew(made, monkeypatch):
+    """What could not be read once may be there again."""
+    monkeypatch.setattr(gather, "is_in_memory", lambda address: True)
+    path = made / "acts000001.bin"
+    data, stat = path.read_bytes(), path.stat()
+    indexed = IndexedDataset(IndexedConfig(shards=made, layer=0))
+    wanted = [sample["act"].numpy() for sample in indexed.__getitems__(list(range(600)))]
+    pages = weakref.ref(indexed._store.mapped(1).pages)
+    with path.open("r+b") as file:
+        file.truncate(0)
+        with pytest.raises(ReadError, match=r"acts000001.bin: expected .* the file became shorter while it was in use"):
+            indexed.__getitems__(list(range(600)))
+        file.write(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    found = [sample["act"].numpy() for sample in indexed.__getitems__(list(range(600)))]
+    assert all(map(np.array_equal, found, wanted))
+    wait_until(lambda: pages() is None)
+    assert not indexed._store.mapped(1).pages.is_broken
+
+
+@pytest.mark.parametrize("order", ["uniform", "blocks"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_lives_on_where_another_fails(make_shards, monkeypatch, order, workers):
+    """Two data sets of one process: the file of one becomes shorter while both are read."""
+    monkeypatch.setattr("saev_torch.reading.engine._LARGE_NBYTES", 0)
+    specs = [Spec(**{**WIDE.__dict__, "n_examples": 60 + 6 * i}) for i in range(2)]
+    dirs = [make_shards(spec) for spec in specs]
+    cfgs = [ShuffledConfig(shards=shards, layer=0, batch_size=100, order=order, buffer_size=8) for shards in dirs]
+    wanted = [batch["act"] for batch in ShuffledActivations(cfgs[1])]
+    loaders = [iter(DataLoader(ShuffledActivations(cfg), batch_size=None, num_workers=workers)) for cfg in cfgs]
+    found = [next(loaders[1])["act"].clone()]
+    next(loaders[0])
+    os.truncate(dirs[0] / "acts000004.bin", 5000)
+    with pytest.raises(ReadError, match=r"acts000004.bin: expected .* the file became shorter while it was in use"):
+        list(loaders[0])
+    found += [batch["act"] for batch in loaders[1]]
+    assert len(found) == len(wanted)
+    assert all(map(np.array_equal, found, wanted))
+
+
+def test_numbers_are_used_again(pages):
+    """As often as there are mappings, and none is lost."""
+    watched = watch.find_watch()
+    before = sorted(watched._unused)
+    fd = os.open(pages, os.O_RDONLY)
+    for _ in range(3):
+        nbytes = N_PAGES * mmap.PAGESIZE
+        made = [Pages(mapping._libc.mmap(None, nbytes, 1, 1, fd, 0), (0, i, nbytes)) for i in range(5)]
+        assert len(watched._unused) == len(before) - 5
+        assert all(page.is_watched and not page.is_broken for page in made)
+        del made
+    os.close(fd)
+    assert sorted(watched._unused) == before
+    assert not watched._watched[before].any()
