@@ -109,7 +109,9 @@ class Engine:
             self._gather = None
         saves_buffer = isinstance(self._plan, ShufflePlan) and self._gather is not None
         self.batches.one_by_one = saves_buffer or isinstance(self._plan, UniformPlan | OrderedPlan)
+        self._pool.is_streamed = self._gather is not None and self._gather.is_fast
         steps, n_saved = make_steps(self._plan, self._share, saves_buffer), 0
+        reader: Reader | None = None
         while (step := next(steps, None)) is not None:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -121,7 +123,7 @@ class Engine:
             if saves_buffer:
                 if rows is None or self._wants_buffer(n_saved):
                     # From here on with the buffer. A disk wants many rows at a time.
-                    saves_buffer = self.batches.one_by_one = False
+                    saves_buffer = self.batches.one_by_one = self._pool.is_streamed = False
                     self._gather = None
                     steps = make_steps(self._plan, dataclasses.replace(self._share, first=step.batches[0]))
                     continue
@@ -130,8 +132,19 @@ class Engine:
             tasks = list(self._divide(step, rows, running))
             running.n_tasks = len(tasks)
             self.batches.begin(running)
-            self._crew.put(tasks)
+            if rows is None or self._crew.count_working() > 1:
+                self._crew.put(tasks)
+                continue
+            # With one core, to hand a task over takes as long as half of it.
+            reader = reader or self._open_own_reader()
+            for task in tasks:
+                task.run(reader)
         self.batches.finish_scheduling()
+
+    def _open_own_reader(self) -> Reader:
+        reader = self._feed.open_reader(self._pace)
+        self._crew.spots.append(reader.spot)
+        return reader
 
     def _may_save_buffer(self, gather: Gather) -> bool:
         """Whether rows that are in memory are to be gathered there, and not read to a large buffer."""

@@ -39,7 +39,9 @@ _Int64s = NDArray[np.int64]
 _Bytes = NDArray[np.uint8]
 
 # Rows of a batch that are looked at; a single one that is not in the page cache takes longer than a hundred that are.
-_N_PROBES = 16
+_N_PROBES = 6
+# Files of which each is looked at.
+_N_FEW = 32
 # What one thread gathers at a time, unless a single call is more.
 _MAX_PART_NBYTES = 64 << 20
 # What is copied here until it is seen whether a disk was waited for.
@@ -229,7 +231,9 @@ class Gather:
             done += whole
             if whole < len(some) or _n_waits() > most_waits:
                 break
-        return done if all(rows.mappings[number].is_whole for number in _numbers_in(rows.shards)) else 0
+        # Of many files, to look which ones these rows are in is the shorter way.
+        numbers = rows.mappings if len(rows.mappings) < _N_FEW else _numbers_in(rows.shards)
+        return done if all(rows.mappings[number].is_whole for number in numbers) else 0
 
     def _copy(self, rows: ScatteredRows, sources: _Int64s, place: int, stage: _Bytes | None, is_here: bool) -> int:
         """Copy rows from addresses to a place, and convert them; how many of the first ones are there."""

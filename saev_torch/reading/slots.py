@@ -145,10 +145,11 @@ class SlotPool:
 
     Attributes:
         in_haste: Whether memory is to come soon: an engine has still to hand out its first batch, or needs few.
+        is_streamed: Whether it is written to past the caches, for which huge pages are of no use.
     """
 
     def __init__(self, nbytes: int, shared: bool) -> None:
-        self.nbytes, self.shared, self.in_haste = nbytes, shared, True
+        self.nbytes, self.shared, self.in_haste, self.is_streamed = nbytes, shared, True, False
         self._begin()
 
     def _begin(self) -> None:
@@ -188,7 +189,7 @@ class SlotPool:
             if not free:
                 self._slots.append(slot)
             slot._held = True
-            if free:
+            if free and not self.is_streamed:
                 self._make_huge(slot)
             return slot
 
