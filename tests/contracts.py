@@ -240,6 +240,7 @@ def save_buffers(monkeypatch: pytest.MonkeyPatch, is_slow: bool = True, copies_h
     """Let no buffer be filled, however small it is, in workers that are forked and here: memory comes slowly."""
     if not copies_here:
         copy_in_kernel(monkeypatch)
+    monkeypatch.setattr(engine, "_SMALL_NBYTES", 0)
     monkeypatch.setattr(engine, "_LARGE_NBYTES", 0)
     monkeypatch.setattr(engine, "_WIDE_NBYTES", 0)
     monkeypatch.setattr(activations, "ends_with_epoch", lambda: True)

@@ -1210,14 +1210,14 @@ def draw(seed: int, number: int) -> list[Step]:
 
 # Running them
 
-LIMITS = engine._LARGE_NBYTES, engine._WIDE_NBYTES
+LIMITS = engine._SMALL_NBYTES, engine._LARGE_NBYTES, engine._WIDE_NBYTES
 
 
 def run_one(env: Environment, program: list[Step]) -> str:
     """Run a program in this process, and look at what is left of it; what differs, or nothing."""
     # Always the same ones with a buffer, with none, and with none where the kernel copies and a worker ends soon.
     way = zlib.crc32(json.dumps(program).encode()) % 3
-    engine._LARGE_NBYTES, engine._WIDE_NBYTES = (0, 0) if way else LIMITS
+    engine._SMALL_NBYTES, engine._LARGE_NBYTES, engine._WIDE_NBYTES = (0, 0, 0) if way else LIMITS
     gather.find_watch = find_watch if way < 2 else lambda: None
     before, n_before = Resources.now(), env.alarm.n_heard if env.alarm is not None else 0
     world, message = World(env), ""

@@ -166,10 +166,12 @@ def test_a_buffer_that_is_to_be_filled_first_is(cfg, wanted, found, monkeypatch)
     assert found.counts == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["_LARGE_NBYTES", "_WIDE_NBYTES"])
-def test_what_costs_little_has_its_buffer(cfg, wanted, found, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "copies_here"), [("_LARGE_NBYTES", False), ("_WIDE_NBYTES", False), ("_SMALL_NBYTES", True)]
+)
+def test_what_costs_little_has_its_buffer(cfg, wanted, found, monkeypatch, name, copies_here):
     before = getattr(engine, name)
-    contracts.save_buffers(monkeypatch)
+    contracts.save_buffers(monkeypatch, copies_here=copies_here)
     monkeypatch.setattr(engine, name, before)
     contracts.assert_same(list(ShuffledActivations(cfg)), wanted[0])
     assert found.counts == (0, 0)

@@ -200,7 +200,7 @@ def test_a_mapping_that_broke_is_made_anew(made, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_lives_on_where_another_fails(make_shards, monkeypatch, order, workers):
     """Two data sets of one process: the file of one becomes shorter while both are read."""
-    monkeypatch.setattr("saev_torch.reading.engine._LARGE_NBYTES", 0)
+    monkeypatch.setattr("saev_torch.reading.engine._SMALL_NBYTES", 0)
     specs = [Spec(**{**WIDE.__dict__, "n_examples": 60 + 6 * i}) for i in range(2)]
     dirs = [make_shards(spec) for spec in specs]
     cfgs = [ShuffledConfig(shards=shards, layer=0, batch_size=100, order=order, buffer_size=8) for shards in dirs]

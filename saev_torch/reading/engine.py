@@ -38,8 +38,10 @@ from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 # How long all threads together have to leave what they are at; one that waits for a disk may never do so.
 _LEAVE_S, _STALLED_S = 5.0, 0.2
 _READER, _SCHEDULER = "saev_torch reader", "saev_torch scheduler"
-# What a buffer of so many bytes costs until it is there pays only in later epochs; narrower rows cost more by
-# themselves.
+# Where rows are copied here, a buffer of fewer bytes is as good.
+_SMALL_NBYTES = 8 << 20
+# Where the kernel copies them, what a buffer of so many bytes costs until it is there pays only in later epochs;
+# narrower rows cost more by themselves.
 _LARGE_NBYTES, _WIDE_NBYTES = 256 << 20, 1 << 10
 # Batches until it is known whether memory comes slowly, and buffers of them after which a buffer has paid all the same.
 _N_TRIED, _MOST_BUFFERS = 4, 12
@@ -103,15 +105,9 @@ class Engine:
         spot, is_only = self._scheduler_spot, self._options.is_only
         self._feed.choose(is_only, spot)
         spot.clear()
-        self._gather = self._feed.open_gather() if isinstance(self._plan, UniformPlan | ShufflePlan) else None
-        if isinstance(self._plan, ShufflePlan) and (self._gather is None or not self._may_save_buffer(self._gather)):
-            # Else many rows are read at once.
-            self._gather = None
-        saves_buffer = isinstance(self._plan, ShufflePlan) and self._gather is not None
+        saves_buffer, n_saved = self._choose_gather(), 0
         self.batches.one_by_one = saves_buffer or isinstance(self._plan, UniformPlan | OrderedPlan)
-        self._pool.is_streamed = self._gather is not None and self._gather.is_fast
-        steps, n_saved = make_steps(self._plan, self._share, saves_buffer), 0
-        reader: Reader | None = None
+        steps, reader = make_steps(self._plan, self._share, saves_buffer), None
         while (step := next(steps, None)) is not None:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -134,12 +130,21 @@ class Engine:
             self.batches.begin(running)
             if rows is None or self._crew.count_working() > 1:
                 self._crew.put(tasks)
-                continue
-            # With one core, to hand a task over takes as long as half of it.
-            reader = reader or self._open_own_reader()
-            for task in tasks:
-                task.run(reader)
+            else:
+                # With one core, to hand a task over takes half as long as the task.
+                reader = reader or self._open_own_reader()
+                for task in tasks:
+                    task.run(reader)
         self.batches.finish_scheduling()
+
+    def _choose_gather(self) -> bool:
+        """Choose whether rows are gathered from the page cache, and whether that saves a buffer."""
+        is_shuffled = isinstance(self._plan, ShufflePlan)
+        gather = self._feed.open_gather() if is_shuffled or isinstance(self._plan, UniformPlan) else None
+        if gather is not None and (not is_shuffled or self._may_save_buffer(gather)):
+            self._gather = gather
+        self._pool.is_streamed = self._gather is not None and self._gather.is_fast
+        return is_shuffled and self._gather is not None
 
     def _open_own_reader(self) -> Reader:
         reader = self._feed.open_reader(self._pace)
@@ -148,11 +153,11 @@ class Engine:
 
     def _may_save_buffer(self, gather: Gather) -> bool:
         """Whether rows that are in memory are to be gathered there, and not read to a large buffer."""
-        is_large = self._max_open * self._pool.nbytes >= _LARGE_NBYTES
-        if self._options.n_fills or not is_large:
-            return False
+        nbytes = self._max_open * self._pool.nbytes
+        if self._options.n_fills or gather.is_fast:
+            return not self._options.n_fills and nbytes >= _SMALL_NBYTES
         is_wide = self._selection.md.row_nbytes >= _WIDE_NBYTES
-        return gather.is_fast or (is_wide and not self._options.keeps_memory and self._pool.is_new)
+        return is_wide and nbytes >= _LARGE_NBYTES and not self._options.keeps_memory and self._pool.is_new
 
     def _wants_buffer(self, n_saved: int) -> bool:
         """Whether a buffer is cheaper from now on, after so many batches without one."""
