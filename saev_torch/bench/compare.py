@@ -25,8 +25,8 @@ from saev_torch.bench.data import BenchData, example_nbytes, make
 from saev_torch.bench.machine import drop_cache, look
 from saev_torch.bench.measuring import Measured, measure_cold, measure_warm, running
 from saev_torch.bench.others import PACKAGES, make_other_sides, write_litdata
-from saev_torch.bench.raw import WINDOW_NBYTES, gather_rate, layer_pieces, read_rate
-from saev_torch.bench.rounds import Spread, compare_cold, compare_warm, run_rounds, warm_up
+from saev_torch.bench.raw import layer_pieces, read_rate
+from saev_torch.bench.rounds import Spread, compare_cold, compare_one_pass, run_rounds, warm_up
 from saev_torch.bench.sides import Side, make_side, make_sides
 from saev_torch.config import ShuffledConfig
 from saev_torch.errors import ConfigError
@@ -117,8 +117,8 @@ def table(report: dict[str, Any]) -> str:
         f"{data['d_model']} float32 values, batches of {data['batch_size']:,}, a buffer of {buffer_size} batches. Each "
         f"figure is the median of {report['rounds']} rounds, in which the loaders take turns ({report['date']}). *In "
         "the page cache* is the steady state. *From disk* is a first epoch, start of workers included, whose pages "
-        "were dropped from the page cache before. *The machine, at most* reads and gathers in the page cache; from "
-        "disk it only reads. The more distinct examples, the better mixed is a batch."
+        "were dropped from the page cache before. *The machine, at most* copies each byte once from the page cache, in "
+        "the order of the files; from disk it only reads. The more distinct examples, the better mixed is a batch."
     )
     return "\n".join([*rows, "", textwrap.fill(about, 124)])
 
@@ -130,14 +130,14 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     sides = _sides(data, cfg, n, litdata)
     names = {side.name: side.name.partition("-")[0] for side in sides}
     warm_up(data, None)
-    window_nbytes = min(WINDOW_NBYTES, data.nbytes)
     pieces, d_model = layer_pieces(data.store, data.layer), data.store.metadata.d_model
-    todo: dict[str, functools.partial[Measured]] = {
-        "read": functools.partial(read_rate, data.store, pieces, seconds=args.seconds),
-        "gather": functools.partial(gather_rate, d_model, args.batch_size, window_nbytes, args.seconds),
-    }
+    buffer_nbytes = cfg.buffer_size * cfg.batch_size * data.sample_nbytes
+    one_pass = functools.partial(
+        read_rate, data.store, pieces, n_threads=n, repeat=False, memory_nbytes=min(data.nbytes, buffer_nbytes)
+    )
+    todo: dict[str, functools.partial[Measured]] = {"one-pass": one_pass}
     todo |= {side.name: functools.partial(measure_warm, side, args.seconds, False) for side in sides}
-    warm = compare_warm(run_rounds("warm", args.rounds, todo), look().cores)
+    warm = compare_one_pass(run_rounds("warm", args.rounds, todo))
     raw = functools.partial(read_rate, data.store, pieces, n_threads=_COLD_THREADS, repeat=False)
     emptied = {f"raw-{_COLD_THREADS}": functools.partial(_cold, data, litdata, raw)}
     for side in sides:

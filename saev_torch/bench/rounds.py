@@ -92,8 +92,8 @@ def _short(number: float) -> str:
 class Comparison:
     """For each side, warm or cold, its figures by name: rates, and ratios `to_...`.
 
-    The limit that they are held against, in GB/s, is warm `cores / (1/read + 1/gather)`, cold the best raw read. Those
-    that are `cut` were stopped before the end of a cold epoch, or of a pass of statistics.
+    The limit that they are held against, in GB/s, is warm `cores / (1/read + 1/gather)` or one pass, and cold the best
+    raw read. Those that are `cut` were stopped before the end of a cold epoch, or of a pass of statistics.
     """
 
     limit: Spread
@@ -129,6 +129,11 @@ def compare_warm(rounds: _RoundsOfSides, cores: float) -> Comparison:
     return _compare(rounds, Spread(tuple(cores / (1 / read.gb_per_s + 1 / gather.gb_per_s) for read, gather in pairs)))
 
 
+def compare_one_pass(rounds: _RoundsOfSides) -> Comparison:
+    """Hold warm sides against the side `one-pass`, which copies each byte once, in the same round."""
+    return _compare(rounds, Spread(tuple(one.gb_per_s for one in rounds["one-pass"])))
+
+
 def compare_cold(rounds: _RoundsOfSides) -> Comparison:
     """Hold cold sides against the best of the sides `raw-...` in the same round."""
     return _compare(rounds, _best(rounds, "raw", "gb_per_s"))
@@ -145,7 +150,7 @@ def _compare(rounds: _RoundsOfSides, limit: Spread) -> Comparison:
     for name, measured in rounds.items():
         kind, _, n_workers = name.partition("-")
         shown, others = ["gb_per_s", "samples_per_s"], {}
-        if kind not in ("read", "gather", "raw"):
+        if kind not in ("read", "gather", "raw", "one"):
             shown += ["cores_busy", "cores_busy_in_kernel"]
             others = {"to_memmap": _best(rounds, "memmap"), "to_samples": _best(rounds, "samples")}
         if kind in ("labels", "layers", "scaled"):
