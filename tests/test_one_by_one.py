@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from saev_torch import ShuffledActivations, ShuffledConfig
+from saev_torch.errors import EndedError
 from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.processes.callers import ends_with_epoch
 from saev_torch.reading import engine, slots
@@ -121,6 +122,63 @@ def test_a_disk_that_is_waited_for_needs_a_buffer(cfg, wanted, found, monkeypatc
     contracts.assert_same(list(ShuffledActivations(cfg)), wanted[0])
     # A few may have been found before the third was read.
     assert 3 <= found.counts[0] < len(wanted[0]) // 2
+
+
+@pytest.mark.parametrize("act_dtype", ["float32", "stored"])
+@pytest.mark.parametrize("scale_norm", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_batch_that_a_buffer_begins_with_is_converted(make_shards, monkeypatch, dtype, act_dtype, scale_norm):
+    """It was to be gathered, and converted on the way; then torch does that, and once."""
+    shards = make_shards(dataclasses.replace(SPEC, dtype=dtype))
+    cfg = ShuffledConfig(
+        shards=shards, layer=3, batch_size=16, buffer_size=32, act_dtype=act_dtype, scale_norm=scale_norm
+    )
+    wanted = list(ShuffledActivations(cfg))
+    contracts.save_buffers(monkeypatch)
+    monkeypatch.setattr("saev_torch.reading.source.find_convert_kernels", lambda *names: None)
+    monkeypatch.setattr(engine.Engine, "_wants_buffer", lambda self, n_saved: n_saved == 3)
+    contracts.assert_same(list(ShuffledActivations(cfg)), wanted)
+
+
+def test_the_first_batch_is_read_alone(cfg, monkeypatch):
+    """Nothing keeps the cores from it; the others follow."""
+    contracts.save_buffers(monkeypatch)
+    n_open, open_one = [], engine.Batches.open_one
+
+    def opening(self, *args):
+        n_open.append((self.waits.nbytes, len(self.open)))
+        open_one(self, *args)
+
+    monkeypatch.setattr(engine.Batches, "open_one", opening)
+    batches = iter(ShuffledActivations(cfg))
+    time.sleep(0.3)
+    next(batches)
+    wait_until(lambda: len(n_open) >= 3)
+    batches.close()
+    assert [before > 0 for before, _ in n_open] == [False, *[True] * (len(n_open) - 1)]
+
+
+def test_one_that_is_closed_begins_no_more_tasks(cfg, monkeypatch):
+    """Also where they are run in the thread that works them out."""
+    contracts.save_buffers(monkeypatch, copies_here=True)
+    monkeypatch.setattr(engine, "count_own_cores", lambda: 1)
+    monkeypatch.setattr(gather_module, "_MAX_PART_NBYTES", 1)
+    monkeypatch.setattr(gather_module, "MAX_READ_ROWS", 1)
+    n_read, read, iterator = [], Gather.read, []
+
+    def reading(self, rows, reader):
+        n_read.append(len(rows))
+        if len(n_read) == 40:
+            iterator[0].batches.stop()
+        read(self, rows, reader)
+
+    monkeypatch.setattr(Gather, "read", reading)
+    start = engine.Engine.start
+    monkeypatch.setattr(engine.Engine, "start", lambda self: (iterator.append(self), start(self))[1])
+    batches = iter(ShuffledActivations(cfg))
+    with pytest.raises(EndedError):
+        list(batches)
+    assert len(n_read) == 40
 
 
 @pytest.mark.parametrize("kept", [False, True])

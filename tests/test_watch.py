@@ -130,6 +130,62 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("when", ["before", "in the child"])
+def test_two_handlers_do_not_send_a_signal_to_each_other_for_ever(pages, when):
+    """Each has the other as the one before it: faulthandler in the parent after us, or in the child."""
+    code = """
+assert watched.is_on
+WHEN == "before" and faulthandler.enable()
+pid = os.fork()
+if not pid:
+    assert watched.is_on
+    WHEN == "before" or faulthandler.enable()
+    assert watched.is_on == (WHEN == "before")
+    os.kill(os.getpid(), signal.SIGBUS)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGBUS
+"""
+    done = run(f"WHEN = {when!r}" + code, pages)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Fatal Python error: Bus error") == 1
+
+
+def test_a_child_asks_whom_its_parent_had_asked(pages):
+    """Also where the parent sent a signal on before."""
+    code = """
+heard = []
+signal.signal(signal.SIGBUS, lambda *args: heard.append(args[0]))
+assert watched.is_on
+os.kill(os.getpid(), signal.SIGBUS)
+pid = os.fork()
+if not pid:
+    assert watched.is_on
+    os.kill(os.getpid(), signal.SIGBUS)
+    os._exit(len(heard))
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+"""
+    done = run(code, pages)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_thread_that_blocks_the_signal_leaves_it_to_the_kernel(pages):
+    """Blocked, it would end the process, whoever handles it. Others are as they were."""
+    code = """
+import threading
+def ask():
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    found.append(watched.is_on)
+found = []
+assert watched.is_on
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+assert found == [False] and watched.is_on
+"""
+    done = run(code, pages)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def made(tmp_path_factory, make_shards):
     return make_shards(WIDE)
@@ -174,6 +230,46 @@ def test_the_kernel_copies_where_it_must(made, monkeypatch, why):
     indexed = IndexedDataset(IndexedConfig(shards=made, layer=0))
     act = np.stack([sample["act"].numpy() for sample in indexed.__getitems__(list(range(600)))])
     assert np.array_equal(np.sort(act, axis=0), wanted)
+
+
+@pytest.mark.parametrize("is_read_before", [False, True])
+def test_a_file_that_became_shorter_before_it_was_mapped(made, is_read_before):
+    """Behind the end of its mapping there is another one, or none: as often as somebody tries."""
+    indexed = IndexedDataset(IndexedConfig(shards=made, layer=0))
+    assert len(indexed.__getitems__(list(range(600)) if is_read_before else [0, 300])) > 0
+    path = made / "acts000001.bin"
+    data = path.read_bytes()
+    os.truncate(path, 5000)
+    for _ in range(3):
+        with pytest.raises(ReadError, match=r"acts000001.bin: expected .* the file became shorter while it was in use"):
+            indexed.__getitems__(list(range(600)))
+    with path.open("r+b") as file:
+        file.write(data)
+    wanted = np.fromfile(made / "acts000000.bin", dtype=np.float32, count=300 * 256).reshape(300, 256)
+    found = indexed.__getitems__(list(range(600)))
+    assert np.array_equal(np.stack([sample["act"].numpy() for sample in found[:300]]), wanted)
+
+
+def test_rows_of_a_broken_mapping_are_read_otherwise(made, monkeypatch):
+    """Where a disk failed for a moment the file is as long as it was: nothing else tells."""
+    indexed = IndexedDataset(IndexedConfig(shards=made, layer=0))
+    wanted = [sample["act"].numpy() for sample in indexed.__getitems__(list(range(600)))]
+    copy, n_read = rowcopy.RowCopy.__call__, []
+
+    def break_it(self, sources, target, *args, **kwargs):
+        copy(self, sources, target, *args, **kwargs)
+        number = indexed._store.mapped(1).pages._number
+        watch.find_watch()._watched[number, watch._IS_BROKEN] = 1
+
+    read = gather.ScatteredRows.read
+    monkeypatch.setattr(
+        gather.ScatteredRows, "read", lambda self, reader: (n_read.append(len(self)), read(self, reader))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(rowcopy.RowCopy, "__call__", break_it)
+        found = [sample["act"].numpy() for sample in indexed.__getitems__(list(range(600)))]
+    assert all(map(np.array_equal, found, wanted))
+    assert sum(n_read) > 0
 
 
 def test_a_mapping_that_broke_is_made_anew(made, monkeypatch):
@@ -229,4 +325,4 @@ def test_numbers_are_used_again(pages):
         del made
     os.close(fd)
     assert sorted(watched._unused) == before
-    assert not watched._watched[before].any()
+    assert not watched._watched[before, watch._END].any()

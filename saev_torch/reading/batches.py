@@ -200,6 +200,11 @@ class Batches:
         """Share of the buffer, the batches that may be open, that has been read and not handed out."""
         return min(1.0, max(0, self._n_loaded) / max(1, self._most * self._batch_size))
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing is wanted any more."""
+        return self._stopped
+
     def stop(self) -> None:
         """Let all who wait here go on."""
         with self._lock:

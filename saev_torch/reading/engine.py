@@ -118,7 +118,8 @@ class Engine:
             rows = self._find_rows(step)
             if saves_buffer:
                 if rows is None or self._wants_buffer(n_saved):
-                    # From here on with the buffer. A disk wants many rows at a time.
+                    # From here on with the buffer, this batch, too. A disk wants many rows at a time.
+                    self._only(step).is_finished = False
                     saves_buffer = self.batches.one_by_one = self._pool.is_streamed = False
                     self._gather = None
                     steps = make_steps(self._plan, dataclasses.replace(self._share, first=step.batches[0]))
@@ -134,6 +135,8 @@ class Engine:
                 # With one core, to hand a task over takes half as long as the task.
                 reader = reader or self._open_own_reader()
                 for task in tasks:
+                    if self.batches.is_stopped:
+                        return
                     task.run(reader)
         self.batches.finish_scheduling()
 

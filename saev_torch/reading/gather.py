@@ -39,13 +39,13 @@ _Int64s = NDArray[np.int64]
 _Bytes = NDArray[np.uint8]
 
 # Rows of a batch that are looked at; a single one that is not in the page cache takes longer than a hundred that are.
-_N_PROBES = 6
+_N_PROBES = 8
 # Files of which each is looked at.
 _N_FEW = 32
 # What one thread gathers at a time, unless a single call is more.
 _MAX_PART_NBYTES = 64 << 20
-# What is copied here until it is seen whether a disk was waited for.
-_PIECE_NBYTES = 8 << 20
+# What is copied here until it is seen whether a disk was waited for, of rows as many as this at most.
+_PIECE_NBYTES, _MOST_ROWS = 8 << 20, 2 * MAX_READ_ROWS
 # What is converted is gathered to memory that stays in the cache of the core.
 _STAGE_NBYTES = 256 << 10
 # Where more rows than one of so many have to be waited for, a ring is better.
@@ -220,7 +220,7 @@ class Gather:
         sources, is_here = rows.sources(), self.is_fast and all(map(_is_watched, rows.mappings.values()))
         stage, n_at_once = None, MAX_READ_ROWS
         if is_here and self._row_copy is not None:
-            n_at_once = max(1, _PIECE_NBYTES // rows.row_nbytes)
+            n_at_once = min(_MOST_ROWS, max(1, _PIECE_NBYTES // rows.row_nbytes))
         elif self._convert_run is not None:
             n_at_once = min(n_at_once, max(1, _STAGE_NBYTES // rows.row_nbytes))
             stage = np.empty(n_at_once * rows.row_nbytes, dtype=np.uint8)

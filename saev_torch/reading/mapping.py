@@ -75,9 +75,14 @@ class Mapping:
         return None if address in (None, _FAILED) else cls(Pages(int(address), key), descriptor)
 
     @property
+    def nbytes(self) -> int:
+        """Size of the file when it was mapped."""
+        return self.pages.key[2]
+
+    @property
     def is_whole(self) -> bool:
         """Whether what was read is of the file, which is as long as it was: behind its end, a page holds zeros."""
-        return not self.pages.is_broken and os.fstat(self._descriptor.fd).st_size == self.pages.key[2]
+        return not self.pages.is_broken and os.fstat(self._descriptor.fd).st_size == self.nbytes
 
 
 def _key_of(descriptor: Descriptor) -> tuple[int, int, int]:

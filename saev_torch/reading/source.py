@@ -120,6 +120,7 @@ class Source:
         self._kernels: ConvertKernels | None = None
         # Compiled here: by one thread, and for all workers that are forked later.
         find_watch()
+        find_row_copy()
         self.find_row_copy()
         if loaded != stored or scale is not None:
             self._kernels = find_convert_kernels(stored.name, loaded.name, scale is not None)

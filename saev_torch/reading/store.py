@@ -25,7 +25,7 @@ from saev_torch.errors import FormatError, ReadError
 from saev_torch.format.files import open_regular
 from saev_torch.format.localcopy import local_copy
 from saev_torch.format.metadata import Metadata
-from saev_torch.format.shards import ShardInfo, check_nbytes, identify
+from saev_torch.format.shards import ShardInfo, check_nbytes, identify, shard_nbytes
 from saev_torch.format.sidecars import LABELS, SIDECARS, TOKEN_IDS, sidecar_idx
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.locks import renewed
@@ -233,7 +233,7 @@ class ShardStore:
             del held
 
     def mapped(self, shard_idx: int) -> Mapping | None:
-        """A shard that is mapped; None where the system refuses.
+        """A shard that is mapped; None where the system refuses, or the file became shorter since it was opened.
 
         It is open as long as somebody holds it or it is kept open, and mapped as long as this store or a clone exists,
         unless the process has mapped too many. Errors are those of `opened`.
@@ -241,6 +241,9 @@ class ShardStore:
         found = self._mapped.get(shard_idx)
         if found is None or found.pages.is_broken:
             found = Mapping.open(self._hold(shard_idx, False), self._pages.get(shard_idx))
+            if found is not None and found.nbytes < shard_nbytes(self.metadata, self.shards[shard_idx].n_examples):
+                # Who reads the file says so. Behind its end there are other mappings, or none.
+                return None
             if found is not None:
                 self._pages[shard_idx] = found.pages
                 _limit_mapped(self)

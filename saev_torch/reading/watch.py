@@ -23,7 +23,7 @@ _Int64s = NDArray[np.int64]
 # Mappings that are watched at a time; the kernel reads from others.
 _MOST = 1 << 14
 # Of each: where it begins, where it ends, and whether it is broken.
-_IS_BROKEN, _N_COLUMNS = 2, 3
+_BEGIN, _END, _IS_BROKEN, _N_COLUMNS = range(4)
 _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
 
 # Code and address stand at bytes 8 and 16 of what the kernel tells. What it did not send itself has no code above 0.
@@ -31,6 +31,8 @@ _SA_SIGINFO, _SA_ONSTACK = 4, 0x08000000
 _CODE = """
 @watched = global [MOST x [3 x i64]] zeroinitializer
 @previous = global [256 x i8] zeroinitializer
+@default = global [256 x i8] zeroinitializer
+@is_sent_on = global i64 0
 
 declare ptr @mmap(ptr, i64, i32, i32, i32, i64)
 declare i32 @sigaction(i32, ptr, ptr)
@@ -49,11 +51,15 @@ look:
   %first_at = getelementptr [3 x i64], ptr @watched, i64 %i, i64 0
   %end_at = getelementptr [3 x i64], ptr @watched, i64 %i, i64 1
   %broken_at = getelementptr [3 x i64], ptr @watched, i64 %i, i64 2
-  %first = load volatile i64, ptr %first_at
-  %end = load volatile i64, ptr %end_at
+  %end = load atomic volatile i64, ptr %end_at seq_cst, align 8
+  %first = load atomic volatile i64, ptr %first_at seq_cst, align 8
+  %end_again = load atomic volatile i64, ptr %end_at seq_cst, align 8
+  ; Where another thread takes an entry out, or puts one in, the end is 0 meanwhile.
+  %is_one = icmp eq i64 %end, %end_again
   %is_behind = icmp uge i64 %address, %first
   %is_before = icmp ult i64 %address, %end
-  %is_inside = and i1 %is_behind, %is_before
+  %is_near = and i1 %is_behind, %is_before
+  %is_inside = and i1 %is_near, %is_one
   br i1 %is_inside, label %found, label %look_on
 look_on:
   %next_i = add i64 %i, 1
@@ -69,7 +75,12 @@ found:
   %is_done = icmp eq ptr %got, %mapping
   br i1 %is_done, label %done, label %not_ours
 not_ours:
-  %failed = call i32 @sigaction(i32 %number, ptr @previous, ptr null)
+  ; Who was before us may send it back here: then it is nobody's.
+  %was_sent_on = load volatile i64, ptr @is_sent_on
+  %is_back = icmp ne i64 %was_sent_on, 0
+  %next_action = select i1 %is_back, ptr @default, ptr @previous
+  store volatile i64 1, ptr @is_sent_on
+  %failed = call i32 @sigaction(i32 %number, ptr %next_action, ptr null)
   ; The kernel sends what it sent once more, when the same instruction fails again.
   br i1 %is_fault, label %done, label %send
 send:
@@ -105,6 +116,7 @@ class Watch:
         self._handler = code.get_function_address("on_bus_error")
         table = (ctypes.c_int64 * (_MOST * _N_COLUMNS)).from_address(code.get_global_value_address("watched"))
         self._watched: _Int64s = np.ctypeslib.as_array(table).reshape(_MOST, _N_COLUMNS)
+        self._is_sent_on = ctypes.c_int64.from_address(code.get_global_value_address("is_sent_on"))
         self._unused = list(reversed(range(_MOST)))
         self._has_begun = False
         self._lock = renewed(threading.Lock())
@@ -116,15 +128,20 @@ class Watch:
 
     @property
     def is_on(self) -> bool:
-        """Whether the signal comes here. It is asked for once in a process; somebody may have taken it since."""
+        """Whether this thread's signals come here. They are asked for once in a process; others may have them since."""
+        # One that a thread blocks ends the process, whoever handles it.
+        if signal.SIGBUS in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+            return False
         now = _SignalAction()
         _libc.sigaction(signal.SIGBUS, None, ctypes.byref(now))
         if now.handler == self._handler:
+            # A child that was forked may have it from its parent.
+            self._has_begun = True
             return True
         with self._lock:
             if self._has_begun:
                 return False
-            self._has_begun = True
+            self._has_begun, self._is_sent_on.value = True, 0
             ours = _SignalAction(handler=self._handler, flags=_SA_SIGINFO | _SA_ONSTACK)
             return not _libc.sigaction(signal.SIGBUS, ctypes.byref(ours), ctypes.c_void_p(self._previous))
 
@@ -134,12 +151,15 @@ class Watch:
             number = self._unused.pop()
         except IndexError:
             return None
-        self._watched[number] = address, address + nbytes, 0
+        entry = self._watched[number]
+        entry[_BEGIN], entry[_IS_BROKEN] = address, 0
+        # Last, see the code.
+        entry[_END] = address + nbytes
         return number
 
     def remove(self, number: int) -> None:
         """Watch a mapping no longer. It may be that a garbage collector calls, in any thread, so there is no lock."""
-        self._watched[number] = 0
+        self._watched[number, _END] = 0
         self._unused.append(number)
 
     def is_broken(self, number: int) -> bool:
