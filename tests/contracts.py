@@ -34,7 +34,7 @@ from saev_torch import (
     ShuffledDataLoader,
 )
 from saev_torch.iterable import activations
-from saev_torch.reading import engine, gather
+from saev_torch.reading import engine, gather, watch
 from saev_torch.reading.slots import SlotPool
 
 # The order must not depend on the number of workers, so tests use more than a small machine has cores. This is for
@@ -231,6 +231,14 @@ def make_data_set(cfg: Config) -> OrderedActivations | ShuffledActivations:
     return OrderedActivations(cfg) if isinstance(cfg, OrderedConfig) else ShuffledActivations(cfg)
 
 
+def copy_here() -> None:
+    """Let machine code copy what is gathered, also where another test took the signal from it."""
+    found = watch.find_watch()
+    assert found is not None
+    found._begin_anew()
+    assert found.is_on
+
+
 def copy_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernel copy what is gathered, as it does where no machine code can be made."""
     monkeypatch.setattr(gather, "find_watch", lambda: None)
@@ -238,7 +246,9 @@ def copy_in_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def save_buffers(monkeypatch: pytest.MonkeyPatch, is_slow: bool = True, copies_here: bool = False) -> None:
     """Let no buffer be filled, however small it is, in workers that are forked and here: memory comes slowly."""
-    if not copies_here:
+    if copies_here:
+        copy_here()
+    else:
         copy_in_kernel(monkeypatch)
     monkeypatch.setattr(engine, "_SMALL_NBYTES", 0)
     monkeypatch.setattr(engine, "_LARGE_NBYTES", 0)

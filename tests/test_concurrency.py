@@ -483,11 +483,16 @@ _NO_IMPORTS = """
 import sys
 from saev_torch import IndexedConfig, IndexedDataset
 from saev_torch import OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig
-before = set(sys.modules)
 fields = {"shards": sys.argv[1], "layer": 5}
-list(ShuffledActivations(ShuffledConfig(batch_size=32, buffer_size=8, **fields)))
-list(OrderedActivations(OrderedConfig(batch_size=32, **fields)))
-IndexedDataset(IndexedConfig(**fields)).__getitems__(range(400))
+shuffled = ShuffledActivations(ShuffledConfig(batch_size=32, buffer_size=8, **fields))
+uniform = ShuffledActivations(ShuffledConfig(batch_size=32, order="uniform", **fields))
+ordered = OrderedActivations(OrderedConfig(batch_size=32, **fields))
+indexed = IndexedDataset(IndexedConfig(**fields))
+before = set(sys.modules)
+for data_set in (shuffled, uniform, ordered):
+    list(data_set)
+indexed.__getitems__(range(400))
+indexed.__getitems__([*range(400)] * 3)
 print(sorted(set(sys.modules) - before))
 """
 

@@ -34,6 +34,8 @@ def copied_by(request, monkeypatch):
     """Machine code copies, and where none can be made, the kernel."""
     if request.param == "kernel":
         contracts.copy_in_kernel(monkeypatch)
+    else:
+        contracts.copy_here()
     return request.param
 
 

@@ -1,4 +1,5 @@
 import ctypes
+import dataclasses
 import errno
 import gc
 import mmap
@@ -555,13 +556,38 @@ def test_a_slot_of_a_large_buffer_does_not_wait_for_ever(monkeypatch):
     del slots
 
 
-def test_the_first_batch_ends_the_haste(make_shards, monkeypatch):
+@pytest.mark.parametrize(
+    ("copies_here", "ends", "n_fills"), [(False, False, 0), (False, True, 0), (True, False, 0), (True, False, 1)]
+)
+def test_the_first_batch_ends_the_haste(make_shards, monkeypatch, copies_here, ends, n_fills):
+    """But where the buffer is not wanted for long: a worker ends, or later epochs gather without it."""
+    if copies_here:
+        contracts.copy_here()
+    else:
+        contracts.copy_in_kernel(monkeypatch)
+    monkeypatch.setattr("saev_torch.iterable.activations.ends_with_epoch", lambda: ends)
     seen, real = [], SlotPool.acquire
     monkeypatch.setattr(SlotPool, "acquire", lambda self, keep: (seen.append(self.in_haste), real(self, keep))[1])
-    data_set = ShuffledActivations(config(make_shards))
+    cfg = dataclasses.replace(config(make_shards), min_buffer_fill=0.5 * n_fills)
+    data_set = ShuffledActivations(cfg)
     next(iter(data_set))
     assert seen[0]
-    assert [pool.in_haste for pool in data_set.pools.values()] == [False]
+    is_brief = ends or (copies_here and not n_fills)
+    assert [pool.in_haste for pool in data_set.pools.values()] == [is_brief]
+
+
+def test_what_is_streamed_to_is_in_small_pages(make_shards, monkeypatch):
+    """And no time is spent to find others."""
+    asked, real = [], regions.advise
+    monkeypatch.setattr(regions, "advise", lambda memory, advice: (asked.append(advice), real(memory, advice))[1])
+    for shared in (False, True):
+        pool = SlotPool(16 << 20, shared=shared)
+        pool.is_streamed = True
+        slots = [pool.acquire(4) for _ in range(2)]
+        del slots
+        pool.acquire(4)
+    assert asked
+    assert not {regions._MADV_HUGEPAGE, regions._MADV_COLLAPSE} & set(asked)
 
 
 @pytest.mark.parametrize(("rate", "share"), [(1, 0), (np.inf, 0), (np.inf, 1e9)])

@@ -183,7 +183,9 @@ def test_one_that_is_closed_begins_no_more_tasks(cfg, monkeypatch):
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_few_batches_have_memory(cfg, monkeypatch, kept):
-    if not kept:
+    if kept:
+        contracts.copy_in_kernel(monkeypatch)
+    else:
         contracts.save_buffers(monkeypatch)
     data_set = ShuffledActivations(cfg)
     batches = iter(data_set)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 
+import contracts
 import numpy as np
 import pytest
 from conftest import wait_until
@@ -187,7 +188,8 @@ assert found == [False] and watched.is_on
 
 
 @pytest.fixture
-def made(tmp_path_factory, make_shards):
+def made(make_shards):
+    contracts.copy_here()
     return make_shards(WIDE)
 
 
@@ -296,6 +298,7 @@ def test_a_mapping_that_broke_is_made_anew(made, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_lives_on_where_another_fails(make_shards, monkeypatch, order, workers):
     """Two data sets of one process: the file of one becomes shorter while both are read."""
+    contracts.copy_here()
     monkeypatch.setattr("saev_torch.reading.engine._SMALL_NBYTES", 0)
     specs = [Spec(**{**WIDE.__dict__, "n_examples": 60 + 6 * i}) for i in range(2)]
     dirs = [make_shards(spec) for spec in specs]

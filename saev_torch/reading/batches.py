@@ -38,12 +38,13 @@ class Batches:
 
     Attributes:
         one_by_one: Whether each batch is read by itself, so that few need be open.
+        is_brief: Whether the memory of all that are open is not wanted for long: huge pages may not pay.
     """
 
     def __init__(self, pool: SlotPool, max_open: int, n_fills: int) -> None:
         self.open: dict[int, OpenBatch] = {}
         self.waits = Waits()
-        self.one_by_one = False
+        self.one_by_one = self.is_brief = False
         self._pool, self._max_open = pool, max_open
         self._fills_wanted = n_fills
         self._lock = renewed(threading.Lock())
@@ -178,7 +179,7 @@ class Batches:
         self._fills_wanted = 0
         opened = self.open.pop(self._ready.popleft())
         # Memory of the other batches is not for now.
-        self._pool.in_haste = self.one_by_one
+        self._pool.in_haste = self.one_by_one or self.is_brief
         self._taken.append(opened.slot)
         self._n_loaded -= opened.size
         self.waits.nbytes += opened.size * sample_nbytes

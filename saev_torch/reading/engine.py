@@ -28,9 +28,10 @@ from saev_torch.processes.threads import Thread
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
+from saev_torch.reading.direct import fits_page_cache
 from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
 from saev_torch.reading.feeds import AnyFeed
-from saev_torch.reading.gather import Gather, ScatteredRows
+from saev_torch.reading.gather import Gather, ScatteredRows, copies_here
 from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.slots import OpenBatch, Pools, make_pool
@@ -147,6 +148,10 @@ class Engine:
         if gather is not None and (not is_shuffled or self._may_save_buffer(gather)):
             self._gather = gather
         self._pool.is_streamed = self._gather is not None and self._gather.is_fast
+        # A buffer that is filled now, since a disk has the data, is filled once where a later epoch gathers them.
+        gathers_later = is_shuffled and not self._options.n_fills and copies_here()
+        nbytes = self._plan.n_samples * self._selection.sample_nbytes
+        self.batches.is_brief = not self._options.keeps_memory or (gathers_later and fits_page_cache(nbytes))
         return is_shuffled and self._gather is not None
 
     def _open_own_reader(self) -> Reader:

@@ -138,6 +138,12 @@ class ScatteredRows:
         reader.read(extents, 0, len(extents.nbytes))
 
 
+def copies_here() -> bool:
+    """Whether rows in the page cache are copied by machine code."""
+    watch = find_watch()
+    return watch is not None and watch.is_on
+
+
 class Gather:
     """Gathers rows of a source, and converts them as its readers do. Threads may share it; see `open`.
 
@@ -148,7 +154,7 @@ class Gather:
     def __init__(self, source: Source) -> None:
         self._source, self._store = source, source.store
         self._convert_run = source.convert_run
-        self._row_copy, self._plain_copy, self._watch = source.find_row_copy(), find_row_copy(), find_watch()
+        self._row_copy, self._plain_copy = source.find_row_copy(), find_row_copy()
         self.is_refused = False
 
     @classmethod
@@ -162,7 +168,7 @@ class Gather:
     @property
     def is_fast(self) -> bool:
         """Whether rows are copied here, which is faster than to read them to a buffer."""
-        return self._watch is not None and self._watch.is_on
+        return copies_here()
 
     def find(self, selection: Selection, cells: _Int64s, place: int, spot: Spot) -> ScatteredRows | None:
         """Find the rows of samples, which go to a place one behind the other; None where some are not in memory.

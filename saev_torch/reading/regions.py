@@ -69,8 +69,10 @@ def _are_fast(memory: NDArray[np.uint8], advice: int, may_be_slow: bool = False)
     return True
 
 
-def make_pages(nbytes: int) -> tuple[NDArray[np.uint8], bool]:
+def make_pages(nbytes: int, may_be_huge: bool = True) -> tuple[NDArray[np.uint8], bool]:
     """Memory of this process alone, in huge pages where the system has them and they come fast; whether it is so.
+
+    Where it may not, a page comes when it is written to.
 
     Raises:
         OSError: No memory is left.
@@ -79,6 +81,9 @@ def make_pages(nbytes: int) -> tuple[NDArray[np.uint8], bool]:
     if nbytes < HUGE_PAGE:
         return np.frombuffer(mmap.mmap(-1, max(1, nbytes), flags=_PRIVATE), dtype=np.uint8), True
     pages = _reserve(nbytes)
+    if not may_be_huge:
+        advise(pages, _MADV_NOHUGEPAGE)
+        return pages, False
     advise(pages, _MADV_HUGEPAGE)
     # Where nobody can ask for them they come when they are touched.
     if _has_fast and _are_fast(pages, _MADV_POPULATE_WRITE) is False:
@@ -160,12 +165,12 @@ class OwnRegion(Region):
         """Whether there is a slot that nobody uses."""
         return len(self._unused) > 0
 
-    def take(self, in_haste: bool) -> int:
+    def take(self, in_haste: bool, may_be_huge: bool = True) -> int:
         """The number of a slot that nobody uses, of which there must be one."""
         index = self._unused.pop()
         self._is_used[index] = True
         may_be_slow = not in_haste and self.n_slots >= _N_LARGE and self.nbytes >= HUGE_PAGE
-        is_huge = self.is_fast or may_be_slow
+        is_huge = may_be_huge and (self.is_fast or may_be_slow)
         if is_huge:
             # A huge page comes where there is a small one.
             self.memory(index)[::HUGE_PAGE] = 0

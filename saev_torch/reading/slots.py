@@ -47,7 +47,14 @@ class Slot:
     It begins at `file_offset` there. A `region` with a slot to take is where it is; without one it has its own.
     """
 
-    def __init__(self, nbytes: int, shared: bool, region: OwnRegion | None = None, in_haste: bool = True) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        shared: bool,
+        region: OwnRegion | None = None,
+        in_haste: bool = True,
+        may_be_huge: bool = True,
+    ) -> None:
         self.nbytes = nbytes
         self.pid = os.getpid()
         self._held, self._counts = False, _NONE_SENT
@@ -56,10 +63,10 @@ class Slot:
             if shared and region is None:
                 self._region = OwnRegion(nbytes, 1)
             if self._region is None:
-                self._owner, is_huge = make_pages(nbytes)
+                self._owner, is_huge = make_pages(nbytes, may_be_huge)
                 self._n_huge = nbytes if is_huge else 0
             else:
-                self._owner = self._take_from(self._region, in_haste)
+                self._owner = self._take_from(self._region, in_haste, may_be_huge)
         except (OSError, MemoryError) as err:
             raise ReadError(
                 f"batch_size: expected {nbytes} bytes of memory for another batch, got: {err}; keep fewer batches, or "
@@ -68,8 +75,8 @@ class Slot:
         self._memory = self._owner[:nbytes]
         self.address = int(self._memory.ctypes.data)
 
-    def _take_from(self, region: OwnRegion, in_haste: bool) -> NDArray[np.uint8]:
-        self._index = region.take(in_haste)
+    def _take_from(self, region: OwnRegion, in_haste: bool, may_be_huge: bool) -> NDArray[np.uint8]:
+        self._index = region.take(in_haste, may_be_huge)
         self.fd, self.file_offset = region.fd, region.offset(self._index)
         self._counts = region.counts(self._index)
         weakref.finalize(self, region.give_back, self._index).atexit = False
@@ -144,7 +151,8 @@ class SlotPool:
     """Slots of one size. It never waits for a user who keeps batches: it makes another slot.
 
     Attributes:
-        in_haste: Whether memory is to come soon: an engine has still to hand out its first batch, or needs few.
+        in_haste: Whether memory is to come soon: an engine has still to hand out its first batch, needs few, or needs
+            them not for long.
         is_streamed: Whether it is written to past the caches, for which huge pages are of no use.
     """
 
@@ -219,15 +227,15 @@ class SlotPool:
 
     def _make(self, keep: int) -> Slot:
         if not self.shared:
-            return Slot(self.nbytes, shared=False)
+            return Slot(self.nbytes, shared=False, may_be_huge=not self.is_streamed)
         for region in self._regions:
             if region.has_room:
-                return Slot(self.nbytes, True, region, self.in_haste)
+                return Slot(self.nbytes, True, region, self.in_haste, not self.is_streamed)
         # Twice as many each time, so that few descriptors do. They cost address space, which may be limited, too.
         with contextlib.suppress(OSError, MemoryError, OverflowError):
             region = OwnRegion(self.nbytes, max(keep, len(self._slots)))
             self._regions.append(region)
-            return Slot(self.nbytes, True, region, self.in_haste)
+            return Slot(self.nbytes, True, region, self.in_haste, not self.is_streamed)
         return Slot(self.nbytes, shared=True)
 
     def shrink(self, keep: int) -> None:
