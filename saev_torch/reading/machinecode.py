@@ -40,7 +40,8 @@ def _make(text: str) -> Any | None:
 
 @functools.cache
 def _find_target() -> tuple[Any, Any] | None:
-    if not sys.platform.startswith("linux") or platform.machine() not in _MACHINES:
+    is_known = sys.platform.startswith("linux") and platform.machine() in _MACHINES and sys.maxsize > 1 << 32
+    if not is_known:
         return None
     try:
         import llvmlite.binding as llvm
