@@ -146,6 +146,15 @@ def test_any_plan_keeps_the_contract(until, data):
     assert located[found[0]][found[1]] == sample
 
 
+def test_a_pass_that_another_reader_has_is_not_waited_for():
+    """Its own next rows are read when they are due: else a batch was open that nothing was said of."""
+    sizes = {"n_rows": 1, "order": "blocks", "max_lanes": 1, "wished_block_size": None, "seed": 0}
+    small = MixedSource(n_samples=1, buffer_size=1, **sizes)
+    sources = (small, small, MixedSource(n_samples=2, buffer_size=8, **sizes))
+    plan = MixturePlan(32, 1, Weights(((0, 10, 21), (1, 10, 11), (2, 1, 1))), sources, 0)
+    plans.check_readers(plan, [Share(first, 2, 32) for first in range(2)])
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("until", ENDS)
 def test_every_sample(configs, whole, until, drop_last):

@@ -185,8 +185,8 @@ def _mixed(plan: MixturePlan, own: range, offset: int) -> Iterator[Step]:
     """The steps of all sources together: a batch follows when each source has read its part of it."""
     sources = [_steps_of_source(plan, source, own, offset) for source in range(len(plan.sources))]
     # All batches before these have been read, of each source; nothing is read of one before its first row is due.
-    passes = (plan.passes(source, own[0], own[-1] + 1) for source in range(len(sources)))
-    complete = [next((made.first for made in of_source), own.stop) for of_source in passes]
+    passes = (_own_passes(plan, source, own) for source in range(len(sources)))
+    complete = [next((mine.start for _, mine in of_source), own.stop) for of_source in passes]
     at, nothing = 0, Step((), (), 0)
     while at < len(own):
         steps = []
@@ -202,18 +202,24 @@ def _mixed(plan: MixturePlan, own: range, offset: int) -> Iterator[Step]:
         at = done
 
 
+def _own_passes(plan: MixturePlan, source: int, own: range) -> Iterator[tuple[Pass, range]]:
+    """The passes through a source that have rows in the reader's batches, and these batches."""
+    for made in plan.passes(source, own[0], own[-1] + 1):
+        first, stop = (max(0, -(-(n - own.start) // own.step)) for n in (made.first, made.first + made.plan.n_batches))
+        if len(mine := own[first:stop]):
+            yield made, mine
+
+
 def _steps_of_source(plan: MixturePlan, source: int, own: range, offset: int) -> Iterator[tuple[Step, int]]:
     """The steps of one source, pass after pass; with each, the first batch of which its part is not complete then."""
-    passes = plan.passes(source, own[0], own[-1] + 1)
-    for made, following in itertools.pairwise(itertools.chain(passes, [None])):
-        if made is None:
+    for passed, following in itertools.pairwise(itertools.chain(_own_passes(plan, source, own), [None])):
+        if passed is None:
             return
+        made, mine = passed
         # The last batch of a pass may be the first of the next, too.
-        complete, most = made.first, own.stop if following is None else following.first
-        first, stop = (max(0, -(-(n - own.start) // own.step)) for n in (made.first, made.first + made.plan.n_batches))
-        mine = own[first:stop]
+        complete, most = mine.start, own.stop if following is None else following[1].start
         local = range(mine.start - made.first, mine.stop - made.first, own.step)
-        for step in _make_steps(made.plan, local, offset + made.first) if len(mine) else ():
+        for step in _make_steps(made.plan, local, offset + made.first):
             if step.batches:
                 complete = min(step.batches[-1] - offset + 1, most)
             loads = tuple(_moved(plan, made, load, offset) for load in step.loads)
