@@ -580,12 +580,13 @@ def test_what_is_streamed_to_is_in_small_pages(make_shards, monkeypatch):
     """And no time is spent to find others."""
     asked, real = [], regions.advise
     monkeypatch.setattr(regions, "advise", lambda memory, advice: (asked.append(advice), real(memory, advice))[1])
+    monkeypatch.setattr(memory, "_HUGE_SHARE", 1e9)
     for shared in (False, True):
         pool = SlotPool(16 << 20, shared=shared)
         pool.is_streamed = True
-        slots = [pool.acquire(4) for _ in range(2)]
-        del slots
-        pool.acquire(4)
+        slot = pool.acquire(4)
+        slot.release()
+        assert pool.acquire(4) is slot
     assert asked
     assert not {regions._MADV_HUGEPAGE, regions._MADV_COLLAPSE} & set(asked)
 
