@@ -20,11 +20,8 @@ from saev_torch.processes.leaving import come_by
 from saev_torch.reading.leases import Lease
 from saev_torch.reading.received import attach
 from saev_torch.reading.regions import Name
-from saev_torch.reading.slots import OpenBatch, Slot
-from saev_torch.resume.state import batch_digest
-
-_Field = tuple[str, str, int, tuple[int, ...]]
-"""Key, name of the dtype, byte offset and shape of a tensor in a slot."""
+from saev_torch.reading.slots import Field, OpenBatch, Slot
+from saev_torch.resume.state import batch_digest, digest_columns
 
 _copies: set[tuple[torch.cuda.Event, int, tuple[torch.Tensor, ...]]] = set()
 """Copies to a GPU that may not have finished: an event behind each, the process that made it, and what is copied."""
@@ -47,7 +44,7 @@ class ActivationBatch(dict[str, torch.Tensor]):
     """
 
     _slot: Slot | None = None
-    _fields: tuple[_Field, ...] = ()
+    _fields: tuple[Field, ...] = ()
     _tensors: tuple[torch.Tensor, ...] = ()
     _digest: int | None = None
 
@@ -128,7 +125,7 @@ def release_copied() -> None:
             _copies.discard(copy)
 
 
-def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
+def _from_memory(lease: Lease, fields: tuple[Field, ...]) -> ActivationBatch:
     if _copies:
         release_copied()
     batch = _make_tensors(lease.array(), fields)
@@ -136,7 +133,7 @@ def _from_memory(lease: Lease, fields: tuple[_Field, ...]) -> ActivationBatch:
     return batch
 
 
-def _make_tensors(memory: NDArray[np.uint8], fields: tuple[_Field, ...]) -> ActivationBatch:
+def _make_tensors(memory: NDArray[np.uint8], fields: tuple[Field, ...]) -> ActivationBatch:
     batch = ActivationBatch()
     for key, dtype, offset, shape in fields:
         storage = DTYPES[dtype].storage if dtype in DTYPES else dtype
@@ -147,8 +144,8 @@ def _make_tensors(memory: NDArray[np.uint8], fields: tuple[_Field, ...]) -> Acti
     return batch
 
 
-def make_batch(opened: OpenBatch, selection: AnySelection, label_key: str = "token_labels") -> ActivationBatch:
-    """Make the tensors of a batch whose activations have been read into its slot, which is leased to the result."""
+def describe(opened: OpenBatch, selection: AnySelection, label_key: str = "token_labels") -> None:
+    """Write which samples a batch has to its slot, behind the activations, and digest that."""
     n, md = opened.size, selection.md
     found = selection.columns(opened.cells)
     columns: dict[str, NDArray[Any]] = {key: found.pop(key) for key in ("example_idx", "token_idx")}
@@ -158,18 +155,26 @@ def make_batch(opened: OpenBatch, selection: AnySelection, label_key: str = "tok
     shape = (n, selection.n_parts, md.d_model) if selection.has_parts else (n, md.d_model)
     nbytes = n * selection.act_nbytes
     first = nbytes + -nbytes % ALIGN
-    fields: list[_Field] = [("act", selection.act_type.name, 0, shape)]
+    fields: list[Field] = [("act", selection.act_type.name, 0, shape)]
     fields += [(key, "int64", first + i * 8 * n, (n,)) for i, key in enumerate(columns)]
-    batch = _from_memory(opened.slot.lease(), tuple(fields))
-    for key, column in columns.items():
-        batch[key].numpy()[:] = column
-    for key in of_content:
-        batch[key].numpy()[columns["token_idx"] < 0] = -1
-    batch._slot, batch._fields, batch._tensors = opened.slot, tuple(fields), tuple(batch.values())
+    written = opened.slot.first(first + 8 * n * len(columns))[first:].view(np.int64).reshape(len(columns), n)
+    is_special = columns["token_idx"] < 0 if of_content else np.empty(0, dtype=np.bool_)
+    for row, (key, column) in zip(written, columns.items(), strict=True):
+        row[:] = column
+        if key in of_content and is_special.any():
+            row[is_special] = -1
+    opened.fields, opened.digest = tuple(fields), digest_columns(columns)
+
+
+def make_batch(opened: OpenBatch) -> ActivationBatch:
+    """Make the tensors of a batch that has been read and described, and lease its slot to them."""
+    batch = _from_memory(opened.slot.lease(), opened.fields)
+    batch._slot, batch._fields, batch._tensors = opened.slot, opened.fields, tuple(batch.values())
+    batch._digest = opened.digest
     return batch
 
 
-def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number: int | None) -> ActivationBatch:
+def _receive(name: Name, fields: tuple[Field, ...], digest: int | None, number: int | None) -> ActivationBatch:
     come_by()
     batch = _from_memory(attach(*name), fields)
     batch._digest, batch.number = digest, number
@@ -177,7 +182,7 @@ def _receive(name: Name, fields: tuple[_Field, ...], digest: int | None, number:
 
 
 def _receive_copy(
-    memory: NDArray[np.uint8], fields: tuple[_Field, ...], digest: int | None, number: int | None
+    memory: NDArray[np.uint8], fields: tuple[Field, ...], digest: int | None, number: int | None
 ) -> ActivationBatch:
     batch = _make_tensors(memory, fields)
     batch._digest, batch.number = digest, number

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from saev_torch.batch import Sample, Samples, make_batch
+from saev_torch.batch import Sample, Samples, describe, make_batch
 from saev_torch.config import IndexedConfig
 from saev_torch.errors import ConfigError, StateError
 from saev_torch.format.files import short
@@ -198,7 +198,9 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             if self._pool is not None:
                 self._pool.forget(slot)
             raise
-        batch = make_batch(OpenBatch(slot, n, cells[back], labels, token_ids), selection, label_key="token_label")
+        opened = OpenBatch(slot, n, cells[back], labels, token_ids)
+        describe(opened, selection, label_key="token_label")
+        batch = make_batch(opened)
         finish(batch["act"])
         return Samples(batch)
 

@@ -1,6 +1,7 @@
 """The two iterable data sets: batches in file order, and in a seeded random order."""
 
 import contextlib
+import functools
 import logging
 import math
 import operator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from saev_torch.batch import ActivationBatch, make_batch
+from saev_torch.batch import ActivationBatch, describe, make_batch
 from saev_torch.config import BatchConfig, OrderedConfig, ShuffledConfig
 from saev_torch.errors import ConfigError
 from saev_torch.format.sidecars import TOKEN_IDS
@@ -182,7 +183,8 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
             keeps_memory=not ends_with_epoch(),
             **self._engine_options(plan, iteration.share),
         )
-        return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options, self.pools)
+        described = functools.partial(describe, selection=self._selected())
+        return Engine(self._open_feed(plan, start.scale), plan, iteration.share, options, self.pools, described)
 
     def _open_feed(self, plan: Plan, scale: float | None) -> AnyFeed:
         """What an engine reads from."""
@@ -196,7 +198,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         return Feed(source, labels, Column(labels.store, TOKEN_IDS), selection)
 
     def _make_batch(self, opened: OpenBatch) -> ActivationBatch:
-        return make_batch(opened, self._own_selection())
+        return make_batch(opened)
 
     def _watch(self, iteration: Iteration) -> Watch:
         cfg, start, share = self.cfg, iteration.start, iteration.share

@@ -249,7 +249,7 @@ class MixedActivations(Activations):
         return JointFeed([source.open_own(source.scale) for source in self.sources], repeats)
 
     def _make_batch(self, opened: OpenBatch) -> ActivationBatch:
-        batch, stores = make_batch(opened, self._selected()), [source._store for source in self.sources]
+        batch, stores = make_batch(opened), [source._store for source in self.sources]
         for key, have in (
             ("token_labels", [store.has_labels for store in stores]),
             ("token_ids", [store.has_token_ids for store in stores]),

@@ -56,6 +56,8 @@ class Column:
             return self._at(at, kept, spot)
         at -= selection.n_special
         content = tokens >= selection.n_special
+        if content.all():
+            return self._at(at, kept, spot)
         values = np.zeros(len(cells), dtype=self._dtype)
         values[content] = self._at(at[content], kept, spot)
         return values

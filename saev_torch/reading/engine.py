@@ -14,7 +14,7 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -69,6 +69,7 @@ class Engine:
 
     `start` starts its threads; `next_batch` then returns batches in order, then None, and `finish` converts what the
     readers did not. `close` must be called, whatever interrupts `start`. Memory comes from `pools`, and stays there.
+    `describe` writes beside the activations of a batch which samples they are.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class Engine:
         share: Share,
         options: EngineOptions,
         pools: Pools,
+        describe: Callable[[OpenBatch], None],
     ) -> None:
         self._pid = os.getpid()
         self._store, self._selection = feed.store, feed.selection
         self._plan, self._share, self._options = plan, share, options
-        self._feed = feed
+        self._feed, self._describe = feed, describe
         self._scheduler_spot = Spot()
         self._gather: Gather | None = None
         pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
@@ -128,7 +130,7 @@ class Engine:
                 n_saved += 1
             running = Running(step, 0)
             tasks = list(self._divide(step, rows, running))
-            running.n_tasks = len(tasks)
+            running.n_tasks = len(tasks) + (rows is not None)
             self.batches.begin(running)
             if rows is None or self._crew.count_working() > 1:
                 self._crew.put(tasks)
@@ -139,6 +141,8 @@ class Engine:
                     if self.batches.is_stopped:
                         return
                     task.run(reader)
+            if rows is not None:
+                self._complete(self._only(step), running)
         self.batches.finish_scheduling()
 
     def _choose_gather(self) -> bool:
@@ -183,14 +187,14 @@ class Engine:
             placed = Placed.in_own_order(self._only(step), self._selection.act_nbytes)
         running.n_samples = len(placed.cells)
         self._check(placed)
-        if self._store.has_labels:
-            yield Task(functools.partial(self._read_labels, placed, running))
-        if self._store.has_token_ids:
-            yield Task(functools.partial(self._read_token_ids, placed, running))
         if self._gather is not None and rows is not None:
             for part in rows.divide(self._crew.count_working()):
                 yield Task(functools.partial(self._gather_rows, self._gather, part, placed, running))
             return
+        if self._store.has_labels:
+            yield Task(functools.partial(self._read_labels, placed, running))
+        if self._store.has_token_ids:
+            yield Task(functools.partial(self._read_token_ids, placed, running))
         for extents in make_sample_extents(self._selection, placed.cells, placed.addresses):
             for start, stop in extents.cut(self._crew.task_nbytes(int(extents.nbytes.sum()))):
                 # The batches are named so that their memory lives as long as the task.
@@ -215,6 +219,20 @@ class Engine:
         rows = self._gather.find(self._selection, opened.cells, opened.slot.address, self._scheduler_spot)
         opened.is_finished = rows is not None
         return rows
+
+    def _complete(self, opened: OpenBatch, running: Running) -> None:
+        """Read what stands beside the activations of a batch, whose rows others gather meanwhile, and describe it.
+
+        Done here, as threads that do small things in turn keep each other waiting.
+        """
+        spot = self._scheduler_spot
+        if opened.labels is not None:
+            opened.labels[:] = self._feed.labels_of(opened.cells, spot)
+        if opened.token_ids is not None:
+            opened.token_ids[:] = self._feed.token_ids_of(opened.cells, spot)
+        spot.clear()
+        self._describe(opened)
+        self.batches.finish_task(running)
 
     def _check(self, placed: Placed) -> None:
         """Make sure that nothing is written to memory that is not for this; a `ReadError` says so."""
@@ -263,7 +281,10 @@ class Engine:
                 f"{self._pid}, which forked this one: the threads that read are not here; iterate anew."
             )
         make_patience = functools.partial(Patience, self._options.timeout_s, self._reads, on_wait)
-        return self.batches.take(self._selection.sample_nbytes, make_patience)
+        opened = self.batches.take(self._selection.sample_nbytes, make_patience)
+        if opened is not None and not opened.fields:
+            self._describe(opened)
+        return opened
 
     def finish(self, opened: OpenBatch, batch: Mapping[str, torch.Tensor]) -> None:
         """Convert the activations of a batch, unless that was done when they were read."""

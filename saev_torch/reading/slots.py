@@ -120,6 +120,10 @@ class Slot:
         return name
 
 
+Field = tuple[str, str, int, tuple[int, ...]]
+"""Key, name of the dtype, byte offset and shape of a tensor in a slot."""
+
+
 @dataclasses.dataclass
 class OpenBatch:
     """A batch of `size` samples that is being read, or was.
@@ -129,6 +133,8 @@ class OpenBatch:
         labels: `[size] uint8`, the label of each row (anything for a special token), where labels are read.
         token_ids: `[size] int32`, the token id of each row (anything for a special token), where they are read.
         is_finished: Whether its activations have been converted, if they are to be.
+        fields: What its slot holds, once it is known which samples they are.
+        digest: Digest of which samples they are, likewise.
     """
 
     slot: Slot
@@ -137,6 +143,8 @@ class OpenBatch:
     labels: NDArray[np.uint8] | None
     token_ids: NDArray[np.int32] | None = None
     is_finished: bool = False
+    fields: tuple[Field, ...] = ()
+    digest: int | None = None
 
 
 _sent: set[Slot] = set()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from saev_torch.config import BatchConfig, ShuffledConfig
@@ -26,6 +27,7 @@ VERSION = 1
 
 _MODULUS = 1 << 64
 _SCALED_BY = "scaled_by"
+_DIGESTED = "example_idx", "token_idx", "layer", "source"
 PLACE = "epoch", "batch", "digest", "rank", "world_size"
 """Keys of a state that say where it stands."""
 
@@ -37,10 +39,15 @@ def batch_digest(batch: Mapping[str, torch.Tensor]) -> int:
 
     It is the first 8 bytes of SHA-256 over `example_idx`, `token_idx` and, where there are such, `layer` and `source`.
     """
+    return digest_columns({key: batch[key].numpy(force=True) for key in _DIGESTED if key in batch})
+
+
+def digest_columns(columns: Mapping[str, NDArray[np.int64]]) -> int:
+    """As `batch_digest`, of columns that are no tensors; those that do not count are left out."""
     digest = hashlib.sha256()
-    for key in ("example_idx", "token_idx", "layer", "source"):
-        if key in batch:
-            digest.update(np.ascontiguousarray(batch[key].numpy(force=True), dtype="<i8").data)
+    for key in _DIGESTED:
+        if key in columns:
+            digest.update(np.ascontiguousarray(columns[key], dtype="<i8").data)
     return int.from_bytes(digest.digest()[:8], "little")
 
 
