@@ -68,6 +68,7 @@ class Chunk:
         dealt: `[n] int64`, positions in the chunk, in the order in which they are dealt to turns.
         turns, bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `turns[d]`.
         rows: `[n] int64`, row in the batch of each of `dealt`.
+        order: `[n] int64`, of a whole batch, its rows with those together that are neighbours on disk, if that is known.
     """
 
     starts: _Int64s
@@ -76,9 +77,10 @@ class Chunk:
     turns: tuple[int, ...]
     bounds: tuple[int, ...]
     rows: _Int64s
+    order: _Int64s | None = None
 
     @classmethod
-    def of_batch(cls, batch: int, samples: _Int64s) -> "Chunk":
+    def of_batch(cls, batch: int, samples: _Int64s, order: _Int64s | None = None) -> "Chunk":
         """The samples `[size] int64` of a whole batch, in its own order."""
         ones, rows = np.ones_like(samples), np.arange(len(samples))
-        return cls(samples, ones, rows, (batch,), (0, len(rows)), rows)
+        return cls(samples, ones, rows, (batch,), (0, len(rows)), rows, order)

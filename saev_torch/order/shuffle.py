@@ -191,29 +191,41 @@ class ShuffledBatches:
 
     def __init__(self, plan: ShufflePlan) -> None:
         self._plan = plan
-        self._kept: dict[int, dict[int, tuple[Chunk, _Int64s]]] = {}
+        self._kept: dict[int, dict[int, tuple[_Int64s, _Int64s, tuple[int, ...]]]] = {}
 
     def locate(self, batch: int) -> _Int64s:
         """The samples of a batch, row by row: `[size] int64`."""
+        return self._locate(batch)[0]
+
+    def _locate(self, batch: int) -> tuple[_Int64s, _Int64s]:
+        """The samples of a batch, row by row, and its rows in the order of the stream: `[size] int64` each."""
         plan = self._plan
         turn, lane = divmod(batch, plan.n_lanes)
         kept, used = self._kept.get(lane, {}), {}
-        samples = np.empty(plan.size(batch), dtype=np.int64)
+        samples, order = np.empty(plan.size(batch), dtype=np.int64), []
         for d in range(plan.depth(lane)):
             number = (turn - d) % plan.n_turns(lane)
-            chunk, dealt = used[number] = kept.get(number) or self._deal(lane, number)
-            part = slice(chunk.bounds[d], chunk.bounds[d + 1])
-            samples[chunk.rows[part]] = dealt[part]
+            dealt, rows, bounds = used[number] = kept.get(number) or self._deal(lane, number)
+            part = slice(bounds[d], bounds[d + 1])
+            samples[rows[part]] = dealt[part]
+            order.append(rows[part])
         self._kept[lane] = used
-        return samples
+        return samples, np.concatenate(order)
 
-    def _deal(self, lane: int, number: int) -> tuple[Chunk, _Int64s]:
+    def _deal(self, lane: int, number: int) -> tuple[_Int64s, _Int64s, tuple[int, ...]]:
+        """The samples of a chunk, and the rows of batches that they go to; those of each turn in their own order."""
         chunk = self._plan.chunk(lane, number)
-        return chunk, expand_runs(chunk.starts, chunk.lengths)[chunk.dealt]
+        at, n = np.empty_like(chunk.dealt), len(chunk.dealt)
+        at[chunk.dealt] = np.arange(n)
+        turns = np.repeat(np.arange(len(chunk.turns), dtype=np.uint16), np.diff(chunk.bounds))
+        # Of so small numbers it counts, and compares nothing.
+        order = at[np.argsort(turns[at], kind="stable")]
+        samples = expand_runs(chunk.starts, chunk.lengths)
+        return samples[chunk.dealt[order]], chunk.rows[order], chunk.bounds
 
     def whole(self, batch: int) -> Chunk:
         """A batch as one chunk, in its own order."""
-        return Chunk.of_batch(batch, self.locate(batch))
+        return Chunk.of_batch(batch, *self._locate(batch))
 
 
 @functools.lru_cache(maxsize=8)

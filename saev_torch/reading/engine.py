@@ -215,8 +215,9 @@ class Engine:
         if self._pace.is_slow and isinstance(self._plan, ShufflePlan):
             return None
         opened = self._only(step)
-        opened.cells[:] = self._selection.cells(step.loads[0].chunk.starts)
-        rows = self._gather.find(self._selection, opened.cells, opened.slot.address, self._scheduler_spot)
+        chunk, spot = step.loads[0].chunk, self._scheduler_spot
+        opened.cells[:] = self._selection.cells(chunk.starts)
+        rows = self._gather.find(self._selection, opened.cells, opened.slot.address, spot, chunk.order)
         opened.is_finished = rows is not None
         return rows
 

@@ -86,7 +86,7 @@ def _can_gather() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ScatteredRows:
-    """Rows from anywhere, which go to memory one behind the other.
+    """Rows from anywhere, and where they go in memory.
 
     Attributes:
         shards, offsets: `[n] int64`, shard and byte offset there of each row.
@@ -94,6 +94,7 @@ class ScatteredRows:
         place: Address of the first row in memory.
         stride: Bytes that a row takes there.
         mappings: Shards by number, those that rows are in.
+        numbers: `[n] int64`, which row from `place` on each becomes; None where they go one behind the other.
     """
 
     shards: _Int64s
@@ -102,6 +103,7 @@ class ScatteredRows:
     place: int
     stride: int
     mappings: dict[int, Mapping]
+    numbers: _Int64s | None = None
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -125,14 +127,17 @@ class ScatteredRows:
 
     def part(self, start: int, stop: int) -> "ScatteredRows":
         """A range of the rows."""
-        shards, offsets, place = self.shards[start:stop], self.offsets[start:stop], self.place + start * self.stride
-        return dataclasses.replace(self, shards=shards, offsets=offsets, place=place)
+        shards, offsets = self.shards[start:stop], self.offsets[start:stop]
+        if self.numbers is not None:
+            return dataclasses.replace(self, shards=shards, offsets=offsets, numbers=self.numbers[start:stop])
+        return dataclasses.replace(self, shards=shards, offsets=offsets, place=self.place + start * self.stride)
 
     def read(self, reader: Reader) -> None:
         """Read the rows with a reader, in the order of the disk; errors are those of `Reader.read`."""
         order = np.lexsort((self.offsets, self.shards))
         # What becomes wider in memory is read to the back of its place.
-        places = self.place + order * self.stride + (self.stride - self.row_nbytes)
+        numbers = order if self.numbers is None else self.numbers[order]
+        places = self.place + numbers * self.stride + (self.stride - self.row_nbytes)
         rows = self.offsets[order] // self.row_nbytes
         extents = make_extents(self.shards[order], rows, places, self.row_nbytes)
         reader.read(extents, 0, len(extents.nbytes))
@@ -166,25 +171,39 @@ class Gather:
         return cls(source) if is_free and is_few and not source.past_cache and _can_gather() else None
 
     @property
+    def _copies_anywhere(self) -> bool:
+        """Whether rows need not go to memory one behind the other."""
+        return self._row_copy is not None and self.is_fast
+
+    @property
     def is_fast(self) -> bool:
         """Whether rows are copied here, which is faster than to read them to a buffer."""
         return copies_here()
 
-    def find(self, selection: Selection, cells: _Int64s, place: int, spot: Spot) -> ScatteredRows | None:
+    def find(
+        self, selection: Selection, cells: _Int64s, place: int, spot: Spot, order: _Int64s | None = None
+    ) -> ScatteredRows | None:
         """Find the rows of samples, which go to a place one behind the other; None where some are not in memory.
 
-        `cells` are `[n] int64`, in the order in which the samples go there. Errors are those of `ShardStore.opened`.
+        `cells` are `[n] int64`, in the order in which the samples go there; `order`, likewise, lists them in one in
+        which neighbours on disk follow each other, which is faster to copy. Errors are those of `ShardStore.opened`.
         """
         row_nbytes, n_parts = selection.md.row_nbytes, selection.n_parts
+        if order is not None and self._copies_anywhere:
+            cells, numbers = cells[order], order
+        else:
+            numbers = None
         shards, rows = selection.disk_rows(cells)
         if n_parts > 1:
             shifts = (np.array(selection.layer_idxs) - selection.layer_idxs[0]) * selection.md.tokens_per_example
             shards, rows = np.repeat(shards, n_parts), (rows[:, None] + shifts).reshape(-1)
+            if numbers is not None:
+                numbers = (numbers[:, None] * n_parts + np.arange(n_parts)).reshape(-1)
         mappings = self._map(_numbers_in(shards), spot)
         if mappings is None:
             return None
         stride = selection.act_nbytes // n_parts
-        found = ScatteredRows(shards, rows * row_nbytes, row_nbytes, place, stride, mappings)
+        found = ScatteredRows(shards, rows * row_nbytes, row_nbytes, place, stride, mappings, numbers)
         # An odd step, so that not all are of one layer.
         probed = found.sources(len(found) // _N_PROBES | 1).tolist()
         return found if all(map(is_in_memory, probed)) else None
@@ -219,12 +238,15 @@ class Gather:
         if done < len(rows):
             left = rows.part(done, len(rows))
             left.read(reader)
-            self._finish(left, left.place, len(left))
+            self._finish(left, left.place, len(left), left.numbers)
 
     def _gather(self, rows: ScatteredRows, most_waits: int) -> int:
         """Gather rows until this thread has waited so often; how many of the first ones are where they belong."""
         sources, is_here = rows.sources(), self.is_fast and all(map(_is_watched, rows.mappings.values()))
         stage, n_at_once = None, MAX_READ_ROWS
+        if rows.numbers is not None and not is_here:
+            # What came since keeps us from copying: only that puts each row where it belongs.
+            return 0
         if is_here and self._row_copy is not None:
             n_at_once = min(_MOST_ROWS, max(1, _PIECE_NBYTES // rows.row_nbytes))
         elif self._convert_run is not None:
@@ -233,7 +255,12 @@ class Gather:
         done = 0
         while done < len(rows):
             some = sources[done : done + n_at_once]
-            whole = self._copy(rows, some, rows.place + done * rows.stride, stage, is_here)
+            if rows.numbers is not None and self._row_copy is not None:
+                numbers = rows.numbers[done : done + n_at_once]
+                self._row_copy(some, rows.place, rows.row_nbytes, rows.stride, numbers=numbers)
+                whole = len(some)
+            else:
+                whole = self._copy(rows, some, rows.place + done * rows.stride, stage, is_here)
             done += whole
             if whole < len(some) or _n_waits() > most_waits:
                 break
@@ -263,13 +290,19 @@ class Gather:
         self._plain_copy(sources, place, nbytes, stride, is_past_caches=False)
         return len(sources)
 
-    def _finish(self, rows: ScatteredRows, place: int, n: int) -> None:
-        """Convert `n` rows at a place that were read by what does not."""
+    def _finish(self, rows: ScatteredRows, place: int, n: int, numbers: _Int64s | None = None) -> None:
+        """Convert `n` rows at a place, or those of these numbers from there on, that were read by what does not."""
         if self._source.is_unfinished and n:
-            memory = np.ctypeslib.as_array((ctypes.c_ubyte * (n * rows.stride)).from_address(place))
+            most = n if numbers is None else int(numbers.max()) + 1
+            memory = np.ctypeslib.as_array((ctypes.c_ubyte * (most * rows.stride)).from_address(place))
             loaded = self._source.loaded_type
-            act = torch.from_numpy(memory.view(loaded.storage)).view(getattr(torch, loaded.name))
-            self._source.convert(act.view(n, -1))
+            act = torch.from_numpy(memory.view(loaded.storage)).view(getattr(torch, loaded.name)).view(most, -1)
+            if numbers is None:
+                self._source.convert(act)
+            else:
+                some = act[torch.from_numpy(numbers)]
+                self._source.convert(some)
+                act[torch.from_numpy(numbers)] = some
 
 
 def _is_watched(mapping: Mapping) -> bool:

@@ -21,8 +21,10 @@ _LOOP = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 
-define void @copy_rows(ptr %sources, i64 %n, ptr %target, i64 %nbytes, i64 %stride, i64 %is_past_caches, float %by) {
+define void @copy_rows(ptr %sources, ptr %numbers, i64 %n, ptr %target, i64 %nbytes, i64 %stride, i64 %is_past_caches,
+                       float %by) {
 begin:
+  %has_numbers = icmp ne ptr %numbers, null
   %last_byte = sub i64 %nbytes, 1
   %is_past = icmp ne i64 %is_past_caches, 0
   br label %row
@@ -50,7 +52,14 @@ fetch:
 copy:
   %source_at = getelementptr ptr, ptr %sources, i64 %i
   %source = load ptr, ptr %source_at
-  %offset = mul i64 %i, %stride
+  br i1 %has_numbers, label %find_number, label %numbered
+find_number:
+  %number_at = getelementptr i64, ptr %numbers, i64 %i
+  %found_number = load i64, ptr %number_at
+  br label %numbered
+numbered:
+  %number = phi i64 [%i, %copy], [%found_number, %find_number]
+  %offset = mul i64 %number, %stride
   %place = getelementptr i8, ptr %target, i64 %offset
   %place_address = ptrtoint ptr %place to i64
   %minus_address = sub i64 0, %place_address
@@ -117,7 +126,7 @@ _CONVERT = """
   %lines_end = add i64 %first, %in_lines
   br label %head
 head:
-  %h = phi i64 [0, %copy], [%next_h, %convert_head]
+  %h = phi i64 [0, %numbered], [%next_h, %convert_head]
   %is_head = icmp slt i64 %h, %first
   br i1 %is_head, label %convert_head, label %line
 convert_head:
@@ -188,16 +197,26 @@ class RowCopy:
     def __init__(self, code: Any, by: float) -> None:
         # The machine code lives as long as this.
         self._code, self._by = code, by
-        kinds: list[Any] = [ctypes.c_int64] * 6 + [ctypes.c_float]
+        kinds: list[Any] = [ctypes.c_int64] * 7 + [ctypes.c_float]
         self._copy_rows = ctypes.CFUNCTYPE(None, *kinds)(code.get_function_address("copy_rows"))
 
-    def __call__(self, sources: _Int64s, target: int, nbytes: int, stride: int, is_past_caches: bool = True) -> None:
+    def __call__(
+        self,
+        sources: _Int64s,
+        target: int,
+        nbytes: int,
+        stride: int,
+        is_past_caches: bool = True,
+        numbers: _Int64s | None = None,
+    ) -> None:
         """Copy rows of `nbytes` bytes each to a place, `stride` bytes from one to the next.
 
-        `sources` are `[n] int64`, addresses in mappings that are watched. What came from one that is broken by then is
-        of no use. The interpreter lock is not held.
+        `sources` are `[n] int64`, addresses in mappings that are watched; `numbers` likewise, which row there each is,
+        where that is not the order of the sources. What came from one that is broken by then is of no use. The
+        interpreter lock is not held.
         """
-        self._copy_rows(sources.ctypes.data, len(sources), target, nbytes, stride, is_past_caches, self._by)
+        listed = 0 if numbers is None else numbers.ctypes.data
+        self._copy_rows(sources.ctypes.data, listed, len(sources), target, nbytes, stride, is_past_caches, self._by)
 
 
 @functools.cache
