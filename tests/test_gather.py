@@ -163,7 +163,8 @@ def open_rows(shards, n=400, pace=None):
     memory = np.full((n, 256), -1, dtype=np.float32)
     samples = np.random.default_rng(1).permutation(selection.n_samples)[:n]
     gather = Gather.open(source)
-    rows = gather.find(selection, selection.cells(samples), memory.ctypes.data, Spot())
+    found = gather.find(selection, selection.cells(samples), memory.ctypes.data, Spot())
+    rows = None if found is None else found[0][1]
     return gather, rows, source.open_reader(pace), memory, oracle(WIDE)[:, 0].reshape(-1, 256)[samples], store
 
 
@@ -258,7 +259,7 @@ def test_each_layer_is_looked_for_in_the_page_cache(make_shards, monkeypatch):
     store = ShardStore(make_shards(SPEC))
     selection, memory = Selection(store.metadata, "content", (3, 7)), np.empty((64, 16), dtype=np.float32)
     gather, cells = Gather.open(Source(store)), selection.cells(np.arange(64))
-    rows = gather.find(selection, cells, memory.ctypes.data, Spot())
+    ((_, rows),) = gather.find(selection, cells, memory.ctypes.data, Spot())
     # Those of the layers take turns.
     for layer in range(2):
         gone = set(rows.sources()[layer::2].tolist())

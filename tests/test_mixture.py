@@ -34,7 +34,9 @@ from saev_torch import (
 from saev_torch.lightning import ActivationsCheckpoint
 from saev_torch.order.mixture import MixedSource, MixturePlan, Weights
 from saev_torch.order.steps import Share, count_open_slots
-from saev_torch.reading import slots, source
+from saev_torch.reading import gather, mapping, slots, source
+from saev_torch.reading.feeds import JointGather
+from saev_torch.reading.gather import Gather, ScatteredRows
 from saev_torch.reading.reader import Spot
 
 pytestmark = [
@@ -74,6 +76,13 @@ def whole(configs):
     """Two epochs of each kind."""
     made = {until: mix(configs, until) for until in ENDS}
     return {until: [list(mixed), list(mixed)] for until, mixed in made.items()}
+
+
+@pytest.fixture(params=["buffer", "gathered"])
+def way(request, monkeypatch):
+    """A buffer, which so small ones have; or none, as where all rows are in the page cache."""
+    if request.param == "gathered":
+        contracts.save_buffers(monkeypatch, copies_here=True)
 
 
 # Shares
@@ -155,6 +164,7 @@ def test_a_pass_that_another_reader_has_is_not_waited_for():
     plans.check_readers(plan, [Share(first, 2, 32) for first in range(2)])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("until", ENDS)
 def test_every_sample(configs, whole, until, drop_last):
@@ -169,6 +179,7 @@ def test_every_sample(configs, whole, until, drop_last):
     assert (whole[until][0][0]["example_idx"] != batches[0]["example_idx"]).any()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("until", "n_workers", "persistent", "batch_size"),
     [
@@ -186,6 +197,7 @@ def test_the_same_with_workers(configs, whole, until, n_workers, persistent, bat
         contracts.assert_same(list(loader), epoch)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_take_turns(configs, whole, world_size):
     for (until, epochs), n_workers in zip(whole.items(), (2, 0), strict=True):
@@ -197,6 +209,7 @@ def test_ranks_take_turns(configs, whole, world_size):
             contracts.assert_same(got, wanted[rank::world_size])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.slow
 @pytest.mark.parametrize("until", ENDS)
 def test_every_cut_resumes(configs, whole, until):
@@ -255,6 +268,7 @@ def test_sources_of_one_directory_are_not_in_step(configs):
 # What is particular to each source
 
 
+@pytest.mark.usefixtures("way")
 def test_each_source_has_a_scale_of_its_own(configs, whole):
     scaled = [dataclasses.replace(cfg, scale_norm=i != 1) for i, cfg in enumerate(configs)]
     mixed = mix(scaled)
@@ -277,6 +291,7 @@ def test_each_source_has_a_scale_of_its_own(configs, whole):
     assert torch.equal(batch["act"], plain["act"] * by[plain["source"]][:, None])
 
 
+@pytest.mark.usefixtures("way")
 def test_each_source_has_token_ids_of_its_own(make_shards):
     """As labels, -1 for special tokens, and where a source has none; batches have all columns that there are."""
     configs, ids = [], []
@@ -295,6 +310,7 @@ def test_each_source_has_token_ids_of_its_own(make_shards):
             assert batch["token_ids"].tolist() == expected
 
 
+@pytest.mark.usefixtures("way")
 def test_the_same_without_a_compiler(configs, monkeypatch):
     scaled = [dataclasses.replace(cfg, scale_norm=i != 1) for i, cfg in enumerate(configs)]
     wanted = list(mix(scaled))
@@ -306,6 +322,74 @@ def test_past_the_page_cache(configs, whole, monkeypatch):
     """Of sources that memory can hold alone, but not together."""
     monkeypatch.setattr("saev_torch.reading.feeds.fits_page_cache", lambda nbytes: False)
     contracts.assert_same(list(mix(configs)), whole["longest"][0])
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """How many batches were found in memory, and of how many parts rows were read otherwise."""
+    contracts.save_buffers(monkeypatch, copies_here=True)
+    counts, find, read = {"found": 0, "not found": 0, "read": 0}, JointGather.find, ScatteredRows.read
+
+    def finding(*args):
+        rows = find(*args)
+        counts["not found" if rows is None else "found"] += 1
+        return rows
+
+    def reading(*args):
+        counts["read"] += 1
+        read(*args)
+
+    monkeypatch.setattr(JointGather, "find", finding)
+    monkeypatch.setattr(ScatteredRows, "read", reading)
+    return counts
+
+
+@pytest.mark.parametrize("until", ENDS)
+def test_rows_of_all_sources_are_gathered_where_they_are_in_memory(configs, whole, found, until):
+    mixed = mix(configs, until)
+    for epoch in whole[until]:
+        contracts.assert_same(list(mixed), epoch)
+    assert found == {"found": 2 * len(mixed), "not found": 0, "read": 0}
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 7, 20])
+@pytest.mark.parametrize("gone", range(3))
+def test_rows_of_one_source_that_are_not_need_a_buffer_from_then_on(configs, whole, found, monkeypatch, gone, n_before):
+    mixed, real = mix(configs), gather.is_in_memory
+    own = str(configs[gone].shards)
+
+    def is_in_memory(address):
+        is_own = any(
+            pages.address <= address < pages.address + pages.key[2] and own in _path_of(pages.address)
+            for pages in mapping.all_pages
+        )
+        return real(address) and (found["found"] < n_before or not is_own)
+
+    monkeypatch.setattr(gather, "is_in_memory", is_in_memory)
+    contracts.assert_same(list(mixed), whole["longest"][0])
+    # Not every batch has rows of each.
+    assert found["found"] >= n_before
+    assert found["not found"] == 1
+    assert found["read"] == 0
+
+
+def _path_of(address):
+    with open("/proc/self/maps") as lines:
+        return next(line for line in lines if line.startswith(f"{address:x}-"))
+
+
+@pytest.mark.parametrize("has_numba", [False, True])
+def test_what_came_short_is_read_and_converted_once(configs, found, monkeypatch, has_numba):
+    scaled = [dataclasses.replace(cfg, scale_norm=i != 1) for i, cfg in enumerate(configs)]
+    wanted = list(mix(scaled))
+    found["read"] = 0
+    if not has_numba:
+        monkeypatch.setattr(source, "find_convert_kernels", lambda *names: None)
+    real = Gather._gather
+    monkeypatch.setattr(Gather, "_gather", lambda self, rows, most: min(real(self, rows, most), len(rows) // 2))
+    contracts.assert_same(list(mix(scaled)), wanted)
+    # Of the first batch at least; then a buffer may be thought better.
+    assert found["read"] >= len(configs)
 
 
 # Memory

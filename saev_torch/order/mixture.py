@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from saev_torch.format.rules import OrderKind
 from saev_torch.order.lazy import lazy
-from saev_torch.order.shuffle import Batching, ShufflePlan
+from saev_torch.order.runs import Chunk
+from saev_torch.order.shuffle import Batching, ShuffledBatches, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
 
 Until: TypeAlias = Literal["shortest", "longest"]
@@ -298,6 +299,32 @@ class MixturePlan(Batching):
         """The same with another buffer."""
         sources = tuple(dataclasses.replace(source, buffer_size=buffer_size) for source in self.sources)
         return dataclasses.replace(self, sources=sources)
+
+
+class MixedBatches:
+    """The batches of a mixture, in ascending order, each by itself."""
+
+    def __init__(self, plan: MixturePlan) -> None:
+        self._plan = plan
+        # Those of the passes that the last batch has rows of.
+        self._passes: dict[tuple[int, int], ShuffledBatches | CutUniformPlan] = {}
+
+    def whole(self, batch: int) -> Chunk:
+        """A batch as one chunk, in its own order."""
+        plan, orders = self._plan, []
+        used: dict[tuple[int, int], ShuffledBatches | CutUniformPlan] = {}
+        samples = np.empty(plan.size(batch), dtype=np.int64)
+        for source, first_sample in enumerate(plan.first_samples):
+            for made in plan.passes(source, batch, batch + 1):
+                key, own = (source, made.begin), made.plan
+                batches = used[key] = self._passes.get(key) or (
+                    own if isinstance(own, CutUniformPlan) else ShuffledBatches(own)
+                )
+                rows, part = plan.rows(made, batch), batches.whole(batch - made.first)
+                samples[rows] = part.starts + first_sample
+                orders.append(rows if part.order is None else rows[part.order])
+        self._passes = used
+        return Chunk.of_batch(batch, samples, np.concatenate(orders))
 
 
 @functools.lru_cache(maxsize=16)

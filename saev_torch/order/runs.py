@@ -68,7 +68,7 @@ class Chunk:
         dealt: `[n] int64`, positions in the chunk, in the order in which they are dealt to turns.
         turns, bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `turns[d]`.
         rows: `[n] int64`, row in the batch of each of `dealt`.
-        order: `[n] int64`, of a whole batch, its rows with those together that are neighbours on disk, if that is known.
+        order: `[n] int64`, rows of a whole batch, those together that are neighbours on disk, where that is known.
     """
 
     starts: _Int64s

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from saev_torch.order.mixture import MixturePlan, Pass
+from saev_torch.order.mixture import MixedBatches, MixturePlan, Pass
 from saev_torch.order.runs import Chunk
 from saev_torch.order.shuffle import OrderedPlan, ShuffledBatches, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
@@ -64,7 +64,7 @@ N_ONE_BY_ONE = 3
 def make_steps(plan: Plan, share: Share, one_by_one: bool = False) -> Iterator[Step]:
     """Yield the steps of one reader, in order: over all of them, each owned batch once.
 
-    With `one_by_one` the batches of a shuffled plan are the same, but each has a step of its own, as no buffer needs.
+    With `one_by_one` the batches of a plan with a buffer are the same, but each has a step of its own, and needs none.
     """
     n = plan.n_batches
     for start in range(share.first // n * n if n else share.stop, share.stop, max(1, n)):
@@ -77,7 +77,7 @@ def make_steps(plan: Plan, share: Share, one_by_one: bool = False) -> Iterator[S
 def _make_steps(plan: Plan, own: range, offset: int, one_by_one: bool = False) -> Iterator[Step]:
     """The steps of batches of one pass over a plan; `offset` counts the batches of the padded sequence before it."""
     if isinstance(plan, MixturePlan):
-        return _mixed(plan, own, offset)
+        return _one_by_one(MixedBatches(plan), own, offset) if one_by_one else _mixed(plan, own, offset)
     if not isinstance(plan, ShufflePlan):
         return _one_by_one(plan, own, offset)
     return _one_by_one(ShuffledBatches(plan), own, offset) if one_by_one else iter(_ShuffledSteps(plan, own, offset))
@@ -100,7 +100,9 @@ def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
     return act + -act % ALIGN + N_COLUMNS * 8 * batch_size
 
 
-def _one_by_one(plan: OrderedPlan | UniformPlan | ShuffledBatches, own: range, offset: int) -> Iterator[Step]:
+def _one_by_one(
+    plan: OrderedPlan | UniformPlan | ShuffledBatches | MixedBatches, own: range, offset: int
+) -> Iterator[Step]:
     for batch in own:
         yield Step((Load(plan.whole(batch), ((offset + batch, 0),)),), (offset + batch,), 0)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from saev_torch.errors import ReadError
-from saev_torch.order.selection import Selection
+from saev_torch.order.mixture import MixturePlan
 from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
 from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
@@ -30,8 +30,8 @@ from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
 from saev_torch.reading.direct import fits_page_cache
 from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
-from saev_torch.reading.feeds import AnyFeed
-from saev_torch.reading.gather import Gather, ScatteredRows, copies_here
+from saev_torch.reading.feeds import AnyFeed, AnyGather
+from saev_torch.reading.gather import Found, Gather, ScatteredRows, copies_here
 from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.slots import OpenBatch, Pools, make_pool
@@ -86,7 +86,7 @@ class Engine:
         self._plan, self._share, self._options = plan, share, options
         self._feed, self._describe = feed, describe
         self._scheduler_spot = Spot()
-        self._gather: Gather | None = None
+        self._gather: AnyGather | None = None
         pool = make_pool(slot_nbytes(min(plan.batch_size, plan.n_samples), feed.selection.act_nbytes), pools)
         max_open = count_open_slots(plan, share, options.buffer_size)
         self._pool, self._max_open = pool, max_open
@@ -147,7 +147,7 @@ class Engine:
 
     def _choose_gather(self) -> bool:
         """Choose whether rows are gathered from the page cache, and whether that saves a buffer."""
-        is_shuffled = isinstance(self._plan, ShufflePlan)
+        is_shuffled = self._has_buffer
         gather = self._feed.open_gather() if is_shuffled or isinstance(self._plan, UniformPlan) else None
         if gather is not None and (not is_shuffled or self._may_save_buffer(gather)):
             self._gather = gather
@@ -158,12 +158,17 @@ class Engine:
         self.batches.is_brief = not self._options.keeps_memory or (gathers_later and fits_page_cache(nbytes))
         return is_shuffled and self._gather is not None
 
+    @property
+    def _has_buffer(self) -> bool:
+        """Whether batches of this order are mixed in a buffer, unless they are gathered."""
+        return isinstance(self._plan, ShufflePlan | MixturePlan)
+
     def _open_own_reader(self) -> Reader:
         reader = self._feed.open_reader(self._pace)
         self._crew.spots.append(reader.spot)
         return reader
 
-    def _may_save_buffer(self, gather: Gather) -> bool:
+    def _may_save_buffer(self, gather: AnyGather) -> bool:
         """Whether rows that are in memory are to be gathered there, and not read to a large buffer."""
         nbytes = self._max_open * self._pool.nbytes
         if self._options.n_fills or gather.is_fast:
@@ -177,7 +182,7 @@ class Engine:
             return False
         return (n_saved == _N_TRIED and not self._pool.is_slow) or n_saved == _MOST_BUFFERS * self._max_open
 
-    def _divide(self, step: Step, rows: ScatteredRows | None, running: Running) -> Iterator[Task]:
+    def _divide(self, step: Step, rows: list[Found] | None, running: Running) -> Iterator[Task]:
         """Cut the reads of a step into tasks; `rows` are gathered."""
         if not step.loads:
             return
@@ -187,9 +192,10 @@ class Engine:
             placed = Placed.in_own_order(self._only(step), self._selection.act_nbytes)
         running.n_samples = len(placed.cells)
         self._check(placed)
-        if self._gather is not None and rows is not None:
-            for part in rows.divide(self._crew.count_working()):
-                yield Task(functools.partial(self._gather_rows, self._gather, part, placed, running))
+        if rows is not None:
+            for gather, found in rows:
+                for part in found.divide(self._crew.count_working()):
+                    yield Task(functools.partial(self._gather_rows, gather, part, placed, running))
             return
         if self._store.has_labels:
             yield Task(functools.partial(self._read_labels, placed, running))
@@ -208,11 +214,9 @@ class Engine:
         ((number, _),) = step.loads[0].targets
         return self.batches.open[number]
 
-    def _find_rows(self, step: Step) -> ScatteredRows | None:
+    def _find_rows(self, step: Step) -> list[Found] | None:
         """The rows of a batch, in its own order, where they are to be gathered; tell the batch which cells it holds."""
-        if self._gather is None or self._gather.is_refused or not isinstance(self._selection, Selection):
-            return None
-        if self._pace.is_slow and isinstance(self._plan, ShufflePlan):
+        if self._gather is None or self._gather.is_refused or (self._pace.is_slow and self._has_buffer):
             return None
         opened = self._only(step)
         chunk, spot = step.loads[0].chunk, self._scheduler_spot

@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from saev_torch.format.sidecars import SIDECARS
-from saev_torch.order.joint import JointSelection
+from saev_torch.order.joint import AnySelection, JointSelection, divide
 from saev_torch.order.selection import Selection
 from saev_torch.reading.columns import Column
 from saev_torch.reading.direct import fits_page_cache, reads_past_cache
 from saev_torch.reading.extents import Extents
-from saev_torch.reading.gather import Gather
+from saev_torch.reading.gather import Found, Gather
 from saev_torch.reading.labels import Labels
+from saev_torch.reading.mapping import Mapping as FileMapping
 from saev_torch.reading.reader import Pace, Reader, Spot
 from saev_torch.reading.source import Source, open_plain, past_cache_of
 from saev_torch.reading.store import ShardStore
@@ -99,6 +100,11 @@ class JointStore:
         store, local = self._find(shard_idx)
         return store.opened(local, direct)
 
+    def mapped(self, shard_idx: int) -> FileMapping | None:
+        """As of a store."""
+        store, local = self._find(shard_idx)
+        return store.mapped(local)
+
     def drop(self, shard_idx: int) -> None:
         """As of a store."""
         store, local = self._find(shard_idx)
@@ -155,6 +161,33 @@ class JointReader(Reader):
         self._of(extents, start)._read(extents, start, stop)
 
 
+class JointGather:
+    """Gathers rows of several sources, each to where it belongs in a batch; as `Gather`, which copies them."""
+
+    is_fast = True
+
+    def __init__(self, gathers: Sequence[Gather]) -> None:
+        self._gathers = tuple(gathers)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the system has refused to map a file, or machine code cannot copy any more."""
+        return any(gather.is_refused or not gather.copies_anywhere for gather in self._gathers)
+
+    def find(
+        self, selection: AnySelection, cells: _Int64s, place: int, spot: Spot, order: _Int64s | None
+    ) -> list[Found] | None:
+        """As `Gather.find`; None where rows of any source are not in memory."""
+        order, found = np.arange(len(cells)) if order is None else order, []
+        for one in divide(selection, cells[order]):
+            gather = self._gathers[one.number]
+            rows = gather.find_some(one.selection, one.cells, place, spot, order[one.at])
+            if rows is None:
+                return None
+            found.append((gather, rows))
+        return found
+
+
 class JointFeed:
     """Several feeds as one, of which a thread reads with one reader.
 
@@ -206,8 +239,14 @@ class JointFeed:
         readers = [source.wrap(direct if source.past_cache else plain) for source in sources]
         return JointReader(self.store, readers)
 
-    def open_gather(self) -> None:
-        """None: rows of several directories are read by the readers."""
+    def open_gather(self) -> JointGather | None:
+        """Make what gathers single rows from the page cache; None where rows of any source are to be read otherwise."""
+        gathers = [
+            Gather.open(feed.source, self.store, self.store.firsts(number)[0])
+            for number, feed in enumerate(self._feeds)
+        ]
+        able = [gather for gather in gathers if gather is not None and gather.copies_anywhere]
+        return JointGather(able) if len(able) == len(gathers) else None
 
     def finish(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Convert the activations of a batch that the readers did not."""
@@ -219,6 +258,9 @@ class JointFeed:
                 feed.source.convert(rows)
                 act[at] = rows
 
+
+AnyGather: TypeAlias = Gather | JointGather
+"""What gathers rows of a feed."""
 
 AnyFeed: TypeAlias = Feed | JointFeed
 """What an engine reads from."""

@@ -20,12 +20,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from saev_torch.order.joint import AnySelection, divide
 from saev_torch.order.runs import MAX_READ_ROWS
 from saev_torch.order.selection import Selection
 from saev_torch.reading.extents import make_extents
@@ -82,6 +83,17 @@ def _can_gather() -> bool:
         return False
     values = np.array([1, 0], dtype=np.uint8)
     return _copy_in_kernel(np.array([values.ctypes.data]), values.ctypes.data + 1, 1, 1) == 1 and bool(values[1])
+
+
+class AnyStore(Protocol):
+    """What has the files of shards, by number: a store, or several as one."""
+
+    @property
+    def answers_short(self) -> bool:
+        """As of a store."""
+
+    def mapped(self, shard_idx: int) -> Mapping | None:
+        """As of a store."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +155,10 @@ class ScatteredRows:
         reader.read(extents, 0, len(extents.nbytes))
 
 
+Found: TypeAlias = "tuple[Gather, ScatteredRows]"
+"""Rows, and what gathers them."""
+
+
 def copies_here() -> bool:
     """Whether rows in the page cache are copied by machine code."""
     watch = find_watch()
@@ -156,22 +172,26 @@ class Gather:
         is_refused: Whether the system has refused to map a file.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source, self._store = source, source.store
+    def __init__(self, source: Source, store: AnyStore | None = None, first_shard: int = 0) -> None:
+        self._source, self._store, self._first_shard = source, source.store if store is None else store, first_shard
         self._convert_run = source.convert_run
         self._row_copy, self._plain_copy = source.find_row_copy(), find_row_copy()
         self.is_refused = False
 
     @classmethod
-    def open(cls, source: Source) -> "Gather | None":
-        """Make one; None where the source is to be read otherwise."""
+    def open(cls, source: Source, store: AnyStore | None = None, first_shard: int = 0) -> "Gather | None":
+        """Make one; None where the source is to be read otherwise.
+
+        Of one that is read with others, `store` has the shards of all, and its own are numbered from `first_shard` on.
+        """
         # Address space that is limited is needed for batches.
         is_free = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
         is_few = len(source.store.shards) <= source.store.most_open
-        return cls(source) if is_free and is_few and not source.past_cache and _can_gather() else None
+        may = is_free and is_few and not source.past_cache and _can_gather()
+        return cls(source, store, first_shard) if may else None
 
     @property
-    def _copies_anywhere(self) -> bool:
+    def copies_anywhere(self) -> bool:
         """Whether rows need not go to memory one behind the other."""
         return self._row_copy is not None and self.is_fast
 
@@ -181,19 +201,28 @@ class Gather:
         return copies_here()
 
     def find(
-        self, selection: Selection, cells: _Int64s, place: int, spot: Spot, order: _Int64s | None = None
-    ) -> ScatteredRows | None:
+        self, selection: AnySelection, cells: _Int64s, place: int, spot: Spot, order: _Int64s | None = None
+    ) -> list[Found] | None:
         """Find the rows of samples, which go to a place one behind the other; None where some are not in memory.
 
         `cells` are `[n] int64`, in the order in which the samples go there; `order`, likewise, lists them in one in
         which neighbours on disk follow each other, which is faster to copy. Errors are those of `ShardStore.opened`.
         """
-        row_nbytes, n_parts = selection.md.row_nbytes, selection.n_parts
-        if order is not None and self._copies_anywhere:
-            cells, numbers = cells[order], order
+        if order is not None and self.copies_anywhere:
+            cells = cells[order]
         else:
-            numbers = None
+            order = None
+        (own,) = divide(selection, cells)
+        rows = self.find_some(own.selection, own.cells, place, spot, order)
+        return None if rows is None else [(self, rows)]
+
+    def find_some(
+        self, selection: Selection, cells: _Int64s, place: int, spot: Spot, numbers: _Int64s | None
+    ) -> ScatteredRows | None:
+        """As `find`, of samples that become rows of these numbers `[n] int64` in memory; else one behind the other."""
+        row_nbytes, n_parts = selection.md.row_nbytes, selection.n_parts
         shards, rows = selection.disk_rows(cells)
+        shards += self._first_shard
         if n_parts > 1:
             shifts = (np.array(selection.layer_idxs) - selection.layer_idxs[0]) * selection.md.tokens_per_example
             shards, rows = np.repeat(shards, n_parts), (rows[:, None] + shifts).reshape(-1)
@@ -265,8 +294,8 @@ class Gather:
             if whole < len(some) or _n_waits() > most_waits:
                 break
         # Of many files, to look which ones these rows are in is the shorter way.
-        numbers = rows.mappings if len(rows.mappings) < _N_FEW else _numbers_in(rows.shards)
-        return done if all(rows.mappings[number].is_whole for number in numbers) else 0
+        shards = rows.mappings if len(rows.mappings) < _N_FEW else _numbers_in(rows.shards)
+        return done if all(rows.mappings[shard].is_whole for shard in shards) else 0
 
     def _copy(self, rows: ScatteredRows, sources: _Int64s, place: int, stage: _Bytes | None, is_here: bool) -> int:
         """Copy rows from addresses to a place, and convert them; how many of the first ones are there."""

@@ -63,9 +63,9 @@ class ManyReader:
         inverse of it.
         """
         if self._gather is not None and are_many(len(cells)):
-            rows = self._gather.find(self._selection, cells[back], slot.address, Spot())
-            if rows is not None:
-                return self._gather_rows(self._gather, rows, slot)
+            found = self._gather.find(self._selection, cells[back], slot.address, Spot(), order)
+            if found is not None:
+                return self._gather_rows(*found[0], slot)
         places = slot.address + order * self._selection.act_nbytes
         return self._read_extents(make_sample_extents(self._selection, cells, places), slot)
 
