@@ -75,7 +75,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             _log.debug("%s: %d samples", cfg.shards, len(self))
 
     def _begin(self) -> None:
-        self._source = Source(self._store, loaded=self._selection.act_type)
+        self._source = Source(self._store, loaded=self._selection.act_type, gathers=True)
         self._labels, self._token_ids = Labels(self._store), Column(self._store, TOKEN_IDS)
         self._pool: SlotPool | None = None
         self._many = ManyReader(self._source, self._selection)

@@ -329,3 +329,19 @@ def test_numbers_are_used_again(pages):
     os.close(fd)
     assert sorted(watched._unused) == before
     assert not watched._watched[before, watch._END].any()
+
+
+@pytest.mark.slow
+def test_only_who_gathers_pays_for_machine_code(make_shards):
+    shards = make_shards(Spec(n_examples=20, content_tokens=5, layers=(3,), examples_per_shard=9))
+    code = f"""
+import sys
+from saev_torch import OrderedActivations, OrderedConfig, ShuffledActivations, ShuffledConfig, compute_statistics
+ordered = OrderedConfig(shards={str(shards)!r}, layer=3)
+list(OrderedActivations(ordered)), compute_statistics(ordered)
+assert "llvmlite" not in sys.modules
+ShuffledActivations(ShuffledConfig(shards={str(shards)!r}, layer=3))
+assert "llvmlite" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")

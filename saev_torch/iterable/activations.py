@@ -48,6 +48,8 @@ _ORDERED_THREADS = 4
 class Activations(Batched, IterableDataset[ActivationBatch]):
     """What the ordered and the shuffled data set share: everything but the plan. Its cursor says where it stands."""
 
+    _gathers = False
+
     def __init__(self, cfg: BatchConfig, store: ShardStore, rank: Rank, world_size: int | None) -> None:
         self.cfg, self.metadata, self._store = cfg, store.metadata, store
         self._selection: Selection | None = None
@@ -83,7 +85,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         selection = self._own_selection()
         self.cursor.scale = find_scale(self.cfg, self._store, selection)
         # Here, for all workers that are forked.
-        Source(self._store, scale=self.cursor.scale, loaded=selection.act_type)
+        Source(self._store, scale=self.cursor.scale, loaded=selection.act_type, gathers=self._gathers)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the ones after it count on from there.
@@ -194,7 +196,7 @@ class Activations(Batched, IterableDataset[ActivationBatch]):
         """Open the directory to read from, with a store of its own."""
         labels = Labels(self._store.clone(), self._own_selection())
         selection = self._own_selection().reading_with(labels.of_examples)
-        source = Source(labels.store, scale=scale, loaded=selection.act_type)
+        source = Source(labels.store, scale=scale, loaded=selection.act_type, gathers=self._gathers)
         return Feed(source, labels, Column(labels.store, TOKEN_IDS), selection)
 
     def _make_batch(self, opened: OpenBatch) -> ActivationBatch:
@@ -293,6 +295,7 @@ class ShuffledActivations(Activations):
     """
 
     cfg: ShuffledConfig
+    _gathers = True
 
     def __init__(self, cfg: ShuffledConfig, *, rank: Rank = None, world_size: int | None = None) -> None:
         store = open_store("ShuffledActivations", cfg, ShuffledConfig)

@@ -83,6 +83,11 @@ def _make_steps(plan: Plan, own: range, offset: int, one_by_one: bool = False) -
     return _one_by_one(ShuffledBatches(plan), own, offset) if one_by_one else iter(_ShuffledSteps(plan, own, offset))
 
 
+def has_buffer(plan: Plan) -> bool:
+    """Whether batches of an order are mixed in a buffer, unless each is gathered by itself."""
+    return isinstance(plan, ShufflePlan | MixturePlan)
+
+
 def count_open_slots(plan: Plan, share: Share, buffer_size: int) -> int:
     """Batches that a reader may hold at a time: its part of the buffer."""
     if isinstance(plan, MixturePlan):

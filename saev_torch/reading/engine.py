@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from saev_torch.errors import ReadError
-from saev_torch.order.mixture import MixturePlan
-from saev_torch.order.shuffle import OrderedPlan, ShufflePlan
-from saev_torch.order.steps import Plan, Share, Step, count_open_slots, make_steps, slot_nbytes
+from saev_torch.order.shuffle import OrderedPlan
+from saev_torch.order.steps import Plan, Share, Step, count_open_slots, has_buffer, make_steps, slot_nbytes
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.threads import Thread
@@ -147,7 +146,7 @@ class Engine:
 
     def _choose_gather(self) -> bool:
         """Choose whether rows are gathered from the page cache, and whether that saves a buffer."""
-        is_shuffled = self._has_buffer
+        is_shuffled = has_buffer(self._plan)
         gather = self._feed.open_gather() if is_shuffled or isinstance(self._plan, UniformPlan) else None
         if gather is not None and (not is_shuffled or self._may_save_buffer(gather)):
             self._gather = gather
@@ -157,11 +156,6 @@ class Engine:
         nbytes = self._plan.n_samples * self._selection.sample_nbytes
         self.batches.is_brief = not self._options.keeps_memory or (gathers_later and fits_page_cache(nbytes))
         return is_shuffled and self._gather is not None
-
-    @property
-    def _has_buffer(self) -> bool:
-        """Whether batches of this order are mixed in a buffer, unless they are gathered."""
-        return isinstance(self._plan, ShufflePlan | MixturePlan)
 
     def _open_own_reader(self) -> Reader:
         reader = self._feed.open_reader(self._pace)
@@ -216,7 +210,7 @@ class Engine:
 
     def _find_rows(self, step: Step) -> list[Found] | None:
         """The rows of a batch, in its own order, where they are to be gathered; tell the batch which cells it holds."""
-        if self._gather is None or self._gather.is_refused or (self._pace.is_slow and self._has_buffer):
+        if self._gather is None or self._gather.is_refused or (self._pace.is_slow and has_buffer(self._plan)):
             return None
         opened = self._only(step)
         chunk, spot = step.loads[0].chunk, self._scheduler_spot

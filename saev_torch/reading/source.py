@@ -108,20 +108,23 @@ class Source:
     Attributes:
         loaded: Type of the values in memory; None for what is stored.
         scale: What to multiply by, a number that float32 holds; None for nothing.
+        gathers: Whether single rows may be gathered, for which there is machine code.
     """
 
     store: ShardStore
     past_cache: bool = False
     scale: float | None = None
     loaded: ValueType | None = None
+    gathers: bool = False
 
     def __post_init__(self) -> None:
         stored, loaded, scale = self.store.metadata.value_type, self.loaded_type, self.scale
         self._kernels: ConvertKernels | None = None
         # Compiled here: by one thread, and for all workers that are forked later.
-        find_watch()
-        find_row_copy()
-        self.find_row_copy()
+        if self.gathers:
+            find_watch()
+            find_row_copy()
+            self.find_row_copy()
         if loaded != stored or scale is not None:
             self._kernels = find_convert_kernels(stored.name, loaded.name, scale is not None)
 
