@@ -34,7 +34,7 @@ from saev_torch import (
 from saev_torch.lightning import ActivationsCheckpoint
 from saev_torch.order.mixture import MixedSource, MixturePlan, Weights
 from saev_torch.order.steps import Share, count_open_slots
-from saev_torch.reading import gather, mapping, slots, source
+from saev_torch.reading import engine, gather, mapping, slots, source
 from saev_torch.reading.feeds import JointGather
 from saev_torch.reading.gather import Gather, ScatteredRows
 from saev_torch.reading.reader import Spot
@@ -78,11 +78,13 @@ def whole(configs):
     return {until: [list(mixed), list(mixed)] for until, mixed in made.items()}
 
 
-@pytest.fixture(params=["buffer", "gathered"])
+@pytest.fixture(params=["buffer", "gathered", "gathered by many"])
 def way(request, monkeypatch):
     """A buffer, which so small ones have; or none, as where all rows are in the page cache."""
-    if request.param == "gathered":
+    if request.param != "buffer":
         contracts.save_buffers(monkeypatch, copies_here=True)
+    if request.param == "gathered by many":
+        monkeypatch.setattr(engine, "_MOST_IN_ORDER", 0)
 
 
 # Shares

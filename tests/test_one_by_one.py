@@ -85,8 +85,8 @@ def test_batches_are_those_of_a_buffer(cfg, wanted, found, monkeypatch, workers,
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_what_is_copied_here_never_needs_a_buffer(cfg, wanted, found, monkeypatch, workers, persistent):
+@pytest.mark.parametrize(("persistent", "in_order"), [(False, True), (True, False)])
+def test_what_is_copied_here_never_needs_a_buffer(cfg, wanted, found, monkeypatch, workers, persistent, in_order):
     """That is faster than to read to a buffer, whoever asks, how fast memory comes, and how long an epoch is."""
     ends = SlotPool.is_new, contracts.activations.ends_with_epoch
     contracts.save_buffers(monkeypatch, is_slow=False, copies_here=True)
@@ -94,6 +94,7 @@ def test_what_is_copied_here_never_needs_a_buffer(cfg, wanted, found, monkeypatc
     monkeypatch.setattr(contracts.activations, "ends_with_epoch", ends[1])
     monkeypatch.setattr(engine, "_WIDE_NBYTES", 1 << 40)
     monkeypatch.setattr(engine, "_MOST_BUFFERS", 0)
+    monkeypatch.setattr(engine, "_MOST_IN_ORDER", 1000 * in_order)
     found_epochs = epochs(cfg, num_workers=workers, persistent_workers=persistent and workers > 0)
     for got, right in zip(found_epochs, wanted, strict=True):
         contracts.assert_same(got, right)

@@ -302,10 +302,10 @@ class MixturePlan(Batching):
 
 
 class MixedBatches:
-    """The batches of a mixture, in ascending order, each by itself."""
+    """The batches of a mixture, in ascending order, each by itself; see `ShuffledBatches`."""
 
-    def __init__(self, plan: MixturePlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: MixturePlan, finds_order: bool) -> None:
+        self._plan, self._finds_order = plan, finds_order
         # Those of the passes that the last batch has rows of.
         self._passes: dict[tuple[int, int], ShuffledBatches | CutUniformPlan] = {}
 
@@ -318,7 +318,7 @@ class MixedBatches:
             for made in plan.passes(source, batch, batch + 1):
                 key, own = (source, made.begin), made.plan
                 batches = used[key] = self._passes.get(key) or (
-                    own if isinstance(own, CutUniformPlan) else ShuffledBatches(own)
+                    own if isinstance(own, CutUniformPlan) else ShuffledBatches(own, self._finds_order)
                 )
                 rows, part = plan.rows(made, batch), batches.whole(batch - made.first)
                 samples[rows] = part.starts + first_sample

@@ -187,10 +187,13 @@ class ShufflePlan(Batching):
 
 
 class ShuffledBatches:
-    """The batches of a plan, in ascending order, each by itself. Of each lane the chunks of the last one are kept."""
+    """The batches of a plan, in ascending order, each by itself. Of each lane the chunks of the last one are kept.
 
-    def __init__(self, plan: ShufflePlan) -> None:
-        self._plan = plan
+    Where it `finds_order`, a batch also says which of its rows are neighbours in the stream.
+    """
+
+    def __init__(self, plan: ShufflePlan, finds_order: bool = False) -> None:
+        self._plan, self._finds_order = plan, finds_order
         self._kept: dict[int, dict[int, tuple[_Int64s, _Int64s, tuple[int, ...]]]] = {}
 
     def locate(self, batch: int) -> _Int64s:
@@ -198,7 +201,7 @@ class ShuffledBatches:
         return self._locate(batch)[0]
 
     def _locate(self, batch: int) -> tuple[_Int64s, _Int64s]:
-        """The samples of a batch, row by row, and its rows in the order of the stream: `[size] int64` each."""
+        """The samples of a batch, row by row, and its rows chunk by chunk: `[size] int64` each."""
         plan = self._plan
         turn, lane = divmod(batch, plan.n_lanes)
         kept, used = self._kept.get(lane, {}), {}
@@ -213,8 +216,11 @@ class ShuffledBatches:
         return samples, np.concatenate(order)
 
     def _deal(self, lane: int, number: int) -> tuple[_Int64s, _Int64s, tuple[int, ...]]:
-        """The samples of a chunk, and the rows of batches that they go to; those of each turn in their own order."""
+        """The samples of a chunk, and the rows of batches that they go to, turn by turn."""
         chunk = self._plan.chunk(lane, number)
+        if not self._finds_order:
+            return expand_runs(chunk.starts, chunk.lengths)[chunk.dealt], chunk.rows, chunk.bounds
+        # Those of each turn in the order of the stream.
         at, n = np.empty_like(chunk.dealt), len(chunk.dealt)
         at[chunk.dealt] = np.arange(n)
         turns = np.repeat(np.arange(len(chunk.turns), dtype=np.uint16), np.diff(chunk.bounds))
@@ -225,7 +231,8 @@ class ShuffledBatches:
 
     def whole(self, batch: int) -> Chunk:
         """A batch as one chunk, in its own order."""
-        return Chunk.of_batch(batch, *self._locate(batch))
+        samples, order = self._locate(batch)
+        return Chunk.of_batch(batch, samples, order if self._finds_order else None)
 
 
 @functools.lru_cache(maxsize=8)

@@ -61,26 +61,30 @@ N_ONE_BY_ONE = 3
 """Batches that are open at a time where each is read by itself: one that is read, one before, and one behind it."""
 
 
-def make_steps(plan: Plan, share: Share, one_by_one: bool = False) -> Iterator[Step]:
+def make_steps(plan: Plan, share: Share, one_by_one: bool = False, finds_order: bool = False) -> Iterator[Step]:
     """Yield the steps of one reader, in order: over all of them, each owned batch once.
 
-    With `one_by_one` the batches of a plan with a buffer are the same, but each has a step of its own, and needs none.
+    With `one_by_one` the batches of a plan with a buffer are the same, but each has a step of its own, and needs none;
+    where it `finds_order`, too, with what `Chunk.order` says.
     """
     n = plan.n_batches
     for start in range(share.first // n * n if n else share.stop, share.stop, max(1, n)):
         begin = max(share.first, start + (share.first - start) % share.stride)
         own = range(begin - start, min(share.stop - start, n), share.stride)
         if len(own):
-            yield from _make_steps(plan, own, start, one_by_one)
+            yield from _make_steps(plan, own, start, one_by_one, finds_order)
 
 
-def _make_steps(plan: Plan, own: range, offset: int, one_by_one: bool = False) -> Iterator[Step]:
+def _make_steps(
+    plan: Plan, own: range, offset: int, one_by_one: bool = False, finds_order: bool = False
+) -> Iterator[Step]:
     """The steps of batches of one pass over a plan; `offset` counts the batches of the padded sequence before it."""
     if isinstance(plan, MixturePlan):
-        return _one_by_one(MixedBatches(plan), own, offset) if one_by_one else _mixed(plan, own, offset)
-    if not isinstance(plan, ShufflePlan):
-        return _one_by_one(plan, own, offset)
-    return _one_by_one(ShuffledBatches(plan), own, offset) if one_by_one else iter(_ShuffledSteps(plan, own, offset))
+        return _one_by_one(MixedBatches(plan, finds_order), own, offset) if one_by_one else _mixed(plan, own, offset)
+    if isinstance(plan, ShufflePlan):
+        batches = ShuffledBatches(plan, finds_order)
+        return _one_by_one(batches, own, offset) if one_by_one else iter(_ShuffledSteps(plan, own, offset))
+    return _one_by_one(plan, own, offset)
 
 
 def has_buffer(plan: Plan) -> bool:

@@ -43,6 +43,8 @@ _SMALL_NBYTES = 8 << 20
 # Where the kernel copies them, what a buffer of so many bytes costs until it is there pays only in later epochs;
 # narrower rows cost more by themselves.
 _LARGE_NBYTES, _WIDE_NBYTES = 256 << 20, 1 << 10
+# Threads up to which it pays that they gather neighbours together.
+_MOST_IN_ORDER = 2
 # Batches until it is known whether memory comes slowly, and buffers of them after which a buffer has paid all the same.
 _N_TRIED, _MOST_BUFFERS = 4, 12
 
@@ -109,7 +111,9 @@ class Engine:
         spot.clear()
         saves_buffer, n_saved = self._choose_gather(), 0
         self.batches.one_by_one = saves_buffer or isinstance(self._plan, UniformPlan | OrderedPlan)
-        steps, reader = make_steps(self._plan, self._share, saves_buffer), None
+        # With more threads, not the copying but the working out is what is waited for.
+        finds_order = self._crew.count_working() <= _MOST_IN_ORDER
+        steps, reader = make_steps(self._plan, self._share, saves_buffer, finds_order), None
         while (step := next(steps, None)) is not None:
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -129,7 +133,7 @@ class Engine:
                 n_saved += 1
             running = Running(step, 0)
             tasks = list(self._divide(step, rows, running))
-            running.n_tasks = len(tasks) + (rows is not None)
+            running.n_tasks = len(tasks)
             self.batches.begin(running)
             if rows is None or self._crew.count_working() > 1:
                 self._crew.put(tasks)
@@ -140,8 +144,6 @@ class Engine:
                     if self.batches.is_stopped:
                         return
                     task.run(reader)
-            if rows is not None:
-                self._complete(self._only(step), running)
         self.batches.finish_scheduling()
 
     def _choose_gather(self) -> bool:
@@ -187,6 +189,7 @@ class Engine:
         running.n_samples = len(placed.cells)
         self._check(placed)
         if rows is not None:
+            yield Task(functools.partial(self._complete, self._only(step), running))
             for gather, found in rows:
                 for part in found.divide(self._crew.count_working()):
                     yield Task(functools.partial(self._gather_rows, gather, part, placed, running))
@@ -219,20 +222,6 @@ class Engine:
         opened.is_finished = rows is not None
         return rows
 
-    def _complete(self, opened: OpenBatch, running: Running) -> None:
-        """Read what stands beside the activations of a batch, whose rows others gather meanwhile, and describe it.
-
-        Done here, as threads that do small things in turn keep each other waiting.
-        """
-        spot = self._scheduler_spot
-        if opened.labels is not None:
-            opened.labels[:] = self._feed.labels_of(opened.cells, spot)
-        if opened.token_ids is not None:
-            opened.token_ids[:] = self._feed.token_ids_of(opened.cells, spot)
-        spot.clear()
-        self._describe(opened)
-        self.batches.finish_task(running)
-
     def _check(self, placed: Placed) -> None:
         """Make sure that nothing is written to memory that is not for this; a `ReadError` says so."""
         slots = [opened.slot for opened, _, _ in placed.targets]
@@ -257,6 +246,18 @@ class Engine:
     ) -> None:
         gather.read(rows, reader)
         self.batches.finish_task(running, len(rows) * rows.row_nbytes)
+
+    def _complete(self, opened: OpenBatch, running: Running, reader: Reader) -> None:
+        """Read what stands beside the activations of a batch, whose rows others may gather meanwhile, and describe it.
+
+        The consumer has other things to do.
+        """
+        if opened.labels is not None:
+            opened.labels[:] = self._feed.labels_of(opened.cells, reader.spot)
+        if opened.token_ids is not None:
+            opened.token_ids[:] = self._feed.token_ids_of(opened.cells, reader.spot)
+        self._describe(opened)
+        self.batches.finish_task(running)
 
     def _read_labels(self, placed: Placed, running: Running, reader: Reader) -> None:
         placed.deal_labels(self._feed.labels_of(placed.cells, reader.spot))
