@@ -156,16 +156,31 @@ def test_random_access_in_batches(make_shards, counted, workers):
         assert counted == {"gathered": 2100, "read": 0}
 
 
-def open_rows(shards, n=400, pace=None):
+def open_rows(shards, n=400, pace=None, order=None):
     """A gather, rows of all shards, and the memory that they go to."""
     store = ShardStore(shards)
     source, selection = Source(store), Selection(store.metadata, "content", 0)
     memory = np.full((n, 256), -1, dtype=np.float32)
     samples = np.random.default_rng(1).permutation(selection.n_samples)[:n]
     gather = Gather.open(source)
-    found = gather.find(selection, selection.cells(samples), memory.ctypes.data, Spot())
+    found = gather.find(selection, selection.cells(samples), memory.ctypes.data, Spot(), order)
     rows = None if found is None else found[0][1]
     return gather, rows, source.open_reader(pace), memory, oracle(WIDE)[:, 0].reshape(-1, 256)[samples], store
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_rows_that_are_copied_in_another_order(make_shards, monkeypatch, counted, is_lost):
+    """In parts; and where others took the signal since they were found, so that nothing may be copied here."""
+    contracts.copy_here()
+    order = np.random.default_rng(2).permutation(400)
+    gather, rows, reader, memory, wanted, store = open_rows(make_shards(WIDE), order=order)
+    assert rows.numbers.tolist() == order.tolist()
+    monkeypatch.setattr(Gather, "is_fast", not is_lost)
+    for part in (rows.part(0, 150), rows.part(150, 400)):
+        gather.read(part, reader)
+    assert np.array_equal(memory, wanted)
+    assert counted == ({"gathered": 0, "read": 400} if is_lost else {"gathered": 400, "read": 0})
+    store.close()
 
 
 @pytest.mark.parametrize("left", [0, 1, 3])
