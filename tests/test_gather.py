@@ -169,9 +169,9 @@ def open_rows(shards, n=400, pace=None, order=None):
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
+@pytest.mark.parametrize("copied_by", ["here"], indirect=True)
 def test_rows_that_are_copied_in_another_order(make_shards, monkeypatch, counted, is_lost):
     """In parts; and where others took the signal since they were found, so that nothing may be copied here."""
-    contracts.copy_here()
     order = np.random.default_rng(2).permutation(400)
     gather, rows, reader, memory, wanted, store = open_rows(make_shards(WIDE), order=order)
     assert rows.numbers.tolist() == order.tolist()
