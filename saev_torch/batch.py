@@ -144,8 +144,8 @@ def _make_tensors(memory: NDArray[np.uint8], fields: tuple[Field, ...]) -> Activ
     return batch
 
 
-def describe(opened: OpenBatch, selection: AnySelection, label_key: str = "token_labels") -> None:
-    """Write which samples a batch has to its slot, behind the activations, and digest that."""
+def describe(opened: OpenBatch, selection: AnySelection, label_key: str = "token_labels", digests: bool = True) -> None:
+    """Write which samples a batch has to its slot, behind the activations, and digest that if it is to be."""
     n, md = opened.size, selection.md
     found = selection.columns(opened.cells)
     columns: dict[str, NDArray[Any]] = {key: found.pop(key) for key in ("example_idx", "token_idx")}
@@ -163,7 +163,7 @@ def describe(opened: OpenBatch, selection: AnySelection, label_key: str = "token
         row[:] = column
         if key in of_content and is_special.any():
             row[is_special] = -1
-    opened.fields, opened.digest = tuple(fields), digest_columns(columns)
+    opened.fields, opened.digest = tuple(fields), digest_columns(columns) if digests else None
 
 
 def make_batch(opened: OpenBatch) -> ActivationBatch:

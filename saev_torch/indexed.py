@@ -199,7 +199,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
                 self._pool.forget(slot)
             raise
         opened = OpenBatch(slot, n, cells[back], labels, token_ids)
-        describe(opened, selection, label_key="token_label")
+        describe(opened, selection, label_key="token_label", digests=False)
         batch = make_batch(opened)
         finish(batch["act"])
         return Samples(batch)

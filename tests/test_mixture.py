@@ -27,17 +27,20 @@ from saev_torch import (
     FormatError,
     MixedActivations,
     SaevTorchError,
+    ShardInfo,
     ShuffledActivations,
     ShuffledConfig,
     StateError,
 )
 from saev_torch.lightning import ActivationsCheckpoint
-from saev_torch.order.mixture import MixedSource, MixturePlan, Weights
+from saev_torch.order import mixture
+from saev_torch.order.mixture import MixedBatches, MixedSource, MixturePlan, Weights
 from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.reading import engine, gather, mapping, slots, source
 from saev_torch.reading.feeds import JointGather
 from saev_torch.reading.gather import Gather, ScatteredRows
 from saev_torch.reading.reader import Spot
+from saev_torch.reading.store import ShardStore
 
 pytestmark = [
     pytest.mark.filterwarnings(contracts.MANY_WORKERS),
@@ -378,6 +381,29 @@ def test_rows_of_one_source_that_are_not_need_a_buffer_from_then_on(configs, who
 def _path_of(address):
     with open("/proc/self/maps") as lines:
         return next(line for line in lines if line.startswith(f"{address:x}-"))
+
+
+def test_more_files_than_may_be_open_are_read_to_a_buffer(configs, whole, found, monkeypatch):
+    """Each source has few enough, all together have not: one batch would hold the files of all."""
+    monkeypatch.setattr(ShardStore, "most_open", 15)
+    n_shards = [ShardInfo.load(cfg.shards) for cfg in configs]
+    assert max(map(len, n_shards)) <= 15 < sum(map(len, n_shards))
+    contracts.assert_same(list(mix(configs)), whole["longest"][0])
+    assert found == {"found": 0, "not found": 0, "read": 0}
+
+
+def test_a_pass_is_worked_out_once_however_many_sources_there_are(monkeypatch):
+    sources = tuple(MixedSource(300, 10, "blocks", 4, 1, None, seed) for seed in range(20))
+    plan, made = MixturePlan(6000, 200, Weights.of([Fraction(1)] * 20), sources, 0), []
+    with monkeypatch.context() as patch:
+        real = mixture._make_pass
+        patch.setattr(mixture, "_make_pass", lambda *args: (made.append(args[1:]), real(*args))[1])
+        batches = MixedBatches(plan, True)
+        chunks = [batches.whole(number) for number in range(plan.n_batches)]
+    assert sorted(made) == [(source, 0) for source in range(20)]
+    for number, chunk in enumerate(chunks):
+        assert np.array_equal(chunk.starts, plan.locate(number))
+        assert np.array_equal(np.sort(chunk.order), np.arange(plan.size(number)))
 
 
 @pytest.mark.parametrize("has_numba", [False, True])

@@ -245,11 +245,15 @@ class MixturePlan(Batching):
 
     def passes(self, source: int, batch: int, stop: int | None = None) -> Iterator[Pass]:
         """The passes through a source that have rows in batches from `batch` on, before `stop`."""
+        for number in self.pass_numbers(source, batch, stop):
+            yield _make_pass(self, source, number)
+
+    def pass_numbers(self, source: int, batch: int, stop: int | None = None) -> range:
+        """Which ones those are."""
         size = self.sources[source].n_samples
         end = self.n_samples if stop is None else min(self._edge(stop), self.n_samples)
         first, last = (self.weights.count(source, n_rows) for n_rows in (self._edge(batch), end))
-        for number in range(first // size, -(-last // size) if last > first else 0):
-            yield _make_pass(self, source, number)
+        return range(first // size, -(-last // size) if last > first else 0)
 
     def first_passes(self) -> list[Pass]:
         """The first pass through each source."""
@@ -306,25 +310,28 @@ class MixedBatches:
 
     def __init__(self, plan: MixturePlan, finds_order: bool) -> None:
         self._plan, self._finds_order = plan, finds_order
-        # Those of the passes that the last batch has rows of.
-        self._passes: dict[tuple[int, int], ShuffledBatches | CutUniformPlan] = {}
+        # The passes that the last batch has rows of, by source and number, and their batches.
+        self._passes: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
 
     def whole(self, batch: int) -> Chunk:
         """A batch as one chunk, in its own order."""
         plan, orders = self._plan, []
-        used: dict[tuple[int, int], ShuffledBatches | CutUniformPlan] = {}
+        used: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
         samples = np.empty(plan.size(batch), dtype=np.int64)
         for source, first_sample in enumerate(plan.first_samples):
-            for made in plan.passes(source, batch, batch + 1):
-                key, own = (source, made.begin), made.plan
-                batches = used[key] = self._passes.get(key) or (
-                    own if isinstance(own, CutUniformPlan) else ShuffledBatches(own, self._finds_order)
-                )
+            for number in plan.pass_numbers(source, batch, batch + 1):
+                key = source, number
+                made, batches = used[key] = self._passes.get(key) or self._begin(source, number)
                 rows, part = plan.rows(made, batch), batches.whole(batch - made.first)
                 samples[rows] = part.starts + first_sample
                 orders.append(rows if part.order is None else rows[part.order])
         self._passes = used
         return Chunk.of_batch(batch, samples, np.concatenate(orders))
+
+    def _begin(self, source: int, number: int) -> tuple[Pass, ShuffledBatches | CutUniformPlan]:
+        made = _make_pass(self._plan, source, number)
+        own = made.plan
+        return made, own if isinstance(own, CutUniformPlan) else ShuffledBatches(own, self._finds_order)
 
 
 @functools.lru_cache(maxsize=16)

@@ -223,7 +223,9 @@ class ShuffledBatches:
         # Those of each turn in the order of the stream.
         at, n = np.empty_like(chunk.dealt), len(chunk.dealt)
         at[chunk.dealt] = np.arange(n)
-        turns = np.repeat(np.arange(len(chunk.turns), dtype=np.uint16), np.diff(chunk.bounds))
+        turns = np.repeat(
+            np.arange(len(chunk.turns), dtype=np.min_scalar_type(len(chunk.turns))), np.diff(chunk.bounds)
+        )
         # Of so small numbers it counts, and compares nothing.
         order = at[np.argsort(turns[at], kind="stable")]
         samples = expand_runs(chunk.starts, chunk.lengths)

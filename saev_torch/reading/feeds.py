@@ -246,7 +246,9 @@ class JointFeed:
             for number, feed in enumerate(self._feeds)
         ]
         able = [gather for gather in gathers if gather is not None and gather.copies_anywhere]
-        return JointGather(able) if len(able) == len(gathers) else None
+        # While rows are gathered, the files of all sources are open.
+        n_shards, most = sum(len(store.shards) for store in self.store.stores), self.store.stores[0].most_open
+        return JointGather(able) if len(able) == len(gathers) and n_shards <= most else None
 
     def finish(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Convert the activations of a batch that the readers did not."""
