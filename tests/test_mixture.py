@@ -81,13 +81,11 @@ def whole(configs):
     return {until: [list(mixed), list(mixed)] for until, mixed in made.items()}
 
 
-@pytest.fixture(params=["buffer", "gathered", "gathered by many"])
+@pytest.fixture(params=["buffer", "gathered"])
 def way(request, monkeypatch):
     """A buffer, which so small ones have; or none, as where all rows are in the page cache."""
-    if request.param != "buffer":
+    if request.param == "gathered":
         contracts.save_buffers(monkeypatch, copies_here=True)
-    if request.param == "gathered by many":
-        monkeypatch.setattr(engine, "_MOST_IN_ORDER", 0)
 
 
 # Shares
@@ -350,7 +348,11 @@ def found(monkeypatch):
 
 
 @pytest.mark.parametrize("until", ENDS)
-def test_rows_of_all_sources_are_gathered_where_they_are_in_memory(configs, whole, found, until):
+@pytest.mark.parametrize("most_in_order", [0, 1000])
+def test_rows_of_all_sources_are_gathered_where_they_are_in_memory(
+    configs, whole, found, until, monkeypatch, most_in_order
+):
+    monkeypatch.setattr(engine, "_MOST_IN_ORDER", most_in_order)
     mixed = mix(configs, until)
     for epoch in whole[until]:
         contracts.assert_same(list(mixed), epoch)
