@@ -33,9 +33,9 @@ from saev_torch import (
     StateError,
 )
 from saev_torch.lightning import ActivationsCheckpoint
-from saev_torch.order import mixture
-from saev_torch.order.mixture import MixedBatches, MixedSource, MixturePlan, Weights
-from saev_torch.order.steps import Share, count_open_slots
+from saev_torch.order import steps
+from saev_torch.order.mixture import MixedSource, MixturePlan, Weights
+from saev_torch.order.steps import MixedBatches, Share, count_open_slots
 from saev_torch.reading import engine, gather, mapping, slots, source
 from saev_torch.reading.feeds import JointGather
 from saev_torch.reading.gather import Gather, ScatteredRows
@@ -398,8 +398,8 @@ def test_a_pass_is_worked_out_once_however_many_sources_there_are(monkeypatch):
     sources = tuple(MixedSource(300, 10, "blocks", 4, 1, None, seed) for seed in range(20))
     plan, made = MixturePlan(6000, 200, Weights.of([Fraction(1)] * 20), sources, 0), []
     with monkeypatch.context() as patch:
-        real = mixture._make_pass
-        patch.setattr(mixture, "_make_pass", lambda *args: (made.append(args[1:]), real(*args))[1])
+        real = steps.make_pass
+        patch.setattr(steps, "make_pass", lambda *args: (made.append(args[1:]), real(*args))[1])
         batches = MixedBatches(plan, True)
         chunks = [batches.whole(number) for number in range(plan.n_batches)]
     assert sorted(made) == [(source, 0) for source in range(20)]

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from saev_torch.format.rules import OrderKind
 from saev_torch.order.lazy import lazy
-from saev_torch.order.runs import Chunk
-from saev_torch.order.shuffle import Batching, ShuffledBatches, ShufflePlan
+from saev_torch.order.shuffle import Batching, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
 
 Until: TypeAlias = Literal["shortest", "longest"]
@@ -246,7 +245,7 @@ class MixturePlan(Batching):
     def passes(self, source: int, batch: int, stop: int | None = None) -> Iterator[Pass]:
         """The passes through a source that have rows in batches from `batch` on, before `stop`."""
         for number in self.pass_numbers(source, batch, stop):
-            yield _make_pass(self, source, number)
+            yield make_pass(self, source, number)
 
     def pass_numbers(self, source: int, batch: int, stop: int | None = None) -> range:
         """Which ones those are."""
@@ -257,7 +256,7 @@ class MixturePlan(Batching):
 
     def first_passes(self) -> list[Pass]:
         """The first pass through each source."""
-        return [_make_pass(self, source, 0) for source in range(len(self.sources))]
+        return [make_pass(self, source, 0) for source in range(len(self.sources))]
 
     def _edge(self, batch: int) -> int:
         """Rows before a batch. Behind the last one, which may not be full, they count on for passes that end later."""
@@ -292,7 +291,7 @@ class MixturePlan(Batching):
             IndexError: It does not come in this epoch, of which another source is the end.
         """
         source = bisect_right(self.first_samples, sample) - 1
-        made = _make_pass(self, source, 0)
+        made = make_pass(self, source, 0)
         batch, row = made.plan.find(sample - self.first_samples[source])
         batch += made.first
         if batch >= self.n_batches:
@@ -305,37 +304,9 @@ class MixturePlan(Batching):
         return dataclasses.replace(self, sources=sources)
 
 
-class MixedBatches:
-    """The batches of a mixture, in ascending order, each by itself; see `ShuffledBatches`."""
-
-    def __init__(self, plan: MixturePlan, finds_order: bool) -> None:
-        self._plan, self._finds_order = plan, finds_order
-        # The passes that the last batch has rows of, by source and number, and their batches.
-        self._passes: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
-
-    def whole(self, batch: int) -> Chunk:
-        """A batch as one chunk, in its own order."""
-        plan, orders = self._plan, []
-        used: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
-        samples = np.empty(plan.size(batch), dtype=np.int64)
-        for source, first_sample in enumerate(plan.first_samples):
-            for number in plan.pass_numbers(source, batch, batch + 1):
-                key = source, number
-                made, batches = used[key] = self._passes.get(key) or self._begin(source, number)
-                rows, part = plan.rows(made, batch), batches.whole(batch - made.first)
-                samples[rows] = part.starts + first_sample
-                orders.append(rows if part.order is None else rows[part.order])
-        self._passes = used
-        return Chunk.of_batch(batch, samples, np.concatenate(orders))
-
-    def _begin(self, source: int, number: int) -> tuple[Pass, ShuffledBatches | CutUniformPlan]:
-        made = _make_pass(self._plan, source, number)
-        own = made.plan
-        return made, own if isinstance(own, CutUniformPlan) else ShuffledBatches(own, self._finds_order)
-
-
 @functools.lru_cache(maxsize=16)
-def _make_pass(plan: MixturePlan, source: int, number: int) -> Pass:
+def make_pass(plan: MixturePlan, source: int, number: int) -> Pass:
+    """Work out a pass through a source: the sizes of its parts of all batches."""
     own = plan.sources[source]
     begin = number * own.n_samples
     end = begin + own.n_samples

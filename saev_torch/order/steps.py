@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from saev_torch.order.mixture import MixedBatches, MixturePlan, Pass
+import numpy as np
+
+from saev_torch.order.mixture import CutUniformPlan, MixturePlan, Pass, make_pass
 from saev_torch.order.runs import Chunk
 from saev_torch.order.shuffle import OrderedPlan, ShuffledBatches, ShufflePlan
 from saev_torch.order.uniform import UniformPlan
@@ -107,6 +109,35 @@ def slot_nbytes(batch_size: int, sample_nbytes: int) -> int:
     """Size of the memory that holds any batch of a selection, in bytes."""
     act = batch_size * sample_nbytes
     return act + -act % ALIGN + N_COLUMNS * 8 * batch_size
+
+
+class MixedBatches:
+    """The batches of a mixture, in ascending order, each by itself; see `ShuffledBatches`."""
+
+    def __init__(self, plan: MixturePlan, finds_order: bool) -> None:
+        self._plan, self._finds_order = plan, finds_order
+        # The passes that the last batch has rows of, by source and number, and their batches.
+        self._passes: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
+
+    def whole(self, batch: int) -> Chunk:
+        """A batch as one chunk, in its own order."""
+        plan, orders = self._plan, []
+        used: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
+        samples = np.empty(plan.size(batch), dtype=np.int64)
+        for source, first_sample in enumerate(plan.first_samples):
+            for number in plan.pass_numbers(source, batch, batch + 1):
+                key = source, number
+                made, batches = used[key] = self._passes.get(key) or self._begin(source, number)
+                rows, part = plan.rows(made, batch), batches.whole(batch - made.first)
+                samples[rows] = part.starts + first_sample
+                orders.append(rows if part.order is None else rows[part.order])
+        self._passes = used
+        return Chunk.of_batch(batch, samples, np.concatenate(orders))
+
+    def _begin(self, source: int, number: int) -> tuple[Pass, ShuffledBatches | CutUniformPlan]:
+        made = make_pass(self._plan, source, number)
+        own = made.plan
+        return made, own if isinstance(own, CutUniformPlan) else ShuffledBatches(own, self._finds_order)
 
 
 def _one_by_one(
