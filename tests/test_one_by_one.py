@@ -5,6 +5,7 @@ import time
 import weakref
 
 import contracts
+import numpy as np
 import pytest
 from conftest import wait_until
 from factory import Spec
@@ -13,6 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from saev_torch import ShuffledActivations, ShuffledConfig
 from saev_torch.errors import EndedError
+from saev_torch.order.shuffle import ShuffledBatches, ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.processes.callers import ends_with_epoch
 from saev_torch.reading import engine, slots
@@ -99,6 +101,29 @@ def test_what_is_copied_here_never_needs_a_buffer(cfg, wanted, found, monkeypatc
     for got, right in zip(found_epochs, wanted, strict=True):
         contracts.assert_same(got, right)
     assert found.counts == (sum(map(len, wanted)), 0)
+
+
+@pytest.mark.parametrize("most_in_order", [0, 1000])
+def test_few_threads_gather_neighbours_together(cfg, monkeypatch, most_in_order):
+    contracts.save_buffers(monkeypatch, copies_here=True)
+    monkeypatch.setattr(engine, "_MOST_IN_ORDER", most_in_order)
+    orders, find = [], Gather.find
+    monkeypatch.setattr(Gather, "find", lambda *args: (orders.append(args[-1]), find(*args))[1])
+    batches = list(ShuffledActivations(cfg))
+    assert [order is not None for order in orders] == [most_in_order > 0] * len(batches)
+
+
+def test_neighbours_on_disk_follow_each_other():
+    plan = ShufflePlan(4096, 64, 16, 1, 8, 0, 0)
+    batches, n_own, n_ordered = ShuffledBatches(plan, finds_order=True), 0, 0
+    for number in range(plan.n_batches):
+        chunk = batches.whole(number)
+        assert np.array_equal(chunk.starts, plan.locate(number))
+        assert np.array_equal(np.sort(chunk.order), np.arange(64))
+        # Of a block of 8, several rows may go to one batch, but never one behind the other.
+        near = [np.abs(np.diff(samples // 8)) == 0 for samples in (chunk.starts, chunk.starts[chunk.order])]
+        n_own, n_ordered = n_own + near[0].sum(), n_ordered + near[1].sum()
+    assert (n_own, n_ordered > 4096 // 8) == (0, True)
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 7, 40])

@@ -200,8 +200,8 @@ class ShuffledBatches:
         """The samples of a batch, row by row: `[size] int64`."""
         return self._locate(batch)[0]
 
-    def _locate(self, batch: int) -> tuple[_Int64s, _Int64s]:
-        """The samples of a batch, row by row, and its rows chunk by chunk: `[size] int64` each."""
+    def _locate(self, batch: int) -> tuple[_Int64s, _Int64s | None]:
+        """The samples of a batch, row by row, and if it `finds_order` its rows chunk by chunk: `[size] int64` each."""
         plan = self._plan
         turn, lane = divmod(batch, plan.n_lanes)
         kept, used = self._kept.get(lane, {}), {}
@@ -213,7 +213,7 @@ class ShuffledBatches:
             samples[rows[part]] = dealt[part]
             order.append(rows[part])
         self._kept[lane] = used
-        return samples, np.concatenate(order)
+        return samples, np.concatenate(order) if self._finds_order else None
 
     def _deal(self, lane: int, number: int) -> tuple[_Int64s, _Int64s, tuple[int, ...]]:
         """The samples of a chunk, and the rows of batches that they go to, turn by turn."""
@@ -233,8 +233,7 @@ class ShuffledBatches:
 
     def whole(self, batch: int) -> Chunk:
         """A batch as one chunk, in its own order."""
-        samples, order = self._locate(batch)
-        return Chunk.of_batch(batch, samples, order if self._finds_order else None)
+        return Chunk.of_batch(batch, *self._locate(batch))
 
 
 @functools.lru_cache(maxsize=8)

@@ -284,12 +284,7 @@ class Gather:
         done = 0
         while done < len(rows):
             some = sources[done : done + n_at_once]
-            if rows.numbers is not None and self._row_copy is not None:
-                numbers = rows.numbers[done : done + n_at_once]
-                self._row_copy(some, rows.place, rows.row_nbytes, rows.stride, numbers=numbers)
-                whole = len(some)
-            else:
-                whole = self._copy(rows, some, rows.place + done * rows.stride, stage, is_here)
+            whole = self._copy(rows.part(done, done + len(some)), some, stage, is_here)
             done += whole
             if whole < len(some) or _n_waits() > most_waits:
                 break
@@ -297,11 +292,11 @@ class Gather:
         shards = rows.mappings if len(rows.mappings) < _N_FEW else _numbers_in(rows.shards)
         return done if all(rows.mappings[shard].is_whole for shard in shards) else 0
 
-    def _copy(self, rows: ScatteredRows, sources: _Int64s, place: int, stage: _Bytes | None, is_here: bool) -> int:
-        """Copy rows from addresses to a place, and convert them; how many of the first ones are there."""
-        nbytes, stride = rows.row_nbytes, rows.stride
+    def _copy(self, rows: ScatteredRows, sources: _Int64s, stage: _Bytes | None, is_here: bool) -> int:
+        """Copy rows from addresses to where they go, and convert them; how many of the first ones are there."""
+        place, nbytes, stride = rows.place, rows.row_nbytes, rows.stride
         if is_here and self._row_copy is not None:
-            self._row_copy(sources, place, nbytes, stride)
+            self._row_copy(sources, place, nbytes, stride, numbers=rows.numbers)
             return len(sources)
         if stage is not None and self._convert_run is not None:
             n = self._copy_plain(sources, stage.ctypes.data, nbytes, nbytes, is_here)
