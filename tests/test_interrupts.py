@@ -1,17 +1,28 @@
 """What no signal handler comes into, and what is told it afterwards."""
 
+import _thread
+import collections
+import operator
 import os
 import signal
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
+from saev_torch import (
+    IndexedConfig,
+    IndexedDataset,
+    ShuffledActivations,
+    ShuffledConfig,
+    ShuffledDataLoader,
+)
 from saev_torch.processes import interrupts
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.threads import Thread
@@ -218,3 +229,29 @@ def test_tasks_are_waited_for_where_an_interrupt_comes(told: list[int]) -> None:
         run_tasks("waits", n, Pace(n), lambda pace: SimpleNamespace(spot=None), iter([Task(work)] * n))
     assert len(ended) == n
     sender.join()
+
+
+LOADERS: dict[str, Callable[[ShuffledConfig], Any]] = {
+    "plain": lambda cfg: DataLoader(ShuffledActivations(cfg), batch_size=None, num_workers=2),
+    "ready-made": lambda cfg: ShuffledDataLoader(cfg, num_workers=1),
+    "random access": lambda cfg: map(
+        IndexedDataset(IndexedConfig(cfg.shards, layer=7)).__getitems__, zip(range(20), range(20), strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", LOADERS.values(), ids=LOADERS)
+def test_an_interrupt_is_heard_that_comes_while_a_batch_is_dropped(
+    make: Callable[[ShuffledConfig], Any], make_shards: Any, told: list[int]
+) -> None:
+    """Python drops what a finalizer of its own raises: none of those of a batch is one."""
+    cfg = ShuffledConfig(make_shards(n_examples=60), layer=7, batch_size=12, buffer_size=2)
+    batches = iter(make(cfg))
+    for n in range(5):
+        held = [next(batches)]
+        # All of it is in C, so that handlers are called at the next instruction of Python's, wherever that is.
+        steps = map(operator.call, (_thread.interrupt_main, held.clear))
+        with pytest.raises(ToldError):
+            collections.deque(steps, maxlen=0)
+        assert (held, len(told)) == ([], n + 1)
+    assert sum(1 for _ in batches) > 5

@@ -140,7 +140,8 @@ def test_stateful_data_loader(chain: str, n_workers: int, persistent: bool, cfg:
 
     loader = make()
     epochs = [list(loader) for _ in range(4)]
-    for k in (0, 1, len(epochs[0]) // 2, len(epochs[0])):
+    # Where in an epoch matters in one process, too, which takes a tenth of the time.
+    for k in (1, len(epochs[0])) if n_workers else (0, 1, len(epochs[0]) // 2, len(epochs[0])):
         loader = make()
         got = take(loader, k)
         loader = make(loader.state_dict())

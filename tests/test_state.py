@@ -389,7 +389,8 @@ def test_stateful_data_loader(small: Run, n_workers: int, persistent: bool, ever
             loader.load_state_dict(state)
         return loader
 
-    for k in (0, 1, 5, small.n - 1, small.n):
+    # Where in an epoch matters in one process, too, which takes a tenth of the time.
+    for k in (5, small.n) if n_workers else (0, 1, 5, small.n - 1, small.n):
         loader = make()
         contracts.assert_same(take(loader, k), small.epochs[0][:k])
         n_more = min(4, small.n - k)

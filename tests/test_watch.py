@@ -1,5 +1,6 @@
 """What happens to a mapped file while it is read does not end the process; what it is not about goes where it went."""
 
+import itertools
 import mmap
 import os
 import signal
@@ -43,16 +44,47 @@ def copy(address):
 """
 
 
-@pytest.fixture
-def pages(tmp_path):
-    path = tmp_path / "pages"
+# Each program in a child of its own, of a process that imports torch once, which takes seconds.
+SERVER = """
+import os, sys, traceback
+from pathlib import Path
+from saev_torch.reading import mapping, rowcopy, watch
+
+for folder in map(Path, sys.argv[1:]):
+    pid = os.fork()
+    if pid == 0:
+        for name, fd in ("stdout", 1), ("stderr", 2):
+            os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), fd)
+        sys.argv[1] = str(folder / "pages")
+        try:
+            exec((folder / "program").read_text(), {})
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    (folder / "code").write_text(str(code))
+"""
+
+
+def write_pages(path):
     path.write_bytes(b"".join(bytes([number]) * mmap.PAGESIZE for number in range(N_PAGES)))
     return path
 
 
-def run(code, pages):
+@pytest.fixture
+def pages(tmp_path):
+    return write_pages(tmp_path / "pages")
+
+
+def start(*arguments):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", PROGRAM + code, str(pages)], env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", *map(str, arguments)], env=env, capture_output=True, text=True)
+
+
+def run(code, pages):
+    return start(PROGRAM + code, pages)
 
 
 def test_a_file_that_became_shorter_is_zeros_and_broken(pages):
@@ -86,16 +118,35 @@ NOT_OURS = {
 }
 
 
+BEFORE = ["", "faulthandler.enable(); ", "signal.signal(signal.SIGBUS, signal.SIG_DFL); "]
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory):
+    """The folder of each program: how it ended, and what it said."""
+    folders = {}
+    for what, before, is_late in itertools.product(NOT_OURS, BEFORE, [False, True]):
+        on = "assert watched.is_on; map_file(True); "
+        code = (on + before if is_late else before + on) + NOT_OURS[what] + "\nprint('still here')"
+        folders[what, before, is_late] = folder = tmp_path_factory.mktemp("ending")
+        write_pages(folder / "pages")
+        (folder / "program").write_text(PROGRAM + code)
+    done = start(SERVER, *folders.values())
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
 @pytest.mark.parametrize("what", NOT_OURS)
-@pytest.mark.parametrize("before", ["", "faulthandler.enable(); ", "signal.signal(signal.SIGBUS, signal.SIG_DFL); "])
+@pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("is_late", [False, True])
-def test_another_signal_ends_the_process_as_ever(pages, what, before, is_late):
+def test_another_signal_ends_the_process_as_ever(endings, what, before, is_late):
     """Who handled it before us handles it, and who took it later does."""
-    on = "assert watched.is_on; map_file(True); "
-    done = run((on + before if is_late else before + on) + NOT_OURS[what] + "\nprint('still here')", pages)
-    assert done.returncode == -signal.SIGBUS, done.stderr
-    assert done.stdout == ""
-    assert ("Fatal Python error: Bus error" in done.stderr) == ("faulthandler" in before)
+    stdout, stderr, code = [
+        (endings[what, before, is_late] / name).read_text() for name in ("stdout", "stderr", "code")
+    ]
+    assert int(code) == -signal.SIGBUS, stderr
+    assert stdout == ""
+    assert ("Fatal Python error: Bus error" in stderr) == ("faulthandler" in before)
 
 
 def test_a_handler_in_python_hears_what_is_sent(pages):

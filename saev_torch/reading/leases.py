@@ -5,15 +5,20 @@ makes a pipe. The child keeps one end until what it inherited is gone, or it end
 end tells the parent, which looks when it wants memory, that what it let go of may be filled anew. A fork while nobody
 holds shared memory makes nothing.
 
-There are no locks: finalizers run in any thread at any time, and a lock may be held for ever in a child.
+There are no locks: finalizers run in any thread at any time, and a lock may be held for ever in a child. What is done
+for each batch that a consumer drops is all in C: Python drops an interrupt that comes into a finalizer of its own, so
+that a user's Ctrl-C would not be heard.
 """
 
 import contextlib
+import functools
+import operator
 import os
 import select
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,19 +29,22 @@ from saev_torch.processes.undone import close_with
 class Lease:
     """The right to use a piece of memory: numpy arrays and tensors made from it keep it alive.
 
-    `owner` is the array that `memory` is a part of, and lives as long as the lease. `on_release` is called once nothing
-    refers to the memory any more: in this process, and where it `is_shared` in those that are forked from it.
+    `owner` is the array that `memory` is a part of, and lives as long as the lease. Where the memory `is_shared`,
+    forked children may use it, too. `returned` is one more once nobody does, where it is given.
     """
 
     def __init__(
-        self, memory: NDArray[np.uint8], owner: NDArray[np.uint8], on_release: Callable[[], None], is_shared: bool
+        self,
+        memory: NDArray[np.uint8],
+        owner: NDArray[np.uint8],
+        is_shared: bool,
+        returned: NDArray[np.int64] | None = None,
     ) -> None:
         self.owner = owner
         self.__array_interface__ = memory.__array_interface__
-        loan = _Loan(on_release)
-        weakref.finalize(self, loan.end).atexit = False
-        if is_shared:
-            _loans.add(loan)
+        self.loan = Loan(self, is_shared, returned)
+        # Of a pipe, in a child that inherited it; its own children inherit that.
+        self.end: _End | None = None
 
     def array(self) -> NDArray[np.uint8]:
         """The memory, `[nbytes] uint8`; the lease lasts as long as any view of this."""
@@ -68,36 +76,79 @@ class _End:
         close_with(self, fd)
 
 
-class _Loan:
-    """What is done when a lease is gone; in a child, its `ends` of pipes go with it."""
+class Loan:
+    """Whether a lease is over, and what is done then."""
 
-    def __init__(self, on_release: Callable[[], None]) -> None:
-        self._on_release, self._pid = on_release, os.getpid()
+    def __init__(self, lease: Lease, is_shared: bool, returned: NDArray[np.int64] | None) -> None:
         self.children: list[_Child] = []
-        self.ends: list[_End] = []
+        self._returned, self._then = returned, _nothing
+        # Once it is empty, nothing is done in C.
+        self._in_c = [returned]
+        if not is_shared:
+            self._lease = weakref.ref(lease)
+            return
+        count = iter(self._in_c) if returned is None else map(operator.iadd, self._in_c, (1,))
+        work = zip(count, map(_loans.discard, (self,)), strict=False)
+        self._lease = weakref.ref(lease, functools.partial(next, work))
+        _loans.add(self)
 
-    def end(self) -> None:
-        # A forked child drops its copies of objects too, and has no say in what its parent still uses.
-        if self._pid == os.getpid():
-            _loans.discard(self)
-            _ended[self] = True
-            self.settle()
-
-    def settle(self) -> None:
-        """Release the memory if the lease is gone, and no child holds it."""
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody uses the memory any more, here or in a child."""
         for child in tuple(self.children):
             if not child.is_holding():
                 with contextlib.suppress(ValueError):
                     self.children.remove(child)
-        # Whoever takes it out releases it.
-        if not self.children and _ended.pop(self, False):
-            self._on_release()
+        return not self.children and self._lease() is None
+
+    def take_over(self, then: Callable[[], Any] | None = None) -> None:
+        """Let it be done in Python, as children may use the memory, or there is more to do."""
+        self._then = then or self._then
+        is_new = bool(self._in_c)
+        self._in_c.clear()
+        lease = self._lease()
+        if lease is None:
+            self.settle()
+        elif is_new:
+            weakref.finalize(lease, self.settle).atexit = False
+        if self not in _loans:
+            # It was over before.
+            self._then = _nothing
+
+    def inherit(self, child: _Child) -> None:
+        """Let a child that is forked use the memory."""
+        self.children.append(child)
+        self.take_over()
+
+    def leave_to_parent(self, end: _End | None) -> None:
+        """In the child: have no say, but tell the parent by the `end` of a pipe when the lease is over."""
+        self.children.clear()
+        self._in_c.clear()
+        lease = self._lease()
+        if lease is not None:
+            lease.end = end
+
+    def settle(self) -> None:
+        """Do what is due if it is over, once."""
+        if not self.is_over:
+            return
+        try:
+            # Whoever takes it out does it, be it in C. A child that is forked has none of its parent's.
+            _loans.remove(self)
+        except KeyError:
+            return
+        then, self._then = self._then, _nothing
+        if self._returned is not None:
+            self._returned += 1
+        then()
 
 
-_loans: set[_Loan] = set()
-"""Those of shared memory that this process holds."""
-_ended: dict[_Loan, bool] = {}
-"""Those that it does not hold any more, but maybe a child."""
+def _nothing() -> None:
+    pass
+
+
+_loans: set[Loan] = set()
+"""Those of shared memory that somebody holds, in this process or in a child."""
 _children: set[_Child] = set()
 _forking: dict[int, tuple[_Child, int]] = {}
 """By thread: the child that is being forked, and its end of the pipe."""
@@ -107,7 +158,7 @@ def settle() -> None:
     """Release what no child holds any more. Called where memory is wanted, or comes."""
     if _children:
         _children.difference_update([child for child in tuple(_children) if not child.is_holding()])
-        for loan in tuple(_ended):
+        for loan in tuple(_loans):
             loan.settle()
 
 
@@ -122,8 +173,7 @@ def _before_fork() -> None:
     child = _Child(receiver)
     _forking[threading.get_ident()] = child, sender
     for loan in tuple(_loans):
-        loan.settle()
-        loan.children.append(child)
+        loan.inherit(child)
 
 
 def _after_fork_in_parent() -> None:
@@ -133,7 +183,7 @@ def _after_fork_in_parent() -> None:
     for loan in tuple(_loans):
         # Another thread may have taken it since.
         if child not in loan.children:
-            loan.children.append(child)
+            loan.inherit(child)
     if sender >= 0:
         os.close(sender)
     _children.add(child)
@@ -146,11 +196,9 @@ def _after_fork_in_child() -> None:
             os.close(other)
     end = _End(sender) if sender >= 0 else None
     for loan in _loans:
-        loan.children.clear()
-        if end is not None:
-            loan.ends.append(end)
+        loan.leave_to_parent(end)
     # The rest are of the parent, whose ends of pipes are closed here.
-    for mine in (_loans, _ended, _children, _forking):
+    for mine in (_loans, _children, _forking):
         mine.clear()
 
 

@@ -1,6 +1,5 @@
 """Slots that workers sent: mapped once for each region, until the worker is gone."""
 
-import functools
 import multiprocessing
 import os
 import threading
@@ -45,7 +44,7 @@ def attach(
                 mapped = _map(pid, number, handover.take(pid, fd, offered), nbytes, n_slots)
                 region = region or mapped
                 _keep(pid, number, region)
-            use, memory = region.begin_use(index, age)
+            return region.begin_use(index, age)
     except handover.RefusedError as err:
         raise ReadError(
             f"DataLoader worker (pid {pid}): expected to open its memory, got: {err}; change user or privileges before "
@@ -53,7 +52,6 @@ def attach(
         ) from err
     except ProcessLookupError as err:
         raise WorkerLostError(_LOST.format(pid)) from err
-    return Lease(memory[:nbytes], memory, functools.partial(region.end_use, use), is_shared=True)
 
 
 def _map(pid: int, number: int, fd: int, nbytes: int, n_slots: int) -> ReceivedRegion:

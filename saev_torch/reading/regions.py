@@ -8,7 +8,7 @@ locks. Memory that is given back is gone from the file, whoever maps it, and the
 import collections
 import ctypes
 import errno
-import itertools
+import functools
 import mmap
 import os
 import sys
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from saev_torch.processes import handover
 from saev_torch.processes.machine import memory_file
+from saev_torch.reading.leases import Lease, Loan
 
 HUGE_PAGE = 2 << 20
 _MAP_FIXED = 0x10
@@ -234,9 +235,8 @@ class ReceivedRegion(Region):
     def __init__(self, fd: int, nbytes: int, n_slots: int) -> None:
         super().__init__(fd, nbytes, n_slots)
         self._memories: dict[int, tuple[int, NDArray[np.uint8]]] = {}
-        # Of each use, the slot. Nothing is counted: uses end in any thread at any time.
-        self._uses: dict[int, int] = {}
-        self._numbers = itertools.count()
+        # By slot. Nothing is counted: uses end in any thread at any time.
+        self._uses: dict[int, list[Loan]] = {}
         self._n_discarded = 0
         self._is_orphan = False
 
@@ -249,38 +249,45 @@ class ReceivedRegion(Region):
         """Whether the other process has no use for it any more."""
         return bool(self._words[_IS_CLOSED])
 
-    def begin_use(self, index: int, age: int) -> tuple[int, NDArray[np.uint8]]:
-        """Use a slot that was sent: the number of the use, and its pages, which are the same array at the same age.
+    def begin_use(self, index: int, age: int) -> Lease:
+        """Use a slot that was sent, in one thread at a time; at the same age its pages are the same array.
 
         A `ProcessLookupError` says that the other process is gone.
         """
-        number = next(self._numbers)
-        self._uses[number] = index
-        if self._is_orphan:
-            raise ProcessLookupError
         if self._n_discarded != self._words[_N_DISCARDED]:
             # What was page-locked there, for one, is not what will be there.
             self._n_discarded = int(self._words[_N_DISCARDED])
             for other, (known, _) in tuple(self._memories.items()):
                 if known != self._counts[other, _AGE]:
                     del self._memories[other]
-        if self._memories.get(index, (-1, None))[0] != age:
-            self._memories[index] = age, self.memory(index)
-        return number, self._memories[index][1]
-
-    def end_use(self, number: int) -> None:
-        """Send a slot back."""
-        index = self._uses.pop(number)
-        self._counts[index, _RETURNED] += 1
-        if self._is_orphan and index not in self._uses.copy().values():
-            advise(self.memory(index), _MADV_REMOVE)
+        known, pages = self._memories.get(index, (-1, None))
+        if pages is None or known != age:
+            pages = self.memory(index)
+            self._memories[index] = age, pages
+        returned = self._counts[index, _RETURNED : _RETURNED + 1]
+        lease = Lease(pages[: self.nbytes], pages, is_shared=True, returned=returned)
+        self._uses[index] = [*(use for use in self._uses.get(index, ()) if not use.is_over), lease.loan]
+        if self._is_orphan:
+            raise ProcessLookupError
+        return lease
 
     def be_orphan(self) -> None:
         """The other process is gone: keep only the memory that is used here."""
         self._is_orphan = True
         self._memories.clear()
-        used = set(self._uses.copy().values())
+        for index, uses in tuple(self._uses.items()):
+            for use in uses:
+                use.take_over(functools.partial(self._give_back, index))
+        used = {index for index in range(self.n_slots) if self._is_used(index)}
+        # Where none is, all of it goes with this.
         for index in set(range(self.n_slots)) - used if used else ():
+            self._give_back(index)
+
+    def _is_used(self, index: int) -> bool:
+        return not all(use.is_over for use in self._uses.get(index, ()))
+
+    def _give_back(self, index: int) -> None:
+        if not self._is_used(index):
             advise(self.memory(index), _MADV_REMOVE)
 
 

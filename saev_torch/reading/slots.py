@@ -31,7 +31,7 @@ from saev_torch.errors import ReadError
 from saev_torch.processes import inherited
 from saev_torch.processes.locks import renewed
 from saev_torch.processes.machine import has_memory_files
-from saev_torch.reading.leases import Lease, settle
+from saev_torch.reading.leases import Lease, Loan, settle
 from saev_torch.reading.regions import Name, OwnRegion, make_pages, make_pages_huge
 
 # The memory that was needed within so many batches is kept.
@@ -58,6 +58,7 @@ class Slot:
         self.nbytes = nbytes
         self.pid = os.getpid()
         self._held, self._counts = False, _NONE_SENT
+        self._loan: Loan | None = None
         self.fd, self.file_offset, self._region, self._index = -1, 0, region, 0
         try:
             if shared and region is None:
@@ -85,7 +86,8 @@ class Slot:
     @property
     def is_free(self) -> bool:
         """Whether nobody can see the memory: neither this process nor one that it was sent to."""
-        return not self._held and bool(self._counts[0] == self._counts[1])
+        is_lent = self._loan is not None and not self._loan.is_over
+        return not self._held and not is_lent and bool(self._counts[0] == self._counts[1])
 
     @property
     def is_own(self) -> bool:
@@ -101,15 +103,16 @@ class Slot:
 
     def lease(self) -> Lease:
         """Hand the memory out; the slot is free again when the lease and all views of it are gone."""
-        self._held = True
-        return Lease(self._memory, self._owner, self.release, self._region is not None)
+        lease = Lease(self._memory, self._owner, self._region is not None)
+        self._loan, self._held = lease.loan, False
+        return lease
 
     def first(self, nbytes: int) -> NDArray[np.uint8]:
         """The first bytes of the memory, for who has a lease of it."""
         return self._memory[:nbytes]
 
     def release(self) -> None:
-        """Take the slot back: nothing in this process uses it any more."""
+        """Take the slot back, which nobody has a lease of: nothing in this process uses it any more."""
         self._held = False
 
     def send(self) -> Name | None:
