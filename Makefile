@@ -4,6 +4,8 @@ VENV ?= .venv
 ARGS ?=
 # Processes that share the files of tests among them; each needs some 2 GB of memory.
 JOBS ?= 3
+# Python is started some hundred times: what it compiled is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt

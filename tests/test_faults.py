@@ -150,7 +150,7 @@ def test_fault(fault, dtype, server, pristine, references, tmp_path):
     if fault.error == "RuntimeError":  # torch notices, or we do, whoever is first
         assert outcome["error"] in ("RuntimeError", "WorkerLostError"), outcome["message"]
     else:
-        assert outcome["error"] == fault.error, outcome["message"]
+        assert outcome["error"] == fault.error, f"{outcome['message']}; standard error: {stderr}"
     if fault.error not in (None, "RuntimeError", "KeyboardInterrupt", "TrainingError"):
         assert "SaevTorchError" in outcome["bases"]
     assert re.search(".*".join(fault.says), outcome["message"], re.DOTALL), outcome["message"]
