@@ -82,7 +82,7 @@ def small(made, **fields):
 
 
 @pytest.mark.parametrize("way", ["data set", *WAYS])
-@settings(many, max_examples=40)
+@settings(many, max_examples=25)
 @given(contracts.cases())
 def test_every_sample_once(way, case):
     spec, kind, fields = case
@@ -155,9 +155,9 @@ def read(cfg, n_workers, persistent, way, context):
     return [list(loader), list(loader)]
 
 
-# File order needs no buffer, lanes or threads of its own: one of the two of each number of workers will do.
+# File order needs no buffer, lanes or threads of its own: a third of them will do.
 READ = [(ShuffledConfig, name, *reader) for name in CASES for reader in READERS]
-READ += [(OrderedConfig, name, *reader) for name in CASES if name != "uniform" for reader in READERS[::2]]
+READ += [(OrderedConfig, name, *reader) for name in CASES if name != "uniform" for reader in READERS[::3]]
 
 
 @pytest.mark.parametrize(("kind", "name", "n_workers", "persistent", "way", "n_threads"), READ)
@@ -348,9 +348,7 @@ def test_the_place_on_disk_decides_nothing(made, tmp_path):
     assert_same(list(ShuffledActivations(moved)), list(ShuffledActivations(small(made))))
 
 
-@pytest.mark.parametrize(
-    ("hash_seed", "n_workers", "context"), [("0", 0, None), ("1", 2, "fork"), ("2", 2, "spawn"), ("3", 1, "forkserver")]
-)
+@pytest.mark.parametrize(("hash_seed", "n_workers", "context"), [("0", 0, None), ("1", 2, "fork"), ("2", 1, "spawn")])
 def test_a_new_process_draws_the_same_and_is_silent(made, hash_seed, n_workers, context):
     """Under `python -W error`, three epochs of both orders: the same everywhere, and nothing on stderr."""
     fields = {"tokens": "all", "layer": 3, "batch_size": 16, "buffer_size": 4}

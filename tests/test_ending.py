@@ -436,9 +436,7 @@ started.wait(60)
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "n_workers"), [("ready", 0), ("ready", 1), ("plain", 0), ("plain", 1), ("indexed", 0)]
-)
+@pytest.mark.parametrize(("kind", "n_workers"), [("ready", 1), ("plain", 0), ("indexed", 0)])
 def test_a_users_daemon_thread_is_at_rest_when_the_interpreter_goes(
     cfg: ShuffledConfig, kind: str, n_workers: int
 ) -> None:

@@ -131,7 +131,7 @@ def test_resume(
     checkpoints = sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert len(checkpoints) > 2
     # The last one was saved at the end of the run.
-    for path in checkpoints[:-1][:: max(1, len(checkpoints) // 3)]:
+    for path in checkpoints[:-1][:: max(1, len(checkpoints) // 2)]:
         rest = Model(estimate=estimate)
         resumed_digest = fit(way, cfg, rest, resume=path, **options)
         done = len(whole.seen) - len(rest.seen)

@@ -1010,14 +1010,14 @@ def indexed_loader(shards, prefetch_factor):
     ("make_loader", "prefetch_factor"),
     [(iterable_loader, 2), (iterable_loader, 8), (iterable_loader, 24), (indexed_loader, 8)],
 )
-def test_30_epochs_take_no_more_than_a_few(make_shards, make_loader, prefetch_factor):
+def test_15_epochs_take_no_more_than_a_few(make_shards, make_loader, prefetch_factor):
     """Even where 60 batches are held in each for a while."""
     spec = Spec(
         n_examples=250, content_tokens=131, cls=False, layers=(0,), d_model=32, labels=False, examples_per_shard=99
     )
     loader = make_loader(make_shards(spec), prefetch_factor)
     uses = []
-    for epoch in range(30):
+    for epoch in range(15):
         held = []
         for batch in loader:
             if len(held) < 60:

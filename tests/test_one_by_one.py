@@ -1,6 +1,7 @@
 """A buffer that would be filled for one epoch only is not: the same batches, gathered with the memory of a few."""
 
 import dataclasses
+import itertools
 import time
 import weakref
 
@@ -305,9 +306,15 @@ class Asking(IterableDataset):
         yield ends_with_epoch()
 
 
-@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "context", "persistent"),
+    [
+        *itertools.product([DataLoader, StatefulDataLoader], ["fork"], [False, True]),
+        # Starting such a worker takes seconds.
+        (DataLoader, "spawn", False),
+        (StatefulDataLoader, "spawn", True),
+    ],
+)
 def test_who_ends_with_the_epoch(kind, context, persistent):
     options = {"num_workers": 1, "persistent_workers": persistent, "multiprocessing_context": context}
     assert list(kind(Asking(), batch_size=None, **options)) == [not persistent]

@@ -104,7 +104,7 @@ def check_readers(shards_dir, expected):
 
 @pytest.mark.parametrize("ranges", [[None], [(0, 50), (50, 120)]], ids=["one", "two"])
 def test_killed_at_random_moments(tmp_path, monkeypatch, expected, ranges):
-    """200 kills -9 in all, each at a random moment of what is left to write; then one run to the end."""
+    """100 kills -9 in all, each at a random moment of what is left to write; then one run to the end."""
     monkeypatch.setattr(checkpoints, "_SYNC_NBYTES", 20_000)
     generator = random.Random(len(ranges))
     started = time.perf_counter()
@@ -112,7 +112,7 @@ def test_killed_at_random_moments(tmp_path, monkeypatch, expected, ranges):
     duration_s = time.perf_counter() - started
     n_kills = n_resumed = n_late = 0
     root = tmp_path / "root0"
-    while n_kills < 100:
+    while n_kills < 50:
         example_range = generator.choice(ranges)
         code = kill_at(
             lambda root=root, example_range=example_range: write_all(root, resume=True, example_range=example_range),
@@ -336,11 +336,10 @@ def test_read_only_target(small_disk):
         write_all(small_disk)
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-def test_ranks_write_what_one_process_writes(tmp_path, n_ranks):
+def test_ranks_write_what_one_process_writes(tmp_path):
     md = Metadata(**rank_writes.SPEC.metadata())
     alone = write_all(tmp_path / "alone", md).shards_dir
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent.parent}"}
     done = subprocess.run(
         [*command, rank_writes.__file__, str(tmp_path / "ranks")],
