@@ -940,9 +940,63 @@ def test_a_fork_without_descriptors(holder, monkeypatch):
     leases.settle()
     assert not slot.is_free
     leases._children.clear()
-    for loan in list(leases._loans):
+    for loan in list(leases._loans.values()):
         loan.children.clear()
         loan.settle()
+
+
+def test_a_slot_is_kept_by_its_memory():
+    """Where somebody keeps a tensor of a batch, and its pool goes."""
+    pool = SlotPool(NBYTES, shared=True)
+    kept = fill(pool.acquire(1), 7).array()
+    del pool
+    gc.collect()
+    assert kept.min() == kept.max() == 7
+
+
+def test_a_slot_that_is_lent_while_somebody_looks_is_not_free():
+    slot = SlotPool(NBYTES, shared=True).acquire(1)
+    lent = []
+
+    class Before:
+        """The loan before, which is over; meanwhile another thread lends the slot."""
+
+        @property
+        def is_over(self):
+            lent.append(slot.lease())
+            return True
+
+    slot._loan = Before()
+    assert not slot.is_free
+
+
+def test_a_use_is_counted_once_whoever_is_first():
+    slot, held = hold("the parent of a worker")
+    loan = held[0].loan
+    settled = weakref.ref(held[0], lambda _: loan.settle())
+    held.clear()
+    assert settled() is None
+    loan.settle()
+    assert slot._counts.tolist() == [1, 1]
+
+
+def test_a_child_whose_hook_was_interrupted_has_no_say():
+    slot, held = hold("the parent of a worker")
+    words, loans = dict(leases._words), dict(leases._loans)
+    pid = os.fork()
+    if not pid:
+        # As if it had forgotten nothing.
+        leases._words.update(words)
+        leases._loans.update(loans)
+        held.clear()
+        for loan in loans.values():
+            loan.children.clear()
+            loan.settle()
+        os._exit(slot._counts.tolist() != [1, 0])
+    assert os.waitpid(pid, 0)[1] == 0
+    held.clear()
+    leases.settle()
+    assert slot.is_free
 
 
 def keep_and_compare(batch, go_on, wrong):

@@ -12,12 +12,13 @@ that a user's Ctrl-C would not be heard.
 
 import contextlib
 import functools
+import itertools
 import operator
 import os
 import select
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,9 @@ from saev_torch.processes.undone import close_with
 class Lease:
     """The right to use a piece of memory: numpy arrays and tensors made from it keep it alive.
 
-    `owner` is the array that `memory` is a part of, and lives as long as the lease. Where the memory `is_shared`,
-    forked children may use it, too. `returned` is one more once nobody does, where it is given.
+    `owner` is the array that `memory` is a part of; `keeper`, if there is one, gives it back when it goes. Both live as
+    long as the lease. Where the memory `is_shared`, forked children may use it, too, and it is kept for them.
+    `returned` is one more once nobody uses it, where it is given.
     """
 
     def __init__(
@@ -38,13 +40,14 @@ class Lease:
         memory: NDArray[np.uint8],
         owner: NDArray[np.uint8],
         is_shared: bool,
+        keeper: object = None,
         returned: NDArray[np.int64] | None = None,
     ) -> None:
-        self.owner = owner
+        self.owner, self.keeper = owner, keeper
         self.__array_interface__ = memory.__array_interface__
-        self.loan = Loan(self, is_shared, returned)
         # Of a pipe, in a child that inherited it; its own children inherit that.
         self.end: _End | None = None
+        self.loan = Loan(self, is_shared, returned)
 
     def array(self) -> NDArray[np.uint8]:
         """The memory, `[nbytes] uint8`; the lease lasts as long as any view of this."""
@@ -81,16 +84,18 @@ class Loan:
 
     def __init__(self, lease: Lease, is_shared: bool, returned: NDArray[np.int64] | None) -> None:
         self.children: list[_Child] = []
-        self._returned, self._then = returned, _nothing
+        self._pid, self._number, self._then = os.getpid(), next(_numbers), _nothing
+        self._kept: object = None
+        self._is_taken_over = False
         # Once it is empty, nothing is done in C.
-        self._in_c = [returned]
+        self._in_c = [self._number]
         if not is_shared:
             self._lease = weakref.ref(lease)
             return
-        count = iter(self._in_c) if returned is None else map(operator.iadd, self._in_c, (1,))
-        work = zip(count, map(_loans.discard, (self,)), strict=False)
+        _words[self._number] = _uncounted if returned is None else returned
+        work = zip(_count(self._in_c), map(_loans.pop, (self._number,), (None,)), strict=False)
         self._lease = weakref.ref(lease, functools.partial(next, work))
-        _loans.add(self)
+        _loans[self._number] = self
 
     @property
     def is_over(self) -> bool:
@@ -103,21 +108,24 @@ class Loan:
 
     def take_over(self, then: Callable[[], Any] | None = None) -> None:
         """Let it be done in Python, as children may use the memory, or there is more to do."""
-        self._then = then or self._then
-        is_new = bool(self._in_c)
-        self._in_c.clear()
+        # At no time nobody does it; whoever takes the word out counts.
         lease = self._lease()
-        if lease is None:
-            self.settle()
-        elif is_new:
+        if lease is not None and not self._is_taken_over:
             weakref.finalize(lease, self.settle).atexit = False
-        if self not in _loans:
+            self._is_taken_over = True
+        self._in_c.clear()
+        self._then = then or self._then
+        if self._lease() is None:
+            self.settle()
+        if self._number not in _words:
             # It was over before.
             self._then = _nothing
 
     def inherit(self, child: _Child) -> None:
         """Let a child that is forked use the memory."""
         self.children.append(child)
+        lease = self._lease()
+        self._kept = self._kept if lease is None else lease.keeper
         self.take_over()
 
     def leave_to_parent(self, end: _End | None) -> None:
@@ -130,25 +138,29 @@ class Loan:
 
     def settle(self) -> None:
         """Do what is due if it is over, once."""
-        if not self.is_over:
+        # A forked child has copies of its parent's.
+        if self._pid != os.getpid() or not self.is_over or next(_count((self._number,))) is _taken:
             return
-        try:
-            # Whoever takes it out does it, be it in C. A child that is forked has none of its parent's.
-            _loans.remove(self)
-        except KeyError:
-            return
-        then, self._then = self._then, _nothing
-        if self._returned is not None:
-            self._returned += 1
+        _loans.pop(self._number, None)
+        then, self._then, self._kept = self._then, _nothing, None
         then()
+
+
+def _count(numbers: Iterable[int]) -> Iterator[NDArray[np.int64]]:
+    """Take the word of a loan out and count, in C, so that nothing comes between; `_taken`, if somebody else has."""
+    return map(operator.iadd, map(_words.pop, numbers, (_taken,)), (1,))
 
 
 def _nothing() -> None:
     pass
 
 
-_loans: set[Loan] = set()
-"""Those of shared memory that somebody holds, in this process or in a child."""
+_numbers = itertools.count()
+_words: dict[int, NDArray[np.int64]] = {}
+"""Where it is counted that memory came back: of each loan of shared memory that is not over, here or in a child."""
+_uncounted, _taken = np.zeros((2, 1), dtype=np.int64)
+_loans: dict[int, Loan] = {}
+"""Those loans; one more, for a moment, whose word has just been taken out."""
 _children: set[_Child] = set()
 _forking: dict[int, tuple[_Child, int]] = {}
 """By thread: the child that is being forked, and its end of the pipe."""
@@ -157,9 +169,10 @@ _forking: dict[int, tuple[_Child, int]] = {}
 def settle() -> None:
     """Release what no child holds any more. Called where memory is wanted, or comes."""
     if _children:
-        _children.difference_update([child for child in tuple(_children) if not child.is_holding()])
-        for loan in tuple(_loans):
+        over = [child for child in tuple(_children) if not child.is_holding()]
+        for loan in tuple(_loans.values()):
             loan.settle()
+        _children.difference_update(over)
 
 
 def _before_fork() -> None:
@@ -172,7 +185,7 @@ def _before_fork() -> None:
         receiver, sender = os.pipe()
     child = _Child(receiver)
     _forking[threading.get_ident()] = child, sender
-    for loan in tuple(_loans):
+    for loan in tuple(_loans.values()):
         loan.inherit(child)
 
 
@@ -180,7 +193,7 @@ def _after_fork_in_parent() -> None:
     child, sender = _forking.pop(threading.get_ident(), (None, -1))
     if child is None:
         return
-    for loan in tuple(_loans):
+    for loan in tuple(_loans.values()):
         # Another thread may have taken it since.
         if child not in loan.children:
             loan.inherit(child)
@@ -195,10 +208,10 @@ def _after_fork_in_child() -> None:
         if other >= 0:
             os.close(other)
     end = _End(sender) if sender >= 0 else None
-    for loan in _loans:
+    for loan in _loans.values():
         loan.leave_to_parent(end)
     # The rest are of the parent, whose ends of pipes are closed here.
-    for mine in (_loans, _children, _forking):
+    for mine in (_loans, _words, _children, _forking):
         mine.clear()
 
 

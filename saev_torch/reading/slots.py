@@ -86,8 +86,11 @@ class Slot:
     @property
     def is_free(self) -> bool:
         """Whether nobody can see the memory: neither this process nor one that it was sent to."""
-        is_lent = self._loan is not None and not self._loan.is_over
-        return not self._held and not is_lent and bool(self._counts[0] == self._counts[1])
+        # In this order: a slot is lent before it is not held any more, and sent before it is not lent.
+        if self._held:
+            return False
+        loan = self._loan
+        return (loan is None or loan.is_over) and bool(self._counts[0] == self._counts[1])
 
     @property
     def is_own(self) -> bool:
@@ -103,7 +106,7 @@ class Slot:
 
     def lease(self) -> Lease:
         """Hand the memory out; the slot is free again when the lease and all views of it are gone."""
-        lease = Lease(self._memory, self._owner, self._region is not None)
+        lease = Lease(self._memory, self._owner, self._region is not None, keeper=self)
         self._loan, self._held = lease.loan, False
         return lease
 
