@@ -71,9 +71,10 @@ def test_ranks_together_yield_the_sequence(
     shards, fields, number = case
     cfg = ShuffledConfig(shards=shards, drop_last=drop_last, **fields)
     whole = list(ShuffledActivations(cfg))
-    # Which batches are left out is settled before there are workers: not every case needs to start them for that.
-    # Two of the six cases have each number of ranks with each number of workers.
-    for n_workers in (0,) if drop_last and len(whole) != 26 else (0, 1 + (world_size + number) % 3):
+    # Which batches are left out is settled before there are workers: one case has all numbers of them. Else two of the
+    # six have each number of ranks with each number of workers.
+    some = (0,) if drop_last else (0, 1 + (world_size + number) % 3)
+    for n_workers in (0, 1, 2, 3) if drop_last and len(whole) == 26 else some:
         per_rank = []
         for rank in range(world_size):
             ds = ShuffledActivations(cfg, rank=rank, world_size=world_size)

@@ -104,7 +104,7 @@ def check_readers(shards_dir, expected):
 
 @pytest.mark.parametrize("ranges", [[None], [(0, 50), (50, 120)]], ids=["one", "two"])
 def test_killed_at_random_moments(tmp_path, monkeypatch, expected, ranges):
-    """100 kills -9 in all, each at a random moment of what is left to write; then one run to the end."""
+    """200 kills -9 in all, each at a random moment of what is left to write; then one run to the end."""
     monkeypatch.setattr(checkpoints, "_SYNC_NBYTES", 20_000)
     generator = random.Random(len(ranges))
     started = time.perf_counter()
@@ -112,7 +112,7 @@ def test_killed_at_random_moments(tmp_path, monkeypatch, expected, ranges):
     duration_s = time.perf_counter() - started
     n_kills = n_resumed = n_late = 0
     root = tmp_path / "root0"
-    while n_kills < 50:
+    while n_kills < 100:
         example_range = generator.choice(ranges)
         code = kill_at(
             lambda root=root, example_range=example_range: write_all(root, resume=True, example_range=example_range),
