@@ -1,5 +1,6 @@
 """Fixtures: a factory of shard directories, and a guard against tests that leave something behind."""
 
+import collections
 import dataclasses
 import gc
 import multiprocessing
@@ -109,7 +110,33 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.option.markexpr == "not slow" and collection_path.stem in SLOW else None
 
 
+# Files that take a minute or more for a few tests. They come first, so that none is left at the end for one process.
+FIRST = frozenset(
+    f"test_{name}"
+    for name in [
+        "bench",
+        "demo",
+        "faults",
+        "installed",
+        "notebooks",
+        "programs",
+        "recorder",
+        "resources",
+        "resume",
+        "scaling",
+        "soak",
+        "stalls",
+        "systems",
+        "trainer_examples",
+        "trainers",
+    ]
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    n_tests = collections.Counter(item.path for item in items)
+    # Sorting keeps the order within a file.
+    items.sort(key=lambda item: (item.path.stem not in FIRST, -n_tests[item.path], item.path))
     cases: dict[Any, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(getattr(item, "function", item), []).append(item)
