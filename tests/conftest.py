@@ -110,7 +110,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.option.markexpr == "not slow" and collection_path.stem in SLOW else None
 
 
-# Files that take a minute or more for a few tests. They come first, so that none is left at the end for one process.
+# Files that take long for few tests. They come first, so that none is left at the end for one process.
 FIRST = frozenset(
     f"test_{name}"
     for name in [
