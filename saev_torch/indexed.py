@@ -190,7 +190,7 @@ class IndexedDataset(Described, Dataset[dict[str, Any]]):
             cells = selection.cells(samples[order])
             back = np.empty_like(order)
             back[order] = np.arange(n)
-            finish = self._many.read(cells, order, back, slot)
+            finish = self._many.read(cells, order, slot)
             labels = self._labels.of_cells(selection, cells)[back] if self._store.has_labels else None
             token_ids = self._token_ids.of_cells(selection, cells)[back] if self._store.has_token_ids else None
         except BaseException:

@@ -18,10 +18,11 @@ from saev_torch import IndexedConfig, IndexedDataset, ReadError, ShuffledActivat
 from saev_torch.order.selection import Selection
 from saev_torch.reading import columns
 from saev_torch.reading import gather as gather_module
-from saev_torch.reading.gather import Gather, ScatteredRows
+from saev_torch.reading.gather import Gather
 from saev_torch.reading.labels import Labels
 from saev_torch.reading.mapping import all_pages
 from saev_torch.reading.reader import Pace, Spot
+from saev_torch.reading.scattered import ScatteredRows
 from saev_torch.reading.source import Source
 from saev_torch.reading.store import ShardStore
 
@@ -163,8 +164,9 @@ def open_rows(shards, n=400, pace=None, order=None):
     memory = np.full((n, 256), -1, dtype=np.float32)
     samples = np.random.default_rng(1).permutation(selection.n_samples)[:n]
     gather = Gather.open(source)
-    found = gather.find(selection, selection.cells(samples), memory.ctypes.data, Spot(), order)
-    rows = None if found is None else found[0][1]
+    cells = selection.cells(samples)
+    found = gather.find(selection, cells if order is None else cells[order], Spot(), order)
+    rows = None if found is None else found[0][1].at(memory.ctypes.data)
     return gather, rows, source.open_reader(pace), memory, oracle(WIDE)[:, 0].reshape(-1, 256)[samples], store
 
 
@@ -272,14 +274,14 @@ def test_rows_that_are_not_in_memory_are_left_to_a_ring(make_shards, monkeypatch
 
 def test_each_layer_is_looked_for_in_the_page_cache(make_shards, monkeypatch):
     store = ShardStore(make_shards(SPEC))
-    selection, memory = Selection(store.metadata, "content", (3, 7)), np.empty((64, 16), dtype=np.float32)
+    selection = Selection(store.metadata, "content", (3, 7))
     gather, cells = Gather.open(Source(store)), selection.cells(np.arange(64))
-    ((_, rows),) = gather.find(selection, cells, memory.ctypes.data, Spot())
+    ((_, rows),) = gather.find(selection, cells, Spot())
     # Those of the layers take turns.
     for layer in range(2):
-        gone = set(rows.sources()[layer::2].tolist())
+        gone = set(rows.sources[layer::2].tolist())
         monkeypatch.setattr(gather_module, "is_in_memory", lambda address, gone=gone: address not in gone)
-        assert gather.find(selection, cells, memory.ctypes.data, Spot()) is None
+        assert gather.find(selection, cells, Spot()) is None
     store.close()
 
 
@@ -312,7 +314,7 @@ def test_what_the_page_cache_does_not_hold(make_shards):
     for file in shards.glob("acts*.bin"):
         file.read_bytes()
     selection = Selection(store.metadata, "content", 0)
-    assert gather.find(selection, np.arange(400), 0, Spot()) is not None
+    assert gather.find(selection, np.arange(400), Spot()) is not None
     store.close()
 
 

@@ -18,7 +18,7 @@ from saev_torch.errors import EndedError
 from saev_torch.order.shuffle import ShuffledBatches, ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.processes.callers import ends_with_epoch
-from saev_torch.reading import engine, slots
+from saev_torch.reading import engine, scattered, slots
 from saev_torch.reading import gather as gather_module
 from saev_torch.reading.gather import Gather
 from saev_torch.reading.regions import HUGE_PAGE, OwnRegion
@@ -119,10 +119,10 @@ def test_neighbours_on_disk_follow_each_other():
     batches, n_own, n_ordered = ShuffledBatches(plan, finds_order=True), 0, 0
     for number in range(plan.n_batches):
         chunk = batches.whole(number)
-        assert np.array_equal(chunk.starts, plan.locate(number))
-        assert np.array_equal(np.sort(chunk.order), np.arange(64))
+        assert np.array_equal(chunk.starts, plan.locate(number)[chunk.rows])
+        assert np.array_equal(np.sort(chunk.rows), np.arange(64))
         # Of a block of 8, several rows may go to one batch, but never one behind the other.
-        near = [np.abs(np.diff(samples // 8)) == 0 for samples in (chunk.starts, chunk.starts[chunk.order])]
+        near = [np.abs(np.diff(samples // 8)) == 0 for samples in (plan.locate(number), chunk.starts)]
         n_own, n_ordered = n_own + near[0].sum(), n_ordered + near[1].sum()
     assert (n_own, n_ordered > 4096 // 8) == (0, True)
 
@@ -189,8 +189,8 @@ def test_one_that_is_closed_begins_no_more_tasks(cfg, monkeypatch):
     """Also where they are run in the thread that works them out."""
     contracts.save_buffers(monkeypatch, copies_here=True)
     monkeypatch.setattr(engine, "count_own_cores", lambda: 1)
-    monkeypatch.setattr(gather_module, "_MAX_PART_NBYTES", 1)
-    monkeypatch.setattr(gather_module, "MAX_READ_ROWS", 1)
+    monkeypatch.setattr(scattered, "_MAX_PART_NBYTES", 1)
+    monkeypatch.setattr(scattered, "MAX_READ_ROWS", 1)
     n_read, read, iterator = [], Gather.read, []
 
     def reading(self, rows, reader):

@@ -68,7 +68,7 @@ class Chunk:
         dealt: `[n] int64`, positions in the chunk, in the order in which they are dealt to turns.
         turns, bounds: `dealt[bounds[d]:bounds[d + 1]]` goes to `turns[d]`.
         rows: `[n] int64`, row in the batch of each of `dealt`.
-        order: `[n] int64`, rows of a whole batch, those together that are neighbours on disk, where that is known.
+        is_in_order: Whether it is a whole batch, row by row.
     """
 
     starts: _Int64s
@@ -77,10 +77,10 @@ class Chunk:
     turns: tuple[int, ...]
     bounds: tuple[int, ...]
     rows: _Int64s
-    order: _Int64s | None = None
+    is_in_order: bool = False
 
     @classmethod
-    def of_batch(cls, batch: int, samples: _Int64s, order: _Int64s | None = None) -> "Chunk":
-        """The samples `[size] int64` of a whole batch, in its own order."""
-        ones, rows = np.ones_like(samples), np.arange(len(samples))
-        return cls(samples, ones, rows, (batch,), (0, len(rows)), rows, order)
+    def of_batch(cls, batch: int, samples: _Int64s, rows: _Int64s | None = None) -> "Chunk":
+        """The samples `[size] int64` of a whole batch, row by row, or those of its `rows [size] int64`."""
+        ones, own = np.ones_like(samples), np.arange(len(samples))
+        return cls(samples, ones, own, (batch,), (0, len(own)), own if rows is None else rows, rows is None)

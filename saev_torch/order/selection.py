@@ -234,13 +234,10 @@ class Selection:
 
     def split(self, cells: _Int64s) -> tuple[_Int64s, _Int64s, _Int64s]:
         """Split cells `[m]` into example numbers, grid layers and stored tokens (0 is [CLS] if there is one)."""
-        width = self.md.tokens_per_example
-        rows = cells // width
-        tokens = cells - rows * width
+        rows, tokens = _divmod(cells, self.md.tokens_per_example)
         if self.n_grid_layers == 1:
             return rows, np.zeros_like(rows), tokens
-        examples = rows // self.n_grid_layers
-        return examples, rows - examples * self.n_grid_layers, tokens
+        return *_divmod(rows, self.n_grid_layers), tokens
 
     def columns(self, cells: _Int64s) -> dict[str, _Int64s]:
         """What a batch says of cells `[m]`: `example_idx`, `token_idx` and, if each is a sample of its own, `layer`."""
@@ -273,16 +270,29 @@ class Selection:
 
         Part p of a sample is `(layer_idxs[p] - layer_idxs[0]) * tokens_per_example` rows further on.
         """
-        return self.rows_of(*self.split(cells))
+        if self.n_grid_layers > 1:
+            return self.rows_of(*self.split(cells))
+        # Cells follow each other as rows do, but for what other layers have between.
+        width, n_between = self.md.tokens_per_example, len(self.md.layers) - 1
+        shards, rows = _divmod(cells, self.md.examples_per_shard * width)
+        if n_between:
+            rows += rows // width * (n_between * width)
+            rows += self.layer_idxs[0] * width
+        return shards, rows
 
     def rows_of(self, examples: _Int64s, layers: _Int64s, tokens: _Int64s) -> tuple[_Int64s, _Int64s]:
         """As `disk_rows`, for cells that `split` has split."""
-        per_shard = self.md.examples_per_shard
-        shards = examples // per_shard
-        in_shard = examples - shards * per_shard
+        shards, in_shard = _divmod(examples, self.md.examples_per_shard)
         if not self.layer_is_all:
             layers = layers + self.layer_idxs[0]
         return shards, (in_shard * len(self.md.layers) + layers) * self.md.tokens_per_example + tokens
+
+
+def _divmod(numbers: _Int64s, by: int) -> tuple[_Int64s, _Int64s]:
+    # numpy's own takes the remainders one by one.
+    quotients = numbers // by
+    rest = quotients * by
+    return quotients, np.subtract(numbers, rest, out=rest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,8 @@ from saev_torch.order.streams import CHUNKS, Streams
 _Int64s = NDArray[np.int64]
 
 _MIN_PART_TO_SPARE = 4
+# Positions in a chunk have no more, see `permute.shuffled`.
+_N_BITS = 31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +191,7 @@ class ShufflePlan(Batching):
 class ShuffledBatches:
     """The batches of a plan, in ascending order, each by itself. Of each lane the chunks of the last one are kept.
 
-    Where it `finds_order`, a batch also says which of its rows are neighbours in the stream.
+    Where it `finds_order`, samples that are neighbours in the stream are neighbours in the chunk of a batch.
     """
 
     def __init__(self, plan: ShufflePlan, finds_order: bool = False) -> None:
@@ -198,42 +200,44 @@ class ShuffledBatches:
 
     def locate(self, batch: int) -> _Int64s:
         """The samples of a batch, row by row: `[size] int64`."""
-        return self._locate(batch)[0]
+        dealt, rows = self._dealt(batch)
+        samples = np.empty_like(dealt)
+        samples[rows] = dealt
+        return samples
 
-    def _locate(self, batch: int) -> tuple[_Int64s, _Int64s | None]:
-        """The samples of a batch, row by row, and if it `finds_order` its rows chunk by chunk: `[size] int64` each."""
+    def whole(self, batch: int) -> Chunk:
+        """A batch as one chunk."""
+        samples = self._dealt(batch) if self._finds_order else (self.locate(batch),)
+        return Chunk.of_batch(batch, *samples)
+
+    def _dealt(self, batch: int) -> tuple[_Int64s, _Int64s]:
+        """The samples of a batch, chunk by chunk, and the rows that they go to: `[size] int64` each."""
         plan = self._plan
         turn, lane = divmod(batch, plan.n_lanes)
-        kept, used = self._kept.get(lane, {}), {}
-        samples, order = np.empty(plan.size(batch), dtype=np.int64), []
+        kept, used, parts = self._kept.get(lane, {}), {}, []
         for d in range(plan.depth(lane)):
             number = (turn - d) % plan.n_turns(lane)
             dealt, rows, bounds = used[number] = kept.get(number) or self._deal(lane, number)
             part = slice(bounds[d], bounds[d + 1])
-            samples[rows[part]] = dealt[part]
-            order.append(rows[part])
+            parts.append((dealt[part], rows[part]))
         self._kept[lane] = used
-        return samples, np.concatenate(order) if self._finds_order else None
+        samples, rows = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return samples, rows
 
     def _deal(self, lane: int, number: int) -> tuple[_Int64s, _Int64s, tuple[int, ...]]:
         """The samples of a chunk, and the rows of batches that they go to, turn by turn."""
         chunk = self._plan.chunk(lane, number)
-        if not self._finds_order:
-            return expand_runs(chunk.starts, chunk.lengths)[chunk.dealt], chunk.rows, chunk.bounds
-        # Those of each turn in the order of the stream.
-        at, n = np.empty_like(chunk.dealt), len(chunk.dealt)
-        at[chunk.dealt] = np.arange(n)
-        turns = np.repeat(
-            np.arange(len(chunk.turns), dtype=np.min_scalar_type(len(chunk.turns))), np.diff(chunk.bounds)
-        )
-        # Of so small numbers it counts, and compares nothing.
-        order = at[np.argsort(turns[at], kind="stable")]
         samples = expand_runs(chunk.starts, chunk.lengths)
-        return samples[chunk.dealt[order]], chunk.rows[order], chunk.bounds
-
-    def whole(self, batch: int) -> Chunk:
-        """A batch as one chunk, in its own order."""
-        return Chunk.of_batch(batch, *self._locate(batch))
+        if not self._finds_order:
+            return samples[chunk.dealt], chunk.rows, chunk.bounds
+        # Those of each turn in the order of the stream: a position in it, and behind that which of `dealt` it is.
+        keys = chunk.dealt << _N_BITS
+        keys |= np.arange(len(keys))
+        for start, stop in itertools.pairwise(chunk.bounds):
+            keys[start:stop].sort()
+        at = keys & ((1 << _N_BITS) - 1)
+        keys >>= _N_BITS
+        return samples[keys], chunk.rows[at], chunk.bounds
 
 
 @functools.lru_cache(maxsize=8)

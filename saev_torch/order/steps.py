@@ -67,7 +67,7 @@ def make_steps(plan: Plan, share: Share, one_by_one: bool = False, finds_order: 
     """Yield the steps of one reader, in order: over all of them, each owned batch once.
 
     With `one_by_one` the batches of a plan with a buffer are the same, but each has a step of its own, and needs none;
-    where it `finds_order`, too, with what `Chunk.order` says.
+    where it `finds_order`, too, its samples are in one in which neighbours on disk follow each other.
     """
     n = plan.n_batches
     for start in range(share.first // n * n if n else share.stop, share.stop, max(1, n)):
@@ -120,19 +120,18 @@ class MixedBatches:
         self._passes: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
 
     def whole(self, batch: int) -> Chunk:
-        """A batch as one chunk, in its own order."""
-        plan, orders = self._plan, []
+        """A batch as one chunk, source by source."""
+        plan, samples, into = self._plan, [], []
         used: dict[tuple[int, int], tuple[Pass, ShuffledBatches | CutUniformPlan]] = {}
-        samples = np.empty(plan.size(batch), dtype=np.int64)
         for source, first_sample in enumerate(plan.first_samples):
             for number in plan.pass_numbers(source, batch, batch + 1):
                 key = source, number
                 made, batches = used[key] = self._passes.get(key) or self._begin(source, number)
                 rows, part = plan.rows(made, batch), batches.whole(batch - made.first)
-                samples[rows] = part.starts + first_sample
-                orders.append(rows if part.order is None else rows[part.order])
+                samples.append(part.starts + first_sample)
+                into.append(rows[part.rows])
         self._passes = used
-        return Chunk.of_batch(batch, samples, np.concatenate(orders))
+        return Chunk.of_batch(batch, np.concatenate(samples), np.concatenate(into))
 
     def _begin(self, source: int, number: int) -> tuple[Pass, ShuffledBatches | CutUniformPlan]:
         made = make_pass(self._plan, source, number)

@@ -50,11 +50,11 @@ class Column:
 
     def of_cells(self, selection: Selection, cells: _Int64s, spot: Spot | None = None) -> _Values:
         """Read the values of cells, `[n]`, 0 for a special token."""
+        kept = self._whole(spot)
+        if not selection.n_special and selection.n_grid_layers == 1:
+            return self._at(cells, kept, spot)
         examples, _, tokens = selection.split(cells)
-        at, kept = examples * self._width + tokens, self._whole(spot)
-        if not selection.n_special:
-            return self._at(at, kept, spot)
-        at -= selection.n_special
+        at = examples * self._width + tokens - selection.n_special
         content = tokens >= selection.n_special
         if content.all():
             return self._at(at, kept, spot)

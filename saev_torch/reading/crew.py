@@ -102,7 +102,7 @@ class Crew:
 
     def count_working(self) -> int:
         """How many of the threads do not wait, as things stand."""
-        return max(1, sum(self._pace.wait_s(number) is None for number in range(len(self.threads))))
+        return self._pace.count_working(len(self.threads))
 
     def task_nbytes(self, nbytes: int) -> int:
         """How many bytes a task is to read, of so many that are to be read."""

@@ -10,6 +10,7 @@ a buffer is faster once it is there, so this is for a worker that ends with its 
 
 import dataclasses
 import functools
+import itertools
 import operator
 import os
 import threading
@@ -30,9 +31,10 @@ from saev_torch.reading.crew import Crew, Task, guarded, start_threads
 from saev_torch.reading.direct import fits_page_cache
 from saev_torch.reading.extents import Extents, Placed, make_sample_extents, place
 from saev_torch.reading.feeds import AnyFeed, AnyGather
-from saev_torch.reading.gather import Found, Gather, ScatteredRows, copies_here
+from saev_torch.reading.gather import Found, FoundBatch, Gather, copies_here
 from saev_torch.reading.patience import OnWait, Patience, Reads
 from saev_torch.reading.reader import Pace, Reader, Spot
+from saev_torch.reading.scattered import ScatteredRows
 from saev_torch.reading.slots import OpenBatch, Pools, make_pool
 
 # How long all threads together have to leave what they are at; one that waits for a disk may never do so.
@@ -45,6 +47,9 @@ _SMALL_NBYTES = 8 << 20
 _LARGE_NBYTES, _WIDE_NBYTES = 256 << 20, 1 << 10
 # Threads up to which it pays that they gather neighbours together.
 _MOST_IN_ORDER = 2
+# What works out a batch leaves the caches of the processor while rows are copied: so many batches are worked out
+# together, or those of so many samples.
+_MOST_TOGETHER, _SAMPLES_TOGETHER = 16, 1 << 17
 # Batches until it is known whether memory comes slowly, and buffers of them after which a buffer has paid all the same.
 _N_TRIED, _MOST_BUFFERS = 4, 12
 
@@ -113,22 +118,24 @@ class Engine:
         self.batches.one_by_one = saves_buffer or isinstance(self._plan, UniformPlan | OrderedPlan)
         # With more threads, not the copying but the working out is what is waited for.
         finds_order = self._crew.count_working() <= _MOST_IN_ORDER
-        steps, reader = make_steps(self._plan, self._share, saves_buffer, finds_order), None
-        while (step := next(steps, None)) is not None:
+        steps, reader = self._look_ahead(make_steps(self._plan, self._share, saves_buffer, finds_order)), None
+        while (found := next(steps, None)) is not None:
+            step, wanted = found
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
                 return
             has = self._store.has_labels, self._store.has_token_ids
             for batch in new:
                 self.batches.open_one(batch, self._plan.size(batch % self._plan.n_batches), *has)
-            rows = self._find_rows(step)
+            rows = self._place_rows(step, wanted)
             if saves_buffer:
                 if rows is None or self._wants_buffer(n_saved):
                     # From here on with the buffer, this batch, too. A disk wants many rows at a time.
                     self._only(step).is_finished = False
                     saves_buffer = self.batches.one_by_one = self._pool.is_streamed = False
                     self._gather = None
-                    steps = make_steps(self._plan, dataclasses.replace(self._share, first=step.batches[0]))
+                    share = dataclasses.replace(self._share, first=step.batches[0])
+                    steps = self._look_ahead(make_steps(self._plan, share))
                     continue
                 n_saved += 1
             running = Running(step, 0)
@@ -211,16 +218,44 @@ class Engine:
         ((number, _),) = step.loads[0].targets
         return self.batches.open[number]
 
-    def _find_rows(self, step: Step) -> list[Found] | None:
-        """The rows of a batch, in its own order, where they are to be gathered; tell the batch which cells it holds."""
-        if self._gather is None or self._gather.is_refused or (self._pace.is_slow and has_buffer(self._plan)):
+    def _look_ahead(self, steps: Iterator[Step]) -> Iterator[tuple[Step, FoundBatch | None]]:
+        """Steps, and what `_find_rows` says of each; where rows are copied here, of some together."""
+        # The first alone, so that it comes early.
+        n = 1
+        while n:
+            some: list[tuple[Step, FoundBatch | None]] = []
+            try:
+                for step in itertools.islice(steps, n):
+                    some.append((step, self._find_rows(step)))
+                    if some[-1][1] is None:
+                        break
+            finally:
+                # Those before one that cannot be found, too.
+                yield from some
+            found = some[-1][1] if some else None
+            if found is not None and self._gather is not None and self._gather.is_fast:
+                n = min(2 * n, _MOST_TOGETHER, max(1, _SAMPLES_TOGETHER // len(found[0])))
+            else:
+                n = len(some[:1])
+
+    def _find_rows(self, step: Step) -> FoundBatch | None:
+        """A batch whose rows are to be gathered."""
+        if self._gather is None or self._gather.is_refused:
             return None
-        opened = self._only(step)
-        chunk, spot = step.loads[0].chunk, self._scheduler_spot
-        opened.cells[:] = self._selection.cells(chunk.starts)
-        rows = self._gather.find(self._selection, opened.cells, opened.slot.address, spot, chunk.order)
-        opened.is_finished = rows is not None
-        return rows
+        chunk = step.loads[0].chunk
+        cells = self._selection.cells(chunk.starts)
+        numbers = None if chunk.is_in_order else chunk.rows
+        rows = self._gather.find(self._selection, cells, self._scheduler_spot, numbers)
+        return None if rows is None else (cells, rows)
+
+    def _place_rows(self, step: Step, wanted: FoundBatch | None) -> list[Found] | None:
+        """Rows that were found, if they are still to be gathered; tell the batch, which is open, what it holds."""
+        if wanted is None or self._gather is None or (self._pace.is_slow and has_buffer(self._plan)):
+            return None
+        opened, (cells, found) = self._only(step), wanted
+        opened.cells[step.loads[0].chunk.rows] = cells
+        opened.is_finished = True
+        return [(gather, rows.at(opened.slot.address)) for gather, rows in found]
 
     def _check(self, placed: Placed) -> None:
         """Make sure that nothing is written to memory that is not for this; a `ReadError` says so."""

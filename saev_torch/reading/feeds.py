@@ -174,14 +174,12 @@ class JointGather:
         """Whether the system has refused to map a file, or machine code cannot copy any more."""
         return any(gather.is_refused or not gather.copies_anywhere for gather in self._gathers)
 
-    def find(
-        self, selection: AnySelection, cells: _Int64s, place: int, spot: Spot, order: _Int64s | None
-    ) -> list[Found] | None:
+    def find(self, selection: AnySelection, cells: _Int64s, spot: Spot, numbers: _Int64s | None) -> list[Found] | None:
         """As `Gather.find`; None where rows of any source are not in memory."""
-        order, found = np.arange(len(cells)) if order is None else order, []
-        for one in divide(selection, cells[order]):
+        numbers, found = np.arange(len(cells)) if numbers is None else numbers, []
+        for one in divide(selection, cells):
             gather = self._gathers[one.number]
-            rows = gather.find_some(one.selection, one.cells, place, spot, order[one.at])
+            rows = gather.find_some(one.selection, one.cells, spot, numbers[one.at])
             if rows is None:
                 return None
             found.append((gather, rows))

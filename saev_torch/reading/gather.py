@@ -13,13 +13,11 @@ shards than may be kept open.
 """
 
 import ctypes
-import dataclasses
 import functools
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -29,10 +27,10 @@ from numpy.typing import NDArray
 from saev_torch.order.joint import AnySelection, divide
 from saev_torch.order.runs import MAX_READ_ROWS
 from saev_torch.order.selection import Selection
-from saev_torch.reading.extents import make_extents
 from saev_torch.reading.mapping import Mapping, is_in_memory
 from saev_torch.reading.reader import Reader, Spot
 from saev_torch.reading.rowcopy import find_row_copy
+from saev_torch.reading.scattered import ScatteredRows, find_sources
 from saev_torch.reading.source import Source
 from saev_torch.reading.watch import find_watch
 
@@ -43,8 +41,6 @@ _Bytes = NDArray[np.uint8]
 _N_PROBES = 8
 # Files of which each is looked at.
 _N_FEW = 32
-# What one thread gathers at a time, unless a single call is more.
-_MAX_PART_NBYTES = 64 << 20
 # What is copied here until it is seen whether a disk was waited for, of rows as many as this at most.
 _PIECE_NBYTES, _MOST_ROWS = 8 << 20, 2 * MAX_READ_ROWS
 # What is converted is gathered to memory that stays in the cache of the core.
@@ -96,67 +92,11 @@ class AnyStore(Protocol):
         """As of a store."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ScatteredRows:
-    """Rows from anywhere, and where they go in memory.
-
-    Attributes:
-        shards, offsets: `[n] int64`, shard and byte offset there of each row.
-        row_nbytes: Size of a row on disk.
-        place: Address of the first row in memory.
-        stride: Bytes that a row takes there.
-        mappings: Shards by number, those that rows are in.
-        numbers: `[n] int64`, which row from `place` on each becomes; None where they go one behind the other.
-    """
-
-    shards: _Int64s
-    offsets: _Int64s
-    row_nbytes: int
-    place: int
-    stride: int
-    mappings: dict[int, Mapping]
-    numbers: _Int64s | None = None
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def sources(self, step: int = 1) -> _Int64s:
-        """`[n] int64`, the address of each row in its mapping; or of every so many."""
-        bases = np.zeros(max(self.mappings, default=0) + 1, dtype=np.int64)
-        for number, mapping in self.mappings.items():
-            bases[number] = mapping.address
-        sources: _Int64s = bases[self.shards[::step]] + self.offsets[::step]
-        return sources
-
-    def divide(self, n_parts: int) -> Iterator["ScatteredRows"]:
-        """Divide the rows into parts of about the same size, of whole calls."""
-        n_calls = -(-len(self) // MAX_READ_ROWS)
-        most = MAX_READ_ROWS * max(
-            1, min(-(-n_calls // n_parts), _MAX_PART_NBYTES // (MAX_READ_ROWS * self.row_nbytes))
-        )
-        for start in range(0, len(self), most):
-            yield self.part(start, min(len(self), start + most))
-
-    def part(self, start: int, stop: int) -> "ScatteredRows":
-        """A range of the rows."""
-        shards, offsets = self.shards[start:stop], self.offsets[start:stop]
-        if self.numbers is not None:
-            return dataclasses.replace(self, shards=shards, offsets=offsets, numbers=self.numbers[start:stop])
-        return dataclasses.replace(self, shards=shards, offsets=offsets, place=self.place + start * self.stride)
-
-    def read(self, reader: Reader) -> None:
-        """Read the rows with a reader, in the order of the disk; errors are those of `Reader.read`."""
-        order = np.lexsort((self.offsets, self.shards))
-        # What becomes wider in memory is read to the back of its place.
-        numbers = order if self.numbers is None else self.numbers[order]
-        places = self.place + numbers * self.stride + (self.stride - self.row_nbytes)
-        rows = self.offsets[order] // self.row_nbytes
-        extents = make_extents(self.shards[order], rows, places, self.row_nbytes)
-        reader.read(extents, 0, len(extents.nbytes))
-
-
 Found: TypeAlias = "tuple[Gather, ScatteredRows]"
 """Rows, and what gathers them."""
+
+FoundBatch: TypeAlias = tuple[_Int64s, list[Found]]
+"""The cells of a batch, `[n] int64`, and its rows, without a place."""
 
 
 def copies_here() -> bool:
@@ -201,23 +141,24 @@ class Gather:
         return copies_here()
 
     def find(
-        self, selection: AnySelection, cells: _Int64s, place: int, spot: Spot, order: _Int64s | None = None
+        self, selection: AnySelection, cells: _Int64s, spot: Spot, numbers: _Int64s | None = None
     ) -> list[Found] | None:
         """Find the rows of samples, which go to a place one behind the other; None where some are not in memory.
 
-        `cells` are `[n] int64`, in the order in which the samples go there; `order`, likewise, lists them in one in
-        which neighbours on disk follow each other, which is faster to copy. Errors are those of `ShardStore.opened`.
+        `cells` are `[n] int64`, in the order in which the samples go there. Else `numbers`, likewise, say which one
+        there each becomes: where neighbours on disk follow each other, they are faster to copy. Errors are those of
+        `ShardStore.opened`.
         """
-        if order is not None and self.copies_anywhere:
-            cells = cells[order]
-        else:
-            order = None
+        if numbers is not None and not self.copies_anywhere:
+            in_order = np.empty_like(cells)
+            in_order[numbers] = cells
+            cells, numbers = in_order, None
         (own,) = divide(selection, cells)
-        rows = self.find_some(own.selection, own.cells, place, spot, order)
+        rows = self.find_some(own.selection, own.cells, spot, numbers)
         return None if rows is None else [(self, rows)]
 
     def find_some(
-        self, selection: Selection, cells: _Int64s, place: int, spot: Spot, numbers: _Int64s | None
+        self, selection: Selection, cells: _Int64s, spot: Spot, numbers: _Int64s | None
     ) -> ScatteredRows | None:
         """As `find`, of samples that become rows of these numbers `[n] int64` in memory; else one behind the other."""
         row_nbytes, n_parts = selection.md.row_nbytes, selection.n_parts
@@ -232,9 +173,10 @@ class Gather:
         if mappings is None:
             return None
         stride = selection.act_nbytes // n_parts
-        found = ScatteredRows(shards, rows * row_nbytes, row_nbytes, place, stride, mappings, numbers)
+        sources = find_sources(mappings, shards, rows * row_nbytes)
+        found = ScatteredRows(shards, sources, row_nbytes, stride, mappings, numbers)
         # An odd step, so that not all are of one layer.
-        probed = found.sources(len(found) // _N_PROBES | 1).tolist()
+        probed = found.sources[:: len(found) // _N_PROBES | 1].tolist()
         return found if all(map(is_in_memory, probed)) else None
 
     def _map(self, wanted: list[int], spot: Spot) -> dict[int, Mapping] | None:
@@ -256,7 +198,7 @@ class Gather:
         done, pace = 0, reader.pace
         if pace is None or not pace.is_slow:
             began, n_before = time.monotonic(), _n_waits()
-            reader.spot.set(functools.partial(tuple[int, int], (int(rows.shards[0]), int(rows.offsets[0]))))
+            reader.spot.set(functools.partial(rows.where, 0))
             done = self._gather(rows, n_before + len(rows) // _ROWS_PER_WAIT)
             reader.spot.clear()
             if pace is not None:
@@ -271,7 +213,7 @@ class Gather:
 
     def _gather(self, rows: ScatteredRows, most_waits: int) -> int:
         """Gather rows until this thread has waited so often; how many of the first ones are where they belong."""
-        sources, is_here = rows.sources(), self.is_fast and all(map(_is_watched, rows.mappings.values()))
+        is_here = self.is_fast and all(map(_is_watched, rows.mappings.values()))
         stage, n_at_once = None, MAX_READ_ROWS
         if rows.numbers is not None and not is_here:
             # What came since keeps us from copying: only that puts each row where it belongs.
@@ -283,21 +225,25 @@ class Gather:
             stage = np.empty(n_at_once * rows.row_nbytes, dtype=np.uint8)
         done = 0
         while done < len(rows):
-            some = sources[done : done + n_at_once]
-            whole = self._copy(rows.part(done, done + len(some)), some, stage, is_here)
+            n = min(n_at_once, len(rows) - done)
+            whole = self._copy(rows, done, n, stage, is_here)
             done += whole
-            if whole < len(some) or _n_waits() > most_waits:
+            if whole < n or _n_waits() > most_waits:
                 break
         # Of many files, to look which ones these rows are in is the shorter way.
         shards = rows.mappings if len(rows.mappings) < _N_FEW else _numbers_in(rows.shards)
         return done if all(rows.mappings[shard].is_whole for shard in shards) else 0
 
-    def _copy(self, rows: ScatteredRows, sources: _Int64s, stage: _Bytes | None, is_here: bool) -> int:
-        """Copy rows from addresses to where they go, and convert them; how many of the first ones are there."""
-        place, nbytes, stride = rows.place, rows.row_nbytes, rows.stride
+    def _copy(self, rows: ScatteredRows, start: int, n: int, stage: _Bytes | None, is_here: bool) -> int:
+        """Copy `n` rows from one on to where they go, and convert them; how many of the first ones are there."""
+        sources, nbytes, stride = rows.sources[start : start + n], rows.row_nbytes, rows.stride
+        if rows.numbers is not None and self._row_copy is not None:
+            self._row_copy(sources, rows.place, nbytes, stride, numbers=rows.numbers[start : start + n])
+            return n
+        place = rows.place + start * stride
         if is_here and self._row_copy is not None:
-            self._row_copy(sources, place, nbytes, stride, numbers=rows.numbers)
-            return len(sources)
+            self._row_copy(sources, place, nbytes, stride)
+            return n
         if stage is not None and self._convert_run is not None:
             n = self._copy_plain(sources, stage.ctypes.data, nbytes, nbytes, is_here)
             self._convert_run(stage.ctypes.data, place, n * nbytes)

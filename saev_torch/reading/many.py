@@ -11,8 +11,9 @@ from saev_torch.order.selection import Selection
 from saev_torch.processes.world import count_own_cores
 from saev_torch.reading.crew import Task, run_tasks
 from saev_torch.reading.extents import Extents, make_sample_extents
-from saev_torch.reading.gather import Gather, ScatteredRows
+from saev_torch.reading.gather import Gather
 from saev_torch.reading.reader import CallReader, Pace, Reader, Spot
+from saev_torch.reading.scattered import ScatteredRows
 from saev_torch.reading.slots import Slot
 from saev_torch.reading.source import Source
 
@@ -56,17 +57,17 @@ class ManyReader:
         self._gather = Gather.open(source)
         self._pace = Pace(1)
 
-    def read(self, cells: _Int64s, order: _Int64s, back: _Int64s, slot: Slot) -> Finish:
+    def read(self, cells: _Int64s, rows: _Int64s, slot: Slot) -> Finish:
         """Read samples, each to its row of a slot; what is left to do with the activations is returned.
 
-        `cells`, `[n] int64`, are in the order of the disk. The rows that they go to are `order`, and `back` is the
-        inverse of it.
+        `cells` are `[n] int64`, in the order of the disk, and `rows` likewise.
         """
         if self._gather is not None and are_many(len(cells)):
-            found = self._gather.find(self._selection, cells[back], slot.address, Spot(), order)
+            found = self._gather.find(self._selection, cells, Spot(), rows)
             if found is not None:
-                return self._gather_rows(*found[0], slot)
-        places = slot.address + order * self._selection.act_nbytes
+                gather, found_rows = found[0]
+                return self._gather_rows(gather, found_rows.at(slot.address), slot)
+        places = slot.address + rows * self._selection.act_nbytes
         return self._read_extents(make_sample_extents(self._selection, cells, places), slot)
 
     def _gather_rows(self, gather: Gather, rows: ScatteredRows, slot: Slot) -> Finish:

@@ -88,6 +88,10 @@ class Pace:
         self.is_slow = seconds > nbytes / _SLOW_NBYTES_PER_S + n_calls * _CALL_S
         self.to_announce = max(_MIN_ANNOUNCED_NBYTES, int(nbytes / max(seconds, 1e-9) * _ANNOUNCED_S))
 
+    def count_working(self, n_threads: int) -> int:
+        """How many of the threads read, as things stand."""
+        return n_threads if self.is_slow else min(self._n_regular, n_threads)
+
     def wait_s(self, number: int) -> float | None:
         """How long thread `number`, from 0, is to wait before it takes a task; None for not at all."""
         if number < self._n_regular or self.is_slow:
