@@ -590,6 +590,9 @@ def main() -> None:
     """Answer one line for each request: the process that was forked; and one when it has ended: its exit code."""
     # Compiled here, once for all processes.
     find_convert_kernels("bfloat16", "float32", False)
+    # What is imported need not be looked at by each garbage collection of each process, the last ones too.
+    gc.collect()
+    gc.freeze()
     for request in _lines():
         pid = os.fork()
         if pid == 0:
