@@ -21,6 +21,10 @@ from hypothesis import HealthCheck, settings
 from saev_torch.processes.notices import Notices
 from saev_torch.reading import leases
 
+_HERE = Path(__file__).parent
+# Of Python processes that tests start: ours first, then `startup`, which Python imports from.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (_HERE.parent, _HERE, _HERE / "startup")))
+
 # How long a test waits for what must happen: long, because a loaded machine is slow, and only a failure waits so long.
 PATIENCE_S = 60.0
 # How long after a test what it used may take to go away: worker processes end a moment after their loader.

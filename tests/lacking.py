@@ -10,6 +10,7 @@ the mount anyway, and names because sitecustomize.py beside this, in a folder of
 
 import ctypes
 import errno
+import gc
 import json
 import mmap
 import os
@@ -194,6 +195,9 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     import torch.utils.data  # noqa: F401 -- once for all
+
+    # What is imported need not be looked at by each garbage collection of each process.
+    gc.freeze()
 
     for job in json.loads(sys.argv[1]):
         pid = os.fork()

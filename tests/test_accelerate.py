@@ -32,7 +32,7 @@ def run_ranks(out: Path, shards: Path, cases: list[dict[str, Any]]) -> list[list
     arguments = {"shards": str(shards), "out": str(out), "cases": cases}
     command = [sys.executable, str(HERE / "accelerate_script.py"), json.dumps(arguments)]
     common = {
-        **os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:

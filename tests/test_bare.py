@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
     spec = factory.Spec(n_examples=40, content_tokens=24, layers=(3, 7), d_model=16, examples_per_shard=13)
     (root / "place").mkdir()
     asked = {"shards": str(factory.make_shards(root / "made", spec)), "place": str(root / "place")}
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "NO_COLOR": "1"}
+    env = os.environ | {"NO_COLOR": "1"}
     command = [sys.executable, str(ROOT / "tests" / "bare.py"), json.dumps({**asked, "packages": PACKAGES})]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr

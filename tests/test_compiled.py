@@ -111,8 +111,7 @@ from saev_torch.reading.compiled import find_sum_kernel
 from saev_torch.reading.kernels import find_convert_kernels
 assert find_convert_kernels("float16", "float32", False) is None and find_sum_kernel() is None
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith(logged)
     assert done.stderr.count("\n") == bool(logged)

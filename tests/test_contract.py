@@ -363,7 +363,7 @@ def test_a_new_process_draws_the_same_and_is_silent(made, hash_seed, n_workers, 
         [sys.executable, "-W", "error", Path(contracts.__file__), json.dumps(arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
         timeout=250,
         check=False,
     )

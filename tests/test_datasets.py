@@ -492,7 +492,6 @@ def test_debug_without_logging_set_up(make_shards):
             [sys.executable, "-W", "error", "-c", script, shards, debug, n_workers],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
             timeout=240,
             check=False,
         )
@@ -566,9 +565,8 @@ def test_use_tmpdir_in_several_processes(make_shards, tmpdir_env):
         "print(contracts.digest(ShuffledActivations(cfg)))\n"
     )
     cfg = config(make_shards)
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     running = [
-        subprocess.Popen([sys.executable, "-c", script, cfg.shards], stdout=subprocess.PIPE, text=True, env=env)
+        subprocess.Popen([sys.executable, "-c", script, cfg.shards], stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     outputs = [process.communicate(timeout=240)[0].split() for process in running]

@@ -33,7 +33,7 @@ def server(tmp_path_factory):
     shim = tmp_path_factory.mktemp("shim") / "faults.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shim, here / "faults.c", "-ldl"], check=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    env |= {"LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    env |= {"LD_PRELOAD": str(shim)}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", here / "faults.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
         bufsize=0,

@@ -258,9 +258,8 @@ def test_a_copy_in_use_elsewhere_is_kept(cfg: ShuffledConfig, scratch: Path) -> 
         "sys.stdin.read()\n"
         "print(sum(len(batch['act']) for batch in ds))\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, str(cfg.shards)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as user:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as user:
         assert user.stdout is not None
         assert user.stdout.readline() == "open\n"
         _rewrite(cfg)

@@ -413,7 +413,6 @@ def test_a_killed_worker_leaves_what_was_received(make_shards):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         timeout=240,
         check=False,
     )
@@ -447,7 +446,6 @@ def test_workers_end_when_their_parent_is_killed(make_shards):
     done = subprocess.run(
         [sys.executable, "-c", ORPHANS, str(shards)],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=240,
         check=False,
     )
@@ -768,7 +766,7 @@ def test_a_killed_worker_leaves_no_more_than_is_kept(make_shards):
     )
     done = subprocess.run(
         [sys.executable, "-c", KILLED_AND_KEPT, str(make_shards(spec))], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=240,
+        timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     # A batch takes 76 KB; with the buffer, and what was on its way, the worker had twice as many.

@@ -362,7 +362,6 @@ def test_an_interrupt_is_heard_where_the_shell_ignores_it():
     start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     answers = [
         subprocess.run([sys.executable, "-c", what], capture_output=True, text=True, timeout=240, cwd=ROOT / "tests",
-                       env={**os.environ, "PYTHONPATH": str(ROOT)},
                        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)).stdout
         for what in (start, f"import conftest; conftest.pytest_configure(); {start}")
     ]  # fmt: skip

@@ -42,7 +42,6 @@ def test_notebook(name, monkeypatch):
         pytest.importorskip(package)
     pytest.importorskip("ipykernel")
     # The kernel runs in notebooks/, and must find this package whether or not it is installed.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -158,7 +158,7 @@ def torchrun(n_ranks: int, out: Path, **arguments: Any) -> list[dict[str, Any]]:
     out.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
     command += [str(HERE / "torchrun_script.py"), json.dumps({**arguments, "out": str(out)})]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(n_ranks)]

@@ -78,10 +78,9 @@ def test_a_container_size_dev_shm_is_enough(make_shards, tmp_path):
     command = ["unshare", "-m", "sh", "-c", mount, "sh"]
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounting a small /dev/shm is not allowed here")
-    root = str(Path(__file__).parents[1])
     done = subprocess.run(
         [*command, sys.executable, "-W", "error", str(script), str(shards)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=240,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("50000 True\n", "")
 
@@ -110,10 +109,9 @@ assert [int(data_set[7]["example_idx"]) for data_set in kept[::3]] == [1] * 200
 
 
 def test_600_data_sets_in_one_process(shards):
-    root = str(Path(__file__).parents[1])
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-c", MANY_DATA_SETS, str(shards)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=240,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert int(done.stdout) < 128
@@ -139,9 +137,8 @@ print(max(fds) < 100)
 def test_all_batches_are_kept_with_few_descriptors(make_shards):
     """1,500 of them, of which 600 are open at a time in the worker; 256 descriptors would do for none of the two."""
     shards = make_shards(n_examples=250, content_tokens=24, cls=False, layers=(0,), d_model=8, examples_per_shard=99)
-    root = str(Path(__file__).parents[1])
     done = subprocess.run(
         ["sh", "-c", 'ulimit -n 256 && exec "$@"', "sh", sys.executable, "-c", KEEP_ALL, str(shards)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": root}, timeout=240,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("750 True\n750 True\nTrue\n", "")

@@ -340,7 +340,7 @@ def test_ranks_write_what_one_process_writes(tmp_path):
     md = Metadata(**rank_writes.SPEC.metadata())
     alone = write_all(tmp_path / "alone", md).shards_dir
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent.parent}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, rank_writes.__file__, str(tmp_path / "ranks")],
         env=environment, capture_output=True, text=True, timeout=240,

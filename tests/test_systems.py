@@ -61,7 +61,7 @@ def _run(root: Path, cases: dict[str, list[str]], methods: list[str]) -> dict[st
         cache = None if lacks == ["HOME.absent"] else str(root / f"cache{i}")
         jobs.append({"lacks": lacks, "cache": cache, "tour": tour, "out": str(root / f"{i}.json")})
     here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here / "lacks", ROOT, here)))}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here / "lacks"), os.environ["PYTHONPATH"]))}
     command = [sys.executable, str(here / "lacking.py"), json.dumps(jobs)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr

@@ -61,7 +61,6 @@ def runs(shards: Path, out: Path, names: Sequence[str]) -> dict[str, list[str]]:
 
 def execute(command: Sequence[str], arguments: dict[str, Any]) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
     command = [sys.executable, *command, str(HERE / "example_runs.py"), json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,7 @@ def ranks(cfg: ShuffledConfig, tmp_path_factory: pytest.TempPathFactory) -> list
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = {"shards": str(cfg.shards), "fields": FIELDS, "out": str(out)}
     command += [str(HERE / "trainer_runs.py"), json.dumps(arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
     assert done.returncode == 0, done.stderr
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]

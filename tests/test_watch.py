@@ -46,10 +46,11 @@ def copy(address):
 
 # Each program in a child of its own, of a process that imports torch once, which takes seconds.
 SERVER = """
-import os, sys, traceback
+import gc, os, sys, traceback
 from pathlib import Path
 from saev_torch.reading import mapping, rowcopy, watch
 
+gc.freeze()
 for folder in map(Path, sys.argv[1:]):
     pid = os.fork()
     if pid == 0:
@@ -79,8 +80,7 @@ def pages(tmp_path):
 
 
 def start(*arguments):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-c", *map(str, arguments)], env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", *map(str, arguments)], capture_output=True, text=True)
 
 
 def run(code, pages):

@@ -9,6 +9,7 @@ global random number generator.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ _C2 = 0x94D049BB133111EB
 
 _Int64s = NDArray[np.int64]
 _UInt64s = NDArray[np.uint64]
+_Ints = TypeVar("_Ints", _Int64s, _UInt64s)
 
 
 def make_key(*parts: int) -> int:
@@ -66,11 +68,13 @@ def shuffled(n: int, key: int) -> _Int64s:
     return keys.view(np.int64)
 
 
-def _divmod(x: _UInt64s, by: np.uint64) -> tuple[_UInt64s, _UInt64s]:
+def divide(x: _Ints, by: int | np.uint64) -> tuple[_Ints, _Ints]:
+    """Quotients and remainders of `x [m]`, as `divmod`."""
     # numpy divides by one number with vector instructions, but takes remainders one by one: five times slower.
-    quotients = x // by
-    rest = quotients * by
-    return quotients, np.subtract(x, rest, out=rest)
+    quotients: _Ints = x // by
+    rest: _Ints = quotients * by
+    np.subtract(x, rest, out=rest)
+    return quotients, rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Bijection:
     def _round(self, half: _UInt64s, i: int) -> _UInt64s:
         h = hashed(half, self._keys[i])
         h ^= h >> np.uint64(29)
-        return _divmod(h, self._side)[1]
+        return divide(h, self._side)[1]
 
     def _reduced(self, x: _UInt64s) -> _UInt64s:
         # Of what is below twice the side. Below zero, whole numbers begin again at the largest.
@@ -121,13 +125,13 @@ class Bijection:
         return np.minimum(x, less, out=less)
 
     def _encrypt(self, x: _UInt64s) -> _UInt64s:
-        left, right = _divmod(x, self._side)
+        left, right = divide(x, self._side)
         for i in range(_N_ROUNDS):
             left, right = right, self._reduced(left + self._round(right, i))
         return left * self._side + right
 
     def _decrypt(self, y: _UInt64s) -> _UInt64s:
-        left, right = _divmod(y, self._side)
+        left, right = divide(y, self._side)
         for i in reversed(range(_N_ROUNDS)):
             left, right = self._reduced(right + self._side - self._round(left, i)), left
         return left * self._side + right

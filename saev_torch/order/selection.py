@@ -22,6 +22,7 @@ from saev_torch.format.metadata import Metadata
 from saev_torch.format.rules import ActDtype, LayerSpec, TokenKind
 from saev_torch.order.examples import make_subset
 from saev_torch.order.kept import Filter, LabelRows, MaskRows, labels_changed, mask_changed
+from saev_torch.order.permute import divide
 from saev_torch.order.runs import expand_runs
 
 _Int64s = NDArray[np.int64]
@@ -234,10 +235,10 @@ class Selection:
 
     def split(self, cells: _Int64s) -> tuple[_Int64s, _Int64s, _Int64s]:
         """Split cells `[m]` into example numbers, grid layers and stored tokens (0 is [CLS] if there is one)."""
-        rows, tokens = _divmod(cells, self.md.tokens_per_example)
+        rows, tokens = divide(cells, self.md.tokens_per_example)
         if self.n_grid_layers == 1:
             return rows, np.zeros_like(rows), tokens
-        return *_divmod(rows, self.n_grid_layers), tokens
+        return *divide(rows, self.n_grid_layers), tokens
 
     def columns(self, cells: _Int64s) -> dict[str, _Int64s]:
         """What a batch says of cells `[m]`: `example_idx`, `token_idx` and, if each is a sample of its own, `layer`."""
@@ -270,29 +271,12 @@ class Selection:
 
         Part p of a sample is `(layer_idxs[p] - layer_idxs[0]) * tokens_per_example` rows further on.
         """
-        if self.n_grid_layers > 1:
-            return self.rows_of(*self.split(cells))
-        # Cells follow each other as rows do, but for what other layers have between.
-        width, n_between = self.md.tokens_per_example, len(self.md.layers) - 1
-        shards, rows = _divmod(cells, self.md.examples_per_shard * width)
-        if n_between:
-            rows += rows // width * (n_between * width)
-            rows += self.layer_idxs[0] * width
+        # Cells follow each other as rows do, but for what layers that are not selected have between.
+        width, n_layers = self.md.tokens_per_example, len(self.md.layers)
+        shards, rows = divide(cells, self.md.examples_per_shard * self.n_grid_layers * width)
+        if self.n_grid_layers < n_layers:
+            rows += (rows // width * (n_layers - 1) + self.layer_idxs[0]) * width
         return shards, rows
-
-    def rows_of(self, examples: _Int64s, layers: _Int64s, tokens: _Int64s) -> tuple[_Int64s, _Int64s]:
-        """As `disk_rows`, for cells that `split` has split."""
-        shards, in_shard = _divmod(examples, self.md.examples_per_shard)
-        if not self.layer_is_all:
-            layers = layers + self.layer_idxs[0]
-        return shards, (in_shard * len(self.md.layers) + layers) * self.md.tokens_per_example + tokens
-
-
-def _divmod(numbers: _Int64s, by: int) -> tuple[_Int64s, _Int64s]:
-    # numpy's own takes the remainders one by one.
-    quotients = numbers // by
-    rest = quotients * by
-    return quotients, np.subtract(numbers, rest, out=rest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ a buffer is faster once it is there, so this is for a worker that ends with its 
 
 import dataclasses
 import functools
-import itertools
 import operator
 import os
 import threading
@@ -26,6 +25,7 @@ from saev_torch.order.uniform import UniformPlan
 from saev_torch.processes.interrupts import whole
 from saev_torch.processes.threads import Thread
 from saev_torch.processes.world import count_own_cores
+from saev_torch.reading.ahead import look_ahead
 from saev_torch.reading.batches import Batches, Running
 from saev_torch.reading.crew import Crew, Task, guarded, start_threads
 from saev_torch.reading.direct import fits_page_cache
@@ -47,9 +47,6 @@ _SMALL_NBYTES = 8 << 20
 _LARGE_NBYTES, _WIDE_NBYTES = 256 << 20, 1 << 10
 # Threads up to which it pays that they gather neighbours together.
 _MOST_IN_ORDER = 2
-# What works out a batch leaves the caches of the processor while rows are copied: so many batches are worked out
-# together, or those of so many samples.
-_MOST_TOGETHER, _SAMPLES_TOGETHER = 16, 1 << 17
 # Batches until it is known whether memory comes slowly, and buffers of them after which a buffer has paid all the same.
 _N_TRIED, _MOST_BUFFERS = 4, 12
 
@@ -118,8 +115,9 @@ class Engine:
         self.batches.one_by_one = saves_buffer or isinstance(self._plan, UniformPlan | OrderedPlan)
         # With more threads, not the copying but the working out is what is waited for.
         finds_order = self._crew.count_working() <= _MOST_IN_ORDER
-        steps, reader = self._look_ahead(make_steps(self._plan, self._share, saves_buffer, finds_order)), None
-        while (found := next(steps, None)) is not None:
+        steps = make_steps(self._plan, self._share, saves_buffer, finds_order)
+        ahead, reader = look_ahead(steps, self._gather, self._selection, spot), None
+        while (found := next(ahead, None)) is not None:
             step, wanted = found
             new = sorted({batch for load in step.loads for batch, _ in load.targets} - self.batches.open.keys())
             if not self.batches.wait_for_room(len(new)):
@@ -135,7 +133,7 @@ class Engine:
                     saves_buffer = self.batches.one_by_one = self._pool.is_streamed = False
                     self._gather = None
                     share = dataclasses.replace(self._share, first=step.batches[0])
-                    steps = self._look_ahead(make_steps(self._plan, share))
+                    ahead = look_ahead(make_steps(self._plan, share), None, self._selection, spot)
                     continue
                 n_saved += 1
             running = Running(step, 0)
@@ -217,36 +215,6 @@ class Engine:
         """The batch of a step that has one."""
         ((number, _),) = step.loads[0].targets
         return self.batches.open[number]
-
-    def _look_ahead(self, steps: Iterator[Step]) -> Iterator[tuple[Step, FoundBatch | None]]:
-        """Steps, and what `_find_rows` says of each; where rows are copied here, of some together."""
-        # The first alone, so that it comes early.
-        n = 1
-        while n:
-            some: list[tuple[Step, FoundBatch | None]] = []
-            try:
-                for step in itertools.islice(steps, n):
-                    some.append((step, self._find_rows(step)))
-                    if some[-1][1] is None:
-                        break
-            finally:
-                # Those before one that cannot be found, too.
-                yield from some
-            found = some[-1][1] if some else None
-            if found is not None and self._gather is not None and self._gather.is_fast:
-                n = min(2 * n, _MOST_TOGETHER, max(1, _SAMPLES_TOGETHER // len(found[0])))
-            else:
-                n = len(some[:1])
-
-    def _find_rows(self, step: Step) -> FoundBatch | None:
-        """A batch whose rows are to be gathered."""
-        if self._gather is None or self._gather.is_refused:
-            return None
-        chunk = step.loads[0].chunk
-        cells = self._selection.cells(chunk.starts)
-        numbers = None if chunk.is_in_order else chunk.rows
-        rows = self._gather.find(self._selection, cells, self._scheduler_spot, numbers)
-        return None if rows is None else (cells, rows)
 
     def _place_rows(self, step: Step, wanted: FoundBatch | None) -> list[Found] | None:
         """Rows that were found, if they are still to be gathered; tell the batch, which is open, what it holds."""

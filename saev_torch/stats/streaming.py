@@ -180,8 +180,9 @@ def _make_buffer(shape: tuple[int, int]) -> NDArray[np.float32]:
 def _find_rows(selection: Selection, samples: _Int64s) -> tuple[_Int64s, _Int64s, _Int64s]:
     """The shards, the rows in them, and the groups of all vectors of samples; part by part where there are several."""
     md = selection.md
-    examples, layers, tokens = selection.split(selection.cells(samples))
-    shards, rows = selection.rows_of(examples, layers, tokens)
+    cells = selection.cells(samples)
+    shards, rows = selection.disk_rows(cells)
+    _, layers, tokens = selection.split(cells)
     group = 2 * layers + (tokens >= selection.n_special)
     if selection.n_parts > 1:
         parts = np.arange(selection.n_parts, dtype=np.int64)[:, None]
