@@ -9,7 +9,7 @@ global random number generator.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,13 +68,12 @@ def shuffled(n: int, key: int) -> _Int64s:
     return keys.view(np.int64)
 
 
-def divide(x: _Ints, by: int | np.uint64) -> tuple[_Ints, _Ints]:
+def divide(x: _Ints, by: Any) -> tuple[_Ints, _Ints]:
     """Quotients and remainders of `x [m]`, as `divmod`."""
     # numpy divides by one number with vector instructions, but takes remainders one by one: five times slower.
-    quotients: _Ints = x // by
-    rest: _Ints = quotients * by
-    np.subtract(x, rest, out=rest)
-    return quotients, rest
+    quotients = x // by
+    rest = quotients * by
+    return quotients, np.subtract(x, rest, out=rest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,87 @@
+"""Rows that are gathered are found for some batches together, and no batch is lost by that."""
+
+import types
+
+import contracts
+import numpy as np
+import pytest
+from factory import Spec
+
+from saev_torch import ReadError, ShuffledActivations, ShuffledConfig
+from saev_torch.order.steps import Share, make_steps
+from saev_torch.order.uniform import UniformPlan
+from saev_torch.reading import ahead, engine
+from saev_torch.reading.gather import Gather
+from saev_torch.reading.reader import Spot
+
+SELECTION = types.SimpleNamespace(cells=lambda samples: samples)
+
+
+def look(n_batches, is_fast=True, missing=(), broken=None):
+    """What happens, in order: batches that are found, as `+n`, and those that are handed out, as `n`."""
+    seen = []
+
+    def find(selection, cells, spot, numbers):
+        number = sum(word.startswith("+") for word in seen)
+        if number == broken:
+            raise ReadError("broken")
+        seen.append(f"+{number}")
+        return None if number in missing else []
+
+    plan = UniformPlan(n_batches * 8, 8, 0, 0)
+    gather = types.SimpleNamespace(is_refused=False, is_fast=is_fast, find=find)
+    steps = make_steps(plan, Share(0, 1, n_batches))
+    try:
+        for step, found in ahead.look_ahead(steps, gather, SELECTION, Spot()):
+            seen.append(str(step.batches[0]))
+            assert (found is None) == (step.batches[0] in missing)
+            assert found is None or np.array_equal(found[0], plan.locate(step.batches[0]))
+    except ReadError:
+        seen.append("error")
+    return " ".join(seen)
+
+
+def test_the_first_alone_then_some_together():
+    assert look(9) == "+0 0 +1 +2 1 2 +3 +4 +5 +6 3 4 5 6 +7 +8 7 8"
+
+
+def test_no_more_together_than_samples_allow(monkeypatch):
+    monkeypatch.setattr(ahead, "_SAMPLES_TOGETHER", 16)
+    assert look(6) == "+0 0 +1 +2 1 2 +3 +4 3 4 +5 5"
+    monkeypatch.setattr(ahead, "_MOST_TOGETHER", 1)
+    assert look(3) == "+0 0 +1 1 +2 2"
+
+
+def test_one_by_one_where_the_kernel_copies():
+    assert look(4, is_fast=False) == "+0 0 +1 1 +2 2 +3 3"
+
+
+def test_from_one_that_is_not_there_on_they_begin_anew():
+    assert look(9, missing={4}) == "+0 0 +1 +2 1 2 +3 +4 3 4 +5 5 +6 +7 6 7 +8 8"
+
+
+@pytest.mark.parametrize("broken", range(8))
+def test_those_before_one_that_cannot_be_found_are_handed_out(broken):
+    words = look(8, broken=broken).split()
+    assert [word for word in words if word[0] != "+"] == [*map(str, range(broken)), "error"]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2, 5, 9])
+def test_those_before_an_error_are_read(make_shards, monkeypatch, broken):
+    contracts.save_buffers(monkeypatch, copies_here=True)
+    begun, begin, found, find = [], engine.Batches.begin, [], Gather.find
+
+    def finding(self, *args):
+        found.append(self)
+        if len(found) > broken:
+            raise ReadError("this one is broken")
+        return find(self, *args)
+
+    monkeypatch.setattr(Gather, "find", finding)
+    monkeypatch.setattr(engine.Batches, "begin", lambda self, running: (begun.append(running), begin(self, running)))
+    cfg = ShuffledConfig(
+        shards=make_shards(Spec(n_examples=60, content_tokens=9)), layer=3, batch_size=16, buffer_size=8
+    )
+    with pytest.raises(ReadError, match="this one is broken"):
+        list(ShuffledActivations(cfg))
+    assert len(begun) == broken
