@@ -12,7 +12,7 @@ from saev_torch.order.steps import Share, make_steps
 from saev_torch.order.uniform import UniformPlan
 from saev_torch.reading import ahead, engine
 from saev_torch.reading.gather import Gather
-from saev_torch.reading.reader import Spot
+from saev_torch.reading.reader import Pace, Spot
 
 SELECTION = types.SimpleNamespace(cells=lambda samples: samples)
 
@@ -85,3 +85,13 @@ def test_those_before_an_error_are_read(make_shards, monkeypatch, broken):
     with pytest.raises(ReadError, match="this one is broken"):
         list(ShuffledActivations(cfg))
     assert len(begun) == broken
+
+
+def test_threads_that_may_help_a_late_read_do_not_count():
+    """Who works out batches for a while would hand them to two threads that share a core."""
+    pace = Pace(1)
+    pace._done_at -= 1.0
+    assert pace.wait_s(3) is None
+    assert pace.count_working(4) == 1
+    pace.is_slow = True
+    assert pace.count_working(4) == 4

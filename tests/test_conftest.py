@@ -5,6 +5,7 @@ import mmap
 import multiprocessing
 import os
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -113,3 +114,9 @@ def test_examples_may_be_slow(flag):
 
 def test_slow_files_are_there():
     assert {f"{name}.py" for name in conftest.SLOW} <= {path.name for path in Path(__file__).parent.iterdir()}
+
+
+def test_processes_leave_torch_out_of_collections():
+    code = "import torch, gc; print(gc.get_freeze_count() > 10_000, gc.isenabled())"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=240)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
