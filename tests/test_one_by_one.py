@@ -15,6 +15,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from saev_torch import ShuffledActivations, ShuffledConfig
 from saev_torch.errors import EndedError
+from saev_torch.order.runs import expand_runs
 from saev_torch.order.shuffle import ShuffledBatches, ShufflePlan
 from saev_torch.order.steps import Share, count_open_slots
 from saev_torch.processes.callers import ends_with_epoch
@@ -115,16 +116,18 @@ def test_few_threads_gather_neighbours_together(cfg, monkeypatch, most_in_order)
 
 
 def test_neighbours_on_disk_follow_each_other():
+    """The samples of each chunk are in the order of the stream, in which blocks of neighbours are whole."""
     plan = ShufflePlan(4096, 64, 16, 1, 8, 0, 0)
-    batches, n_own, n_ordered = ShuffledBatches(plan, finds_order=True), 0, 0
+    chunks = [plan.chunk(0, number) for number in range(plan.n_batches)]
+    position = np.empty(4096, dtype=np.int64)
+    position[np.concatenate([expand_runs(chunk.starts, chunk.lengths) for chunk in chunks])] = np.arange(4096)
+    batches = ShuffledBatches(plan, finds_order=True)
     for number in range(plan.n_batches):
         chunk = batches.whole(number)
         assert np.array_equal(chunk.starts, plan.locate(number)[chunk.rows])
         assert np.array_equal(np.sort(chunk.rows), np.arange(64))
-        # Of a block of 8, several rows may go to one batch, but never one behind the other.
-        near = [np.abs(np.diff(samples // 8)) == 0 for samples in (plan.locate(number), chunk.starts)]
-        n_own, n_ordered = n_own + near[0].sum(), n_ordered + near[1].sum()
-    assert (n_own, n_ordered > 4096 // 8) == (0, True)
+        n_descents = (np.diff(position[chunk.starts]) < 0).sum()
+        assert n_descents < plan.depth(0) < (np.diff(position[plan.locate(number)]) < 0).sum()
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 7, 40])
