@@ -95,3 +95,11 @@ def test_threads_that_may_help_a_late_read_do_not_count():
     assert pace.count_working(4) == 1
     pace.is_slow = True
     assert pace.count_working(4) == 4
+
+
+@pytest.mark.parametrize("layer", [3, "all"])
+def test_labels_where_there_is_no_special_token(make_shards, layer):
+    """A cell is then the place of its label, unless every layer is a sample of its own."""
+    spec = Spec(n_examples=60, content_tokens=9, cls=False, layers=(3, 7))
+    cfg = ShuffledConfig(shards=make_shards(spec), layer=layer, batch_size=16, order="uniform")
+    contracts.check_epoch(list(ShuffledActivations(cfg)), spec, cfg)
