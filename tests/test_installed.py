@@ -130,8 +130,8 @@ strict = True
 disallow_untyped_defs = False
 disallow_untyped_calls = False
 disallow_subclassing_any = False
-# Its own annotations take half a minute to read; pyright reads them.
-[mypy-torch.*]
+# Their own annotations take a minute to read, and pyright reads them; the last three come with lightning.
+[mypy-torch.*,torchmetrics.*,transformers.*,IPython.*]
 follow_imports = skip
 [mypy-torchdata.*]
 ignore_missing_imports = True
