@@ -1,5 +1,6 @@
 """Rows that are gathered are found for some batches together, and no batch is lost by that."""
 
+import time
 import types
 
 import contracts
@@ -17,7 +18,22 @@ from saev_torch.reading.reader import Pace, Spot
 SELECTION = types.SimpleNamespace(cells=lambda samples: samples)
 
 
-def look(n_batches, is_fast=True, missing=(), broken=None):
+class Rows:
+    """Those of a batch of 8, in shards of these numbers."""
+
+    def __init__(self, shards):
+        self.mappings = dict.fromkeys(shards)
+
+    def __len__(self):
+        return 8
+
+
+@pytest.fixture(autouse=True)
+def enough_time(monkeypatch):
+    monkeypatch.setattr(ahead, "_SECONDS_TOGETHER", 1e9)
+
+
+def look(n_batches, is_fast=True, missing=(), broken=None, shards_of=lambda number: [0]):
     """What happens, in order: batches that are found, as `+n`, and those that are handed out, as `n`."""
     seen = []
 
@@ -26,7 +42,7 @@ def look(n_batches, is_fast=True, missing=(), broken=None):
         if number == broken:
             raise ReadError("broken")
         seen.append(f"+{number}")
-        return None if number in missing else []
+        return None if number in missing else [(gather, Rows(shards_of(number)))]
 
     plan = UniformPlan(n_batches * 8, 8, 0, 0)
     gather = types.SimpleNamespace(is_refused=False, is_fast=is_fast, find=find)
@@ -45,11 +61,25 @@ def test_the_first_alone_then_some_together():
     assert look(9) == "+0 0 +1 +2 1 2 +3 +4 +5 +6 3 4 5 6 +7 +8 7 8"
 
 
-def test_no_more_together_than_samples_allow(monkeypatch):
-    monkeypatch.setattr(ahead, "_SAMPLES_TOGETHER", 16)
+def test_no_more_together_than_rows_allow(monkeypatch):
+    monkeypatch.setattr(ahead, "_ROWS_TOGETHER", 16)
     assert look(6) == "+0 0 +1 +2 1 2 +3 +4 3 4 +5 5"
     monkeypatch.setattr(ahead, "_MOST_TOGETHER", 1)
     assert look(3) == "+0 0 +1 1 +2 2"
+
+
+def test_no_more_together_than_the_consumer_may_wait_for(monkeypatch):
+    monkeypatch.setattr(ahead, "_SECONDS_TOGETHER", 0.0)
+    assert look(4) == "+0 0 +1 1 +2 2 +3 3"
+
+
+def test_no_more_shards_are_held_than_by_one_batch_or_few(monkeypatch):
+    monkeypatch.setattr(ahead, "_MOST_SHARDS", 4)
+    three = [range(3 * number, 3 * number + 3) for number in range(5)]
+    assert look(5, shards_of=three.__getitem__) == "+0 0 +1 +2 1 2 +3 +4 3 4"
+    assert look(7, shards_of=lambda number: range(10)) == "+0 0 +1 +2 1 2 +3 +4 +5 +6 3 4 5 6"
+    alone = [range(6 * number, 6 * number + 6) for number in range(7)]
+    assert look(7, shards_of=alone.__getitem__) == "+0 0 +1 +2 1 2 +3 +4 3 4 +5 +6 5 6"
 
 
 def test_one_by_one_where_the_kernel_copies():
@@ -66,25 +96,72 @@ def test_those_before_one_that_cannot_be_found_are_handed_out(broken):
     assert [word for word in words if word[0] != "+"] == [*map(str, range(broken)), "error"]
 
 
+def config(make_shards, **options):
+    shards = make_shards(Spec(n_examples=60, content_tokens=9))
+    return ShuffledConfig(shards=shards, layer=3, batch_size=16, buffer_size=8, **options)
+
+
+def take(cfg):
+    """How many batches come, one after the other and not in haste, and what the error says that ends them."""
+    n = 0
+    with pytest.raises(ReadError) as caught:
+        for _ in ShuffledActivations(cfg):
+            n += 1
+            time.sleep(0.002)
+    return n, str(caught.value)
+
+
+@pytest.fixture(params=[1, 2])
+def n_cores(request, monkeypatch):
+    """Where there is one, the thread that opens batches reads them."""
+    monkeypatch.setattr(engine, "count_own_cores", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.usefixtures("n_cores")
+@pytest.mark.parametrize("order", ["blocks", "uniform"])
 @pytest.mark.parametrize("broken", [0, 1, 2, 5, 9])
-def test_those_before_an_error_are_read(make_shards, monkeypatch, broken):
+def test_all_before_one_that_cannot_be_found_come_first(make_shards, monkeypatch, broken, order):
     contracts.save_buffers(monkeypatch, copies_here=True)
-    begun, begin, found, find = [], engine.Batches.begin, [], Gather.find
+    found, find = [], Gather.find
 
     def finding(self, *args):
-        found.append(self)
+        found.append(len(found))
         if len(found) > broken:
             raise ReadError("this one is broken")
         return find(self, *args)
 
     monkeypatch.setattr(Gather, "find", finding)
-    monkeypatch.setattr(engine.Batches, "begin", lambda self, running: (begun.append(running), begin(self, running)))
-    cfg = ShuffledConfig(
-        shards=make_shards(Spec(n_examples=60, content_tokens=9)), layer=3, batch_size=16, buffer_size=8
-    )
-    with pytest.raises(ReadError, match="this one is broken"):
-        list(ShuffledActivations(cfg))
-    assert len(begun) == broken
+    n, message = take(config(make_shards, order=order))
+    assert message.startswith("this one is broken [")
+    assert n == broken
+
+
+@pytest.mark.parametrize(("n_cores", "broken"), [(1, 0), (1, 1), (1, 4), (2, 0)], indirect=["n_cores"])
+def test_all_before_one_that_cannot_be_read_come_first(make_shards, monkeypatch, n_cores, broken):
+    """Where the one behind it cannot be found, too, which is known before with two cores."""
+    contracts.save_buffers(monkeypatch, copies_here=True)
+    monkeypatch.setattr(ahead, "_MOST_TOGETHER", 1)
+    read, found, gather, find = [], [], Gather.read, Gather.find
+
+    def reading(self, rows, reader):
+        read.append(len(rows))
+        if len(read) == broken + 1:
+            time.sleep(0.05)
+            raise ReadError("it cannot be read")
+        gather(self, rows, reader)
+
+    def finding(self, *args):
+        found.append(len(found))
+        if len(found) > broken + 1:
+            raise ReadError("it cannot be found")
+        return find(self, *args)
+
+    monkeypatch.setattr(Gather, "read", reading)
+    monkeypatch.setattr(Gather, "find", finding)
+    n, message = take(config(make_shards, order="uniform"))
+    assert message.startswith("it cannot be read [")
+    assert n == broken
 
 
 def test_threads_that_may_help_a_late_read_do_not_count():

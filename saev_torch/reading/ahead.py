@@ -1,6 +1,7 @@
 """Finds the rows of batches that are to be gathered: of some batches together, before they are opened."""
 
 import itertools
+import time
 from collections.abc import Iterator
 
 from saev_torch.order.joint import AnySelection
@@ -10,8 +11,10 @@ from saev_torch.reading.gather import FoundBatch
 from saev_torch.reading.reader import Spot
 
 # What works out a batch leaves the caches of the processor while rows are copied: so many batches are worked out
-# together, or those of so many samples.
-_MOST_TOGETHER, _SAMPLES_TOGETHER = 16, 1 << 17
+# together, those of so many rows, or what is found in so many seconds, for which the consumer may wait.
+_MOST_TOGETHER, _ROWS_TOGETHER, _SECONDS_TOGETHER = 16, 1 << 17, 0.01
+# They hold so many shards open, or those of one batch if these are more.
+_MOST_SHARDS = 64
 
 
 def look_ahead(
@@ -25,19 +28,28 @@ def look_ahead(
     n = 1
     while n:
         some: list[tuple[Step, FoundBatch | None]] = []
+        found, held, n_shards, latest = None, set[int](), _MOST_SHARDS, time.monotonic() + _SECONDS_TOGETHER
         try:
             for step in itertools.islice(steps, n):
-                some.append((step, _find(step, gather, selection, spot)))
-                if some[-1][1] is None:
+                found = _find(step, gather, selection, spot)
+                some.append((step, found))
+                own = _shards(found)
+                held |= own
+                n_shards = max(n_shards, len(own))
+                if found is None or len(held) > n_shards or time.monotonic() > latest:
                     break
         finally:
             # Those before one that cannot be found, too.
             yield from some
-        found = some[-1][1] if some else None
         if found is not None and gather is not None and gather.is_fast:
-            n = min(2 * n, _MOST_TOGETHER, max(1, _SAMPLES_TOGETHER // len(found[0])))
+            n = min(2 * n, _MOST_TOGETHER, max(1, _ROWS_TOGETHER // sum(len(rows) for _, rows in found[1])))
         else:
             n = len(some[:1])
+
+
+def _shards(found: FoundBatch | None) -> set[int]:
+    """Numbers of the shards that the rows of a batch hold open."""
+    return set() if found is None else {number for _, rows in found[1] for number in rows.mappings}
 
 
 def _find(step: Step, gather: AnyGather | None, selection: AnySelection, spot: Spot) -> FoundBatch | None:

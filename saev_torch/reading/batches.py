@@ -57,7 +57,9 @@ class Batches:
         # Samples that were read and not handed out, and those of a full batch.
         self._n_loaded = self._batch_size = 0
         self._all_scheduled = self._stopped = self._is_full = False
+        # What ended a thread; where that was the one that opens batches, those that it opened before come first.
         self._error: BaseException | None = None
+        self._is_last = False
         self.is_stalled = False
         """Whether a batch did not come in time."""
 
@@ -117,6 +119,18 @@ class Batches:
             self._all_scheduled = True
             self._has_batch.notify_all()
 
+    def fail_last(self, err: BaseException) -> None:
+        """Let the consumer raise an error behind all batches that have begun."""
+        with self._lock:
+            self._is_last, self._all_scheduled = self._error is None, True
+            self._error = self._error or err
+            self._has_batch.notify_all()
+
+    def abandon(self, running: Running) -> None:
+        """A step that has begun will not be finished by the thread that opened it; no other has a task of it."""
+        with self._lock:
+            self._running.remove(running)
+
     # The threads that read
 
     def finish_task(self, running: Running, nbytes: int = 0) -> None:
@@ -130,9 +144,10 @@ class Batches:
                 self._has_batch.notify_all()
 
     def fail(self, err: BaseException) -> None:
-        """Let the consumer raise an error."""
+        """Let the consumer raise an error behind the batches that are ready; others may never be."""
         with self._lock:
-            self._error = self._error or err
+            # It is of an earlier batch than the last one's.
+            self._error, self._is_last = err if self._is_last else self._error or err, False
             self._has_batch.notify_all()
 
     # The consumer
@@ -159,22 +174,15 @@ class Batches:
 
     def _find(self, sample_nbytes: int) -> tuple[bool, OpenBatch | None]:
         """Whether there is something to be taken, and what; None where nothing follows."""
-        if self._error is not None:
-            err, self._error, self._stopped = self._error, None, True
-            try:
-                raise err
-            finally:
-                # What is raised names its frames. Kept here, too, it would keep us, and we it, for ever.
-                del err
-        if self._stopped:
-            raise EndedError("next: expected an iteration that goes on, got one that was ended; iterate anew.")
         while self._running and not self._running[0].n_tasks:
             done = self._running.popleft().step
             self._fills_wanted -= done.fills
             self._ready.extend(done.batches)
         finished = self._all_scheduled and not self._running
         filled = self._fills_wanted <= 0 or finished or (self._is_full and not self._running)
-        if not self._ready or not filled:
+        if self._stopped or not self._ready or not filled:
+            if self._stopped or finished or not self._is_last:
+                self._raise_error()
             return finished, None
         self._fills_wanted = 0
         opened = self.open.pop(self._ready.popleft())
@@ -185,6 +193,17 @@ class Batches:
         self.waits.nbytes += opened.size * sample_nbytes
         self._has_room.notify()
         return True, opened
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            err, self._error, self._stopped = self._error, None, True
+            try:
+                raise err
+            finally:
+                # What is raised names its frames. Kept here, too, it would keep us, and we it, for ever.
+                del err
+        if self._stopped:
+            raise EndedError("next: expected an iteration that goes on, got one that was ended; iterate anew.")
 
     def _wait(self, step_s: float) -> float:
         began = time.monotonic()

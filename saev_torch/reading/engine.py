@@ -98,7 +98,7 @@ class Engine:
         self._crew = Crew(_READER, options.n_threads, self._pace, feed.open_reader, fail)
         self._crew.spots.append(self._scheduler_spot)
         self._reads = Reads(self._store, self._crew.spots, self.batches.waits)
-        scheduler = Thread(functools.partial(guarded, self._schedule, fail), _SCHEDULER)
+        scheduler = Thread(functools.partial(guarded, self._schedule, self.batches.fail_last), _SCHEDULER)
         self._threads = [scheduler, *self._crew.threads]
 
     def start(self) -> None:
@@ -145,11 +145,21 @@ class Engine:
             else:
                 # With one core, to hand a task over takes half as long as the task.
                 reader = reader or self._open_own_reader()
-                for task in tasks:
-                    if self.batches.is_stopped:
-                        return
-                    task.run(reader)
+                if not self._run(tasks, running, reader):
+                    return
         self.batches.finish_scheduling()
+
+    def _run(self, tasks: list[Task], running: Running, reader: Reader) -> bool:
+        """Run the tasks of a step in this thread; whether to go on."""
+        try:
+            for task in tasks:
+                if self.batches.is_stopped:
+                    return False
+                task.run(reader)
+        except BaseException:
+            self.batches.abandon(running)
+            raise
+        return True
 
     def _choose_gather(self) -> bool:
         """Choose whether rows are gathered from the page cache, and whether that saves a buffer."""
