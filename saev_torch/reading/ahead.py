@@ -13,8 +13,8 @@ from saev_torch.reading.reader import Spot
 # What works out a batch leaves the caches of the processor while rows are copied: so many batches are worked out
 # together, those of so many rows, or what is found in so many seconds, for which the consumer may wait.
 _MOST_TOGETHER, _ROWS_TOGETHER, _SECONDS_TOGETHER = 16, 1 << 17, 0.01
-# They hold so many shards open, or those of one batch if these are more.
-_MOST_SHARDS = 64
+# They hold few shards open, or few more than one of them alone: else each is worked out by itself from then on.
+_FEW_SHARDS, _MORE_SHARDS = 16, 1.25
 
 
 def look_ahead(
@@ -25,24 +25,26 @@ def look_ahead(
     With a `gather`, a step has one batch. The first step is worked out alone, so that it comes early; where rows are
     copied here, those behind it some together. Errors are those of `Selection.cells` and `Gather.find`.
     """
-    n = 1
+    n, most = 1, _MOST_TOGETHER
     while n:
         some: list[tuple[Step, FoundBatch | None]] = []
-        found, held, n_shards, latest = None, set[int](), _MOST_SHARDS, time.monotonic() + _SECONDS_TOGETHER
+        found, held, n_held, latest = None, set[int](), _FEW_SHARDS, time.monotonic() + _SECONDS_TOGETHER
         try:
             for step in itertools.islice(steps, n):
                 found = _find(step, gather, selection, spot)
                 some.append((step, found))
                 own = _shards(found)
                 held |= own
-                n_shards = max(n_shards, len(own))
-                if found is None or len(held) > n_shards or time.monotonic() > latest:
+                n_held = max(n_held, int(_MORE_SHARDS * len(own)))
+                if len(held) > n_held:
+                    most = 1
+                if found is None or most == 1 or time.monotonic() > latest:
                     break
         finally:
             # Those before one that cannot be found, too.
             yield from some
         if found is not None and gather is not None and gather.is_fast:
-            n = min(2 * n, _MOST_TOGETHER, max(1, _ROWS_TOGETHER // sum(len(rows) for _, rows in found[1])))
+            n = min(2 * n, most, max(1, _ROWS_TOGETHER // sum(len(rows) for _, rows in found[1])))
         else:
             n = len(some[:1])
 
