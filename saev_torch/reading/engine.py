@@ -145,21 +145,9 @@ class Engine:
             else:
                 # With one core, to hand a task over takes half as long as the task.
                 reader = reader or self._open_own_reader()
-                if not self._run(tasks, running, reader):
+                if not _run_here(tasks, running, self.batches, reader):
                     return
         self.batches.finish_scheduling()
-
-    def _run(self, tasks: list[Task], running: Running, reader: Reader) -> bool:
-        """Run the tasks of a step in this thread; whether to go on."""
-        try:
-            for task in tasks:
-                if self.batches.is_stopped:
-                    return False
-                task.run(reader)
-        except BaseException:
-            self.batches.abandon(running)
-            raise
-        return True
 
     def _choose_gather(self) -> bool:
         """Choose whether rows are gathered from the page cache, and whether that saves a buffer."""
@@ -325,3 +313,16 @@ class Engine:
         # One that an interrupt kept from being started has no number yet.
         self.batches.release(all(thread.ident is not None and not thread.is_alive() for thread in self._threads))
         self._store.close()
+
+
+def _run_here(tasks: list[Task], running: Running, batches: Batches, reader: Reader) -> bool:
+    """Run the tasks of a step in this thread; whether to go on."""
+    try:
+        for task in tasks:
+            if batches.is_stopped:
+                return False
+            task.run(reader)
+    except BaseException:
+        batches.abandon(running)
+        raise
+    return True
