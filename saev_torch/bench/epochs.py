@@ -114,10 +114,7 @@ def note_short_data(n_batches: int, buffer_size: int) -> str | None:
 
 def measure_epochs(cfg: ShuffledConfig, n_workers: int, n_later: int) -> Epochs:
     """Measure the first epoch of a new process, and so many later ones."""
-    # Its memory is new, and what it imports is not read anew for each, which takes seconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measure, cfg, n_workers, n_later).result()
 
 
