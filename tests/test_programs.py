@@ -1,4 +1,4 @@
-"""500 random programs, and those that have found faults; `python tests/programs.py --n 10000` runs more."""
+"""300 random programs, and those that have found faults; `python tests/programs.py --n 10000` runs more."""
 
 import itertools
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import programs
 import pytest
 
-N = 500
+N = 300
 _SHOWN = 3
 
 
