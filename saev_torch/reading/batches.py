@@ -126,10 +126,10 @@ class Batches:
             self._error = self._error or err
             self._has_batch.notify_all()
 
-    def abandon(self, running: Running) -> None:
-        """A step that has begun will not be finished by the thread that opened it; no other has a task of it."""
+    def abandon(self) -> None:
+        """The step that began last will not be finished by the thread that opened it; no other has a task of it."""
         with self._lock:
-            self._running.remove(running)
+            self._running.pop()
 
     # The threads that read
 

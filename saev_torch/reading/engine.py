@@ -145,7 +145,7 @@ class Engine:
             else:
                 # With one core, to hand a task over takes half as long as the task.
                 reader = reader or self._open_own_reader()
-                if not _run_here(tasks, running, self.batches, reader):
+                if not _run_here(tasks, self.batches, reader):
                     return
         self.batches.finish_scheduling()
 
@@ -315,14 +315,14 @@ class Engine:
         self._store.close()
 
 
-def _run_here(tasks: list[Task], running: Running, batches: Batches, reader: Reader) -> bool:
-    """Run the tasks of a step in this thread; whether to go on."""
+def _run_here(tasks: list[Task], batches: Batches, reader: Reader) -> bool:
+    """Run the tasks of the step that began last in this thread; whether to go on."""
     try:
         for task in tasks:
             if batches.is_stopped:
                 return False
             task.run(reader)
     except BaseException:
-        batches.abandon(running)
+        batches.abandon()
         raise
     return True
