@@ -78,7 +78,7 @@ def test_batches_that_hold_many_shards_together_are_found_alone(monkeypatch):
     two = [range(2 * number, 2 * number + 2) for number in range(8)]
     assert look(8, shards_of=two.__getitem__) == "+0 0 +1 +2 1 2 +3 +4 +5 3 4 5 +6 6 +7 7"
     # Few more than one of them: a lane goes on to the next shard now and then.
-    assert look(7, shards_of=lambda number: range(number // 6, number // 6 + 10)) == look(7)
+    assert look(9, shards_of=lambda number: range(number // 4, number // 4 + 10)) == look(9)
     other = [range(6 * number, 6 * number + 6) for number in range(5)]
     assert look(5, shards_of=other.__getitem__) == "+0 0 +1 +2 1 2 +3 3 +4 4"
 
